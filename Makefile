@@ -1,0 +1,40 @@
+# Two commands: `make train` and `make test`; each makes what it needs, once. Data and runs are never removed.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help train test lint bench verify clean
+
+PYTHON ?= python3
+python := .venv/bin/python
+setup := scripts/venv.sh constraints-cpu.txt pyproject.toml setup.py
+
+help: ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
+
+train: .venv/installed ## set up, get Fashion-MNIST, train the quickstart preset to the end (minutes on a CPU)
+	$(python) -m reat_fast.data fashion-mnist
+	$(python) -m reat_fast.train quickstart --fused
+
+test: lint ## set up with the test tools and run all checks and tests
+	$(python) -m pytest -m "not interpreter"
+	TRITON_INTERPRET=1 $(python) -m pytest -m interpreter
+
+lint: .venv/installed-dev ## format and lint checks, types
+	$(python) -m ruff format --check
+	$(python) -m ruff check
+	$(python) -m mypy
+
+bench: .venv/installed-dev ## time the kernels, the step and the loaders on this machine
+	$(python) -m pytest bench --benchmark-only
+
+verify: .venv/installed ## compare every fast path with the reference on this machine
+	$(python) -m reat_fast.verify
+
+clean: ## remove .venv, caches and build leftovers
+	rm -rf .venv build dist *.egg-info .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find bench kernels loaders reat_fast tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/installed: $(setup)
+	@PYTHON=$(PYTHON) scripts/venv.sh
+
+.venv/installed-dev: $(setup)
+	@PYTHON=$(PYTHON) scripts/venv.sh dev

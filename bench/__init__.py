@@ -1,0 +1,1 @@
+"""Timings, and what the compiler makes of the kernels."""

@@ -1,0 +1,279 @@
+"""Compile every kernel for GPUs that are not there, and print what came out.
+
+    python -m bench.aot [--target cuda:80 cuda:90 cuda:100]
+
+Every op is launched on CPU tensors, but a launch only compiles: Triton specialises the kernel on
+the arguments as it would on a GPU, and the binary is disassembled with the tools in Triton's wheel.
+So the table shows what the launchers really launch: registers, stack (spills), shared memory, how wide
+global memory is accessed and which matrix instructions a dot became. It shows no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from reat_fast.kernels import triton_support
+from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.l2 import l2_step_
+from reat_fast.kernels.linf import linf_step_
+from reat_fast.kernels.prepare import prepare
+from reat_fast.kernels.tail_penalty import tail_penalty
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100")
+# Bytes of shared memory a block may have, from the table of technical specifications in NVIDIA's
+# CUDA C++ programming guide. The compiler does not check it: a launch would fail.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch, compiled for one target."""
+
+    case: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int
+    stack_bytes: int  # registers spilled to memory, and arrays that have no place in registers
+    shared_bytes: int
+    load_bits: Counter[int]  # width of a global access: number of instructions
+    store_bits: Counter[int]
+    dots: int  # dots in the source
+    matrix_instructions: Counter[str]
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the launches that stand for each op: its name with dtype and shape, and the call."""
+    loss_sizes = [
+        (128, 10, torch.float32, False),
+        (128, 100, torch.float32, True),
+        (1024, 1000, torch.bfloat16, False),
+        (64, 8192, torch.float32, True),
+    ]
+    for batch, classes, dtype, everything in loss_sizes:
+        weights = torch.ones(classes) if everything else None
+        yield (
+            _name("class_loss" + " smoothed, weighted" * everything, dtype, batch, classes),
+            lambda b=batch, c=classes, d=dtype, w=weights: class_loss(
+                torch.zeros(b, c, dtype=d, requires_grad=True),
+                _integers(b),
+                offsets=torch.zeros(c),
+                weights=w,
+                label_smoothing=0.0 if w is None else 0.1,
+                backend="triton",
+            ),
+        )
+    for form in ("official", "pairwise"):
+        for batch, width, dtype in ((128, 512, torch.float32), (1024, 640, torch.bfloat16)):
+            yield (
+                _name(f"tail_penalty {form}", dtype, batch, width),
+                lambda b=batch, w=width, d=dtype, f=form: tail_penalty(
+                    torch.zeros(b, w, dtype=d, requires_grad=True),
+                    _integers(b),
+                    _integers(100),
+                    form=f,
+                    backend="triton",
+                ),
+            )
+    for noise in ("uniform", "normal"):
+        yield (
+            _name(f"prepare {noise}", torch.uint8, 128, 32, 32, 3),
+            lambda n=noise: prepare(
+                torch.zeros(256, 32, 32, 3, dtype=torch.uint8),
+                _integers(128),
+                0,
+                0,
+                8 / 255,
+                noise=n,
+                backend="triton",
+            ),
+        )
+    for op in (linf_step_, l2_step_):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield (
+                _name(f"{op.__name__} gradient", dtype, 128, 3, 32, 32),
+                lambda o=op, d=dtype: o(
+                    torch.zeros(128, 3, 32, 32),
+                    torch.zeros(128, 3, 32, 32, dtype=d),
+                    torch.zeros(128, 3, 32, 32),
+                    2 / 255,
+                    8 / 255,
+                    nonfinite=torch.zeros((), dtype=torch.int64),
+                    backend="triton",
+                ),
+            )
+
+
+def _name(op: str, dtype: torch.dtype, *shape: int) -> str:
+    return f"{op} {str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def _integers(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int64)
+
+
+def compile_cases(
+    launches: Iterator[tuple[str, Callable[[], object]]], targets: Sequence[str] = TARGETS
+) -> list[Compiled]:
+    """Compile what the launches launch, for each target "cuda:<compute capability>".
+
+    Raises RuntimeError where Triton is missing or interprets, or lacks the disassembler.
+    """
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
+    rows = []
+    for case, launch in launches:
+        with _launches_compile([int(target.removeprefix("cuda:")) for target in targets]) as seen:
+            launch()
+        rows += [_inspect(case, architecture, kernel) for architecture, kernel in seen]
+    return rows
+
+
+def why_not() -> str | None:
+    """Say what this machine lacks to compile kernels, or nothing."""
+    if not triton_support.TRITON_INSTALLED:
+        return "needs Triton: pip install triton"
+    if triton_support.INTERPRETED:
+        return "needs a process without TRITON_INTERPRET=1"
+    if not _disassembler().exists():
+        return f"needs cuobjdump, which this build of Triton lacks at {_disassembler()}"
+    return None
+
+
+def _disassembler() -> Path:
+    package = Path(triton_support.triton.__file__).parent
+    return package / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class _Driver:
+    """What Triton asks of a GPU's driver before it compiles; the device number is the target's."""
+
+    architecture = 0
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextmanager
+def _launches_compile(architectures: Sequence[int]) -> Iterator[list[tuple[int, Any]]]:
+    """Let a launch on CPU tensors compile for each architecture, and collect what it compiled."""
+    from triton.runtime import JITFunction, driver
+
+    fake, run = _Driver(), JITFunction.run
+    compiled: list[tuple[int, Any]] = []
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        for fake.architecture in architectures:
+            binary = run(kernel, *args, grid=grid, warmup=True, **options)
+            compiled.append((fake.architecture, binary))
+
+    with (
+        mock.patch.object(driver, "_active", fake),
+        mock.patch.object(JITFunction, "run", compile_only),
+        # The ops then launch on CPU tensors, and launch the kernel itself.
+        mock.patch.object(triton_support, "INTERPRETED", True),
+    ):
+        yield compiled
+
+
+def _inspect(case: str, architecture: int, kernel: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(kernel.asm["cubin"])
+        binary.flush()
+        command = [str(_disassembler()), "-sass", "-res-usage", binary.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    assert resources is not None, listing[:500]
+    # A line is an address, sometimes a predicate, and an instruction with its modifiers.
+    instructions = re.findall(
+        r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.MULTILINE
+    )
+    return Compiled(
+        case=case,
+        kernel=kernel.metadata.name,
+        target=f"cuda:{architecture}",
+        warps=kernel.metadata.num_warps,
+        registers=int(resources[1]),
+        stack_bytes=int(resources[2]),
+        shared_bytes=kernel.metadata.shared,
+        load_bits=Counter(map(_bits, filter(_is("LDG", "LDGSTS"), instructions))),
+        store_bits=Counter(map(_bits, filter(_is("STG"), instructions))),
+        dots=len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
+        matrix_instructions=Counter(
+            instruction.split(".")[0]
+            for instruction in instructions
+            if re.match(r"(H|I|D|Q|O|UTC[A-Z]*?)G?MMA", instruction)
+        ),
+    )
+
+
+def _is(*names: str) -> Callable[[str], bool]:
+    return lambda instruction: instruction.split(".")[0] in names
+
+
+def _bits(instruction: str) -> int:
+    for modifier in instruction.split(".")[1:]:
+        if re.fullmatch(r"[US]?(8|16|64|128)", modifier):
+            return int(modifier.strip("US"))
+    return 32
+
+
+def print_table(rows: Sequence[Compiled]) -> None:
+    """Print one line a launch and target."""
+    form = "{:48} {:20} {:9} {:>5} {:>9} {:>7} {:>7}  {:22} {:22} {}"
+    print(
+        form.format(
+            *("op, dtype, shape", "kernel", "target", "warps", "registers", "stack", "shared"),
+            *("loads", "stores", "matrix instructions"),
+        )
+    )
+    for row in rows:
+        print(
+            form.format(
+                *(row.case, row.kernel.strip("_"), row.target, row.warps, row.registers),
+                *(f"{row.stack_bytes} B", f"{row.shared_bytes} B"),
+                *(_widths(row.load_bits), _widths(row.store_bits)),
+                " ".join(f"{n} {name}" for name, n in row.matrix_instructions.items()) or "-",
+            )
+        )
+
+
+def _widths(bits: Counter[int]) -> str:
+    return " ".join(f"{n}x{width}" for width, n in sorted(bits.items(), reverse=True)) or "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", default=TARGETS, metavar="cuda:80")
+    arguments = parser.parse_args()
+    reason = why_not()
+    if reason is not None:
+        sys.exit(f"bench.aot {reason}")
+    print_table(compile_cases(cases(), arguments.target))
+
+
+if __name__ == "__main__":
+    main()

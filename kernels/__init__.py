@@ -1,0 +1,1 @@
+"""One op per file: maths, PyTorch form, Triton kernel, launcher, autograd."""

@@ -1,0 +1,327 @@
+"""Softmax cross-entropy with per-class logit offsets and per-class weights, in one pass.
+
+For a row z of logits with label y, offsets o, weights w, C classes and label smoothing e,
+    p = softmax(z + o)                  t_c = (1 - e) w_y [c = y] + (e / C) w_c
+    loss = -sum_c t_c log p_c           d loss / d z = p sum_c t_c - t
+and "mean" divides the sum over the rows by sum_b w_{y_b}, as torch.nn.functional.cross_entropy
+does. Offsets log(n_c) make it balanced softmax, weights make it REAT's re-balancing loss.
+
+The kernel computes loss, gradient and prediction of a row while its logits are in registers. The
+sum over the rows is left to torch.sum, whose order is fixed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from reat_fast.kernels.triton_support import (
+    Backend,
+    jit,
+    kernel_runs_on,
+    tl,
+    use_triton,
+    wrap_triton,
+)
+
+Reduction = Literal["mean", "sum", "none"]
+
+# Logits a program holds in registers: 8 a thread with 4 warps, two 16-byte loads of float32.
+BLOCK_ELEMENTS = 1024
+# One program holds whole rows; a longer row would not fit in the registers of 16 warps.
+MOST_CLASSES = 8192
+
+
+def class_loss_torch(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Compute the loss with PyTorch's own operators: the definition, and the path on the CPU."""
+    logits = _in_loss_precision(logits)
+    return F.cross_entropy(
+        logits if offsets is None else logits + offsets.to(logits.dtype),
+        labels,
+        None if weights is None else weights.to(logits.dtype),
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def class_loss_rows_torch(
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what the kernel does, by the formulas above."""
+    shifted = _in_loss_precision(logits)
+    classes = logits.shape[1]
+    if offsets is not None:
+        shifted = shifted + offsets.to(shifted.dtype)
+    if weights is not None:
+        weights = weights.to(shifted.dtype)
+    losses = F.cross_entropy(
+        shifted, labels, weights, reduction="none", label_smoothing=label_smoothing
+    )
+    predictions = logits.argmax(1)
+    if not with_gradient:
+        return losses, losses.new_empty(0), predictions
+    class_weights = shifted.new_ones(classes) if weights is None else weights
+    is_label = (labels[:, None] == torch.arange(classes, device=labels.device)).to(shifted.dtype)
+    targets = class_weights * (is_label * (1 - label_smoothing) + label_smoothing / classes)
+    gradient = shifted.softmax(1) * targets.sum(1, keepdim=True) - targets
+    return losses, gradient, predictions
+
+
+@jit
+def _class_loss_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,  # [batch, CLASSES]
+    labels_ptr,  # [batch]
+    offsets_ptr,  # [CLASSES] or None
+    weights_ptr,  # [CLASSES] or None
+    losses_ptr,  # [batch]
+    gradient_ptr,  # [batch, CLASSES], untouched without WITH_GRADIENT
+    predictions_ptr,  # [batch]
+    batch,
+    label_smoothing,
+    CLASSES: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    row_exists = rows < batch
+    column_exists = columns < CLASSES
+    exists = row_exists[:, None] & column_exists[None, :]
+    places = rows[:, None] * CLASSES + columns[None, :]
+    infinity = float("inf")
+    logits = tl.load(logits_ptr + places, mask=exists, other=-infinity).to(tl.float32)
+    labels = tl.load(labels_ptr + rows, mask=row_exists, other=0)
+
+    # As torch.argmax: the first NaN where there is one, else the first maximum.
+    maximum = tl.max(logits, axis=1)
+    order = tl.where(logits == maximum[:, None], columns[None, :] + COLUMNS, 2 * COLUMNS)
+    order = tl.where(logits != logits, columns[None, :], order)
+    predictions = tl.min(order, axis=1) % COLUMNS
+    tl.store(predictions_ptr + rows, predictions.to(tl.int64), mask=row_exists)
+
+    if offsets_ptr is not None:
+        offsets = tl.load(offsets_ptr + columns, mask=column_exists, other=0.0).to(tl.float32)
+        logits += offsets[None, :]
+        maximum = tl.max(logits, axis=1)
+    logits -= maximum[:, None]
+    log_probabilities = logits - tl.log(tl.sum(tl.exp(logits), axis=1))[:, None]
+
+    is_label = columns[None, :] == labels[:, None]
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + columns, mask=column_exists, other=0.0).to(tl.float32)
+        label_weights = tl.sum(tl.where(is_label, weights[None, :], 0.0), axis=1)
+    else:
+        weights = tl.where(column_exists, 1.0, 0.0)
+        label_weights = tl.full((ROWS,), 1.0, tl.float32)
+    # A label outside [0, CLASSES) matches no column: it must not pass for a loss of zero.
+    known = (labels >= 0) & (labels < CLASSES)
+    label_weights = tl.where(known, label_weights, float("nan"))
+    losses = -label_weights * tl.sum(tl.where(is_label, log_probabilities, 0.0), axis=1)
+    target_sums = label_weights
+    if SMOOTHED:
+        label_weights *= 1.0 - label_smoothing
+        shares = weights * (label_smoothing / CLASSES)
+        smooth = tl.where(column_exists[None, :], shares[None, :] * log_probabilities, 0.0)
+        losses = (1.0 - label_smoothing) * losses - tl.sum(smooth, axis=1)
+        target_sums = label_weights + tl.sum(shares, axis=0)
+    tl.store(losses_ptr + rows, losses, mask=row_exists)
+
+    if WITH_GRADIENT:
+        gradient = tl.exp(log_probabilities) * target_sums[:, None]
+        gradient -= tl.where(is_label, label_weights[:, None], 0.0)
+        if SMOOTHED:
+            gradient -= shares[None, :]
+        tl.store(gradient_ptr + places, gradient, mask=exists)
+
+
+@torch.library.triton_op("reat_fast::class_loss_rows", mutates_args=())
+def class_loss_rows(
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute each row's loss, its gradient and its prediction in one pass over the logits.
+
+    The arguments are those of `class_loss`, unchecked. Returns the losses [B], the gradient [B, C]
+    of each row's loss (empty unless `with_gradient`), both in float32 (float64 logits: float64),
+    and the predictions [B], int64. Not differentiable.
+    """
+    if not kernel_runs_on(logits):
+        return class_loss_rows_torch(
+            logits, labels, offsets, weights, label_smoothing, with_gradient
+        )
+    batch, classes = logits.shape
+    logits = logits.contiguous()
+    losses = torch.empty(batch, dtype=torch.float32, device=logits.device)
+    gradient = losses.new_empty((batch, classes) if with_gradient else 0)
+    predictions = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    columns = 1 << (classes - 1).bit_length()
+    rows = max(1, BLOCK_ELEMENTS // columns)
+    wrap_triton(_class_loss_kernel)[((batch + rows - 1) // rows,)](
+        logits,
+        labels.contiguous(),
+        None if offsets is None else offsets.contiguous(),
+        None if weights is None else weights.contiguous(),
+        losses,
+        gradient,
+        predictions,
+        batch,
+        label_smoothing,
+        CLASSES=classes,
+        SMOOTHED=label_smoothing > 0,
+        WITH_GRADIENT=with_gradient,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=max(4, columns // 512),
+    )
+    return losses, gradient, predictions
+
+
+def class_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    histogram: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Compute softmax cross-entropy of `logits + offsets`, weighted by class, without a sync.
+
+    `logits` [B, C] float32, bfloat16 or float16 (float64 in PyTorch only); `labels` [B] int64 in
+    [0, C); `offsets` and `weights` [C]. Computed in float32. "mean" is the weighted mean of
+    torch.nn.functional.cross_entropy, which is NaN where all weights of the batch are zero; "sum"
+    and "none" are its too. `histogram` [C] int64 is counted up in place by each row's prediction:
+    the first maximum of the logits without offsets. Only the logits get a gradient, and only once.
+    Raises ValueError for arguments of another shape or dtype. Source: REAT (arXiv 2307.10205) for
+    the weights, balanced softmax (arXiv 2007.10740) for the offsets.
+    """
+    _check(logits, labels, offsets, weights, label_smoothing, reduction, histogram)
+    fits = logits.dtype != torch.float64 and logits.shape[1] <= MOST_CLASSES
+    if not fits and backend == "triton":
+        raise ValueError(
+            f"backend='triton' takes float32, bfloat16 or float16 logits of up to {MOST_CLASSES} "
+            f"classes, got {logits.dtype} and {logits.shape[1]}: give backend='torch'"
+        )
+    if not (use_triton(backend, logits) and fits):
+        if histogram is not None:
+            _count_(histogram, logits.argmax(1))
+        return class_loss_torch(
+            logits,
+            labels,
+            offsets=offsets,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    losses: Tensor
+    predictions: Tensor
+    losses, _, predictions = _ClassLoss.apply(  # type: ignore[no-untyped-call]
+        logits, labels, offsets, weights, label_smoothing, with_gradient
+    )
+    if histogram is not None:
+        _count_(histogram, predictions)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if weights is None else losses.sum() / weights[labels].float().sum()
+
+
+class _ClassLoss(torch.autograd.Function):
+    """Rows' losses and predictions; the gradient was computed with them and waits to be scaled."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        labels: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        label_smoothing: float,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows: tuple[Tensor, Tensor, Tensor] = class_loss_rows(
+            logits, labels, offsets, weights, label_smoothing, with_gradient
+        )
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, gradient, predictions = output
+        ctx.mark_non_differentiable(gradient, predictions)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        grad_logits = (gradient * grad_losses[:, None]).to(ctx.dtype)
+        return grad_logits, None, None, None, None, None
+
+
+def _in_loss_precision(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _count_(histogram: Tensor, predictions: Tensor) -> None:
+    """Count predictions into the histogram; integers, so the order of the additions is free."""
+    histogram.scatter_add_(0, predictions, torch.ones_like(predictions))
+
+
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    histogram: Tensor | None,
+) -> None:
+    if logits.ndim != 2 or 0 in logits.shape or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be a filled [B, C] tensor of floats, got {logits.dtype} "
+            f"{list(logits.shape)}"
+        )
+    batch, classes = logits.shape
+    if labels.shape != (batch,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape [{batch}] beside logits {list(logits.shape)}, got "
+            f"{labels.dtype} {list(labels.shape)}"
+        )
+    for name, values in (("offsets", offsets), ("weights", weights), ("histogram", histogram)):
+        if values is not None and values.shape != (classes,):
+            raise ValueError(
+                f"{name} must have shape [{classes}], one value a class, got {list(values.shape)}"
+            )
+    if histogram is not None and histogram.dtype != torch.int64:
+        raise ValueError(f"histogram must be int64, got {histogram.dtype}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is unknown: give 'mean', 'sum' or 'none'")

@@ -1,0 +1,258 @@
+"""From stored bytes to a training batch and the start of its attack, in one pass.
+
+clean[b] = flip(crop(pad(images[row]))) / 255 and start[b] = clean[b] + noise[b], where the crop,
+the flip and the noise of a sample depend only on (seed, epoch, sample index): see `philox`. The
+start is not clamped, as in the official REAT code.
+
+Both backends draw the same crops, flips and words and give the same clean pixels, to the bit. The
+start may differ in the last place, where the GPU fuses multiplication and addition; normal noise
+also by the rounding of logarithm, sine and cosine.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reat_fast.kernels import philox
+from reat_fast.kernels.philox import normal_words, philox_words, uniform_word
+from reat_fast.kernels.triton_support import (
+    Backend,
+    device_number,
+    jit,
+    kernel_runs_on,
+    tl,
+    use_triton,
+    wrap_triton,
+)
+
+Noise = Literal["uniform", "normal", "none"]
+
+
+def prepare(
+    images: Tensor,
+    indices: Tensor,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    eps: float | Tensor,
+    *,
+    gather: bool = True,
+    padding: int = 4,
+    flip: bool = True,
+    noise: Noise = "uniform",
+    backend: Backend = "auto",
+    block: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Gather, crop, flip and scale a batch, and add the random start of the attack; never syncs.
+
+    images: uint8, contiguous: the whole set [N, H, W, C], of which row indices[b] is sample b, or
+    with gather=False the batch [B, H, W, C] itself. indices: int64 [B] on the same device, the
+    samples' identity for the random numbers; not checked against N on a GPU. seed, epoch: int or
+    0-dim int64 tensor. eps: number, 0-dim tensor or [B]: half-width of the uniform noise, standard
+    deviation of the normal noise. padding: zeros round the image, the crop moves by up to so many
+    pixels; flip: mirror half of the images; padding=0, flip=False is the evaluation transform.
+    block: elements per Triton program, a power of two.
+    Returns (clean, start), float32 [B, C, H, W] in channels_last memory, never the same memory.
+    Raises ValueError for a wrong dtype, shape, device or noise. Source: official REAT data.py and
+    PGD start.
+    """
+    _check(images, indices, gather, padding, noise)
+    arguments = (
+        images,
+        indices,
+        _counter(seed, indices, "seed"),
+        _counter(epoch, indices, "epoch"),
+        device_number(eps, indices, "eps", torch.float32),
+        gather,
+        padding,
+        flip,
+        noise,
+    )
+    if use_triton(backend, images):
+        clean, start = _prepare(*arguments, block)
+        return clean, start
+    return prepare_torch(*arguments)
+
+
+def prepare_torch(
+    images: Tensor,
+    indices: Tensor,
+    seed: Tensor,
+    epoch: Tensor,
+    eps: Tensor,
+    gather: bool,
+    padding: int,
+    flip: bool,
+    noise: str,
+) -> tuple[Tensor, Tensor]:
+    """Do the same in PyTorch: what the kernel is held against, and the CPU path."""
+    height, width = images.shape[1:3]
+    batch = torch.arange(len(indices), device=images.device)
+    words = philox.random_bits(seed, epoch, indices, philox.AUGMENT, 3)
+    shift = philox.integers(words[:, :2], 2 * padding + 1) - padding  # [B, 2], down and right
+    flipped = philox.bernoulli(words[:, 2:], 0.5) & flip  # [B, 1]
+    rows = shift[:, :1] + torch.arange(height, device=images.device)  # [B, H], source rows
+    columns = torch.arange(width, device=images.device)
+    columns = shift[:, 1:] + torch.where(flipped, width - 1 - columns, columns)  # [B, W]
+
+    # One axis at a time, each the outer one, so that whole lines of bytes are copied.
+    source = indices if gather else batch
+    pixels = images[source[:, None], rows.clamp(0, height - 1)]
+    pixels = pixels * ((rows >= 0) & (rows < height))[..., None, None]  # [B, H, W, C]
+    pixels = pixels.transpose(1, 2).contiguous()[batch[:, None], columns.clamp(0, width - 1)]
+    pixels = pixels * ((columns >= 0) & (columns < width))[..., None, None]  # [B, W, H, C]
+    clean = pixels.transpose(1, 2).contiguous().to(torch.float32) / 255  # [B, H, W, C]
+    start = clean + _noise_torch(seed, epoch, indices, eps, noise, clean)
+    return clean.permute(0, 3, 1, 2), start.permute(0, 3, 1, 2)
+
+
+def _noise_torch(
+    seed: Tensor, epoch: Tensor, indices: Tensor, eps: Tensor, noise: str, clean: Tensor
+) -> Tensor:
+    # Element e of a sample, in the order of memory, takes word e of its purpose.
+    if noise == "none":
+        return torch.zeros_like(clean)
+    size = clean.shape[1:].numel()
+    words = philox.random_bits(seed, epoch, indices, philox.START, size + size % 2)
+    unit = philox.normal(words) if noise == "normal" else philox.uniform(words) * 2 - 1
+    return (unit[:, :size] * eps.reshape(-1, 1)).view_as(clean)
+
+
+@jit
+def _prepare_kernel(  # type: ignore[no-untyped-def]
+    images_ptr,
+    indices_ptr,
+    seed_ptr,
+    epoch_ptr,
+    eps_ptr,
+    clean_ptr,
+    start_ptr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    EPS_STRIDE: tl.constexpr,
+    GATHER: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLIP: tl.constexpr,
+    NOISE: tl.constexpr,
+    AUGMENT: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    SIZE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
+    batch = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.load(indices_ptr + batch)
+    seed = tl.load(seed_ptr)
+    epoch = tl.load(epoch_ptr)
+
+    channel = element % CHANNELS
+    column = element // CHANNELS % WIDTH
+    row = element // (CHANNELS * WIDTH)
+    inside = element < SIZE
+    word0, word1, word2, _ = philox_words(seed, epoch, sample, tl.full([], 0, tl.int32), AUGMENT)
+    if FLIP:
+        column = tl.where(word2 < 0x80000000, WIDTH - 1 - column, column)
+    if PADDING > 0:
+        row += tl.umulhi(word0, 2 * PADDING + 1).to(tl.int32) - PADDING
+        column += tl.umulhi(word1, 2 * PADDING + 1).to(tl.int32) - PADDING
+    visible = inside & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+    source = (sample if GATHER else batch) * SIZE
+    pixel = tl.load(
+        images_ptr + source + (row * WIDTH + column) * CHANNELS + channel, mask=visible, other=0
+    )
+    clean = tl.div_rn(pixel.to(tl.float32), 255.0)
+    start = clean
+    if NOISE != "none":
+        # Four words a counter, side by side in memory: each thread keeps the four it drew.
+        quarter = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        word0, word1, word2, word3 = philox_words(seed, epoch, sample, quarter, START)
+        if NOISE == "normal":
+            unit0, unit1 = normal_words(word0, word1)
+            unit2, unit3 = normal_words(word2, word3)
+        else:
+            unit0, unit1 = uniform_word(word0) * 2 - 1, uniform_word(word1) * 2 - 1
+            unit2, unit3 = uniform_word(word2) * 2 - 1, uniform_word(word3) * 2 - 1
+        unit = tl.interleave(tl.interleave(unit0, unit2), tl.interleave(unit1, unit3))
+        start = clean + unit * tl.load(eps_ptr + batch * EPS_STRIDE)
+    tl.store(clean_ptr + batch * SIZE + element, clean, mask=inside)
+    tl.store(start_ptr + batch * SIZE + element, start, mask=inside)
+
+
+@torch.library.triton_op("reat_fast::prepare", mutates_args=())
+def _prepare(
+    images: Tensor,
+    indices: Tensor,
+    seed: Tensor,
+    epoch: Tensor,
+    eps: Tensor,
+    gather: bool,
+    padding: int,
+    flip: bool,
+    noise: str,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    if not kernel_runs_on(images):
+        return prepare_torch(images, indices, seed, epoch, eps, gather, padding, flip, noise)
+    batch, (height, width, channels) = len(indices), images.shape[1:]
+    clean = torch.empty(
+        (batch, channels, height, width),
+        dtype=torch.float32,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )
+    start = torch.empty_like(clean)
+    wrap_triton(_prepare_kernel)[(batch, -(-height * width * channels // block))](
+        images,
+        indices,
+        seed,
+        epoch,
+        eps,
+        clean,
+        start,
+        HEIGHT=height,
+        WIDTH=width,
+        CHANNELS=channels,
+        EPS_STRIDE=eps.ndim,
+        GATHER=gather,
+        PADDING=padding,
+        FLIP=flip,
+        NOISE=noise,
+        AUGMENT=philox.AUGMENT,
+        START=philox.START,
+        BLOCK=block,
+    )
+    return clean, start
+
+
+def _check(images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or not images.is_contiguous():
+        raise ValueError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}: prepare takes contiguous "
+            "uint8 images [N, H, W, C]"
+        )
+    if indices.dtype != torch.int64 or indices.ndim != 1 or indices.device != images.device:
+        raise ValueError(
+            f"indices are {indices.dtype} of shape {tuple(indices.shape)} on {indices.device}: "
+            f"prepare takes int64 [B] on {images.device}, where the images are"
+        )
+    if not gather and len(images) != len(indices):
+        raise ValueError(
+            f"gather=False takes one image per index, got {len(images)} images and "
+            f"{len(indices)} indices: give the batch itself, or gather=True"
+        )
+    if padding < 0:
+        raise ValueError(f"padding={padding} is negative: give 0 to crop nothing")
+    if noise not in ("uniform", "normal", "none"):
+        raise ValueError(f"noise={noise!r} is unknown: give 'uniform', 'normal' or 'none'")
+
+
+def _counter(value: int | Tensor, indices: Tensor, name: str) -> Tensor:
+    if isinstance(value, int):
+        value = (value + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
+    number = device_number(value, indices, name, torch.int64)
+    if number.ndim != 0:
+        raise ValueError(f"{name} has shape {tuple(number.shape)}: give one number for the batch")
+    return number

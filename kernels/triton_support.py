@@ -1,0 +1,95 @@
+"""Triton where it is installed, stand-ins where it is not, and the choice of kernel or PyTorch.
+
+Every kernel file takes `jit`, `tl` and `wrap_triton` from here, so that importing one needs
+neither a GPU nor Triton. `TRITON_INTERPRET=1`, set before Python starts, runs kernels on CPU
+tensors (slowly, for tests).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
+
+triton: Any
+tl: Any
+try:
+    import triton  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
+    import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
+
+    TRITON_INSTALLED = True
+except ImportError:
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+    TRITON_INSTALLED = False
+    # torch warns about every op that it finds no kernels for: ours have a PyTorch form.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """Make a kernel, as `triton.jit` does; without Triton the function stays as it is, unused."""
+    return triton.jit(kernel) if TRITON_INSTALLED else kernel
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """Make a launch visible to `torch.compile`; an interpreted kernel passes unchanged."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def kernel_runs_on(tensor: Tensor) -> bool:
+    """Say whether a kernel can be launched on this tensor; the body of every op asks this."""
+    return TRITON_INSTALLED and (tensor.device.type == "cuda" or INTERPRETED)
+
+
+def use_triton(backend: Backend, tensor: Tensor) -> bool:
+    """Choose between the Triton kernel and the PyTorch form of an op.
+
+    `auto` is Triton on CUDA tensors where it is installed, else PyTorch; `triton` on a CPU tensor
+    needs TRITON_INTERPRET=1. Raises ValueError for an unknown backend, and where no kernel can run.
+    """
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return tensor.device.type == "cuda" and TRITON_INSTALLED
+    if backend != "triton":
+        raise ValueError(f"backend={backend!r} is unknown: give 'auto', 'torch' or 'triton'")
+    if not TRITON_INSTALLED:
+        raise ValueError(
+            "backend='triton' needs Triton: pip install triton (Linux), or give backend='torch'"
+        )
+    if not kernel_runs_on(tensor):
+        raise ValueError(
+            f"backend='triton' cannot run on {tensor.device.type} tensors: give backend='torch', "
+            "or set TRITON_INTERPRET=1 before Python starts to run kernels in Triton's interpreter"
+        )
+    return True
+
+
+def device_number(
+    value: float | Tensor, like: Tensor, name: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Put a number, or one number per sample, where kernels read it: on the device, with no copy.
+
+    value: Python number, 0-dim tensor or tensor [B]; like: tensor [B, ...] on the wanted device.
+    Returns a 0-dim tensor or [B], of `dtype` (default: that of like), which a graph replay rereads
+    if the value was a tensor. Raises ValueError for another shape or device.
+    """
+    dtype = like.dtype if dtype is None else dtype
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=like.device)
+    if value.shape not in ((), like.shape[:1]):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: give a number or a tensor of shape () or "
+            f"({like.shape[0]},), one value per sample"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the images on {like.device}: move it there")
+    return value.to(dtype)

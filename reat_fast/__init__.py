@@ -1,0 +1,32 @@
+"""Adversarial training on long-tailed data, fast and checked against a plain reference.
+
+>>> import torch
+>>> from reat_fast import create_model, pgd
+>>> model = create_model("resnet8", num_classes=10).eval()
+>>> images, labels = torch.rand(2, 3, 32, 32), torch.tensor([3, 7])
+>>> pgd(model, images, labels, eps=8 / 255, step_size=2 / 255, steps=10).shape
+torch.Size([2, 3, 32, 32])
+"""
+
+from reat_fast.attack import PGD, pgd
+from reat_fast.checkpoint import load_model
+from reat_fast.data import load_dataset, longtail_counts, longtail_indices
+from reat_fast.models import create_model, load_official
+from reat_fast.objective import balanced_softmax_loss, rbl_loss, rbl_weights, tail_penalty
+from reat_fast.step import TrainStep
+
+__all__ = [
+    "PGD",
+    "TrainStep",
+    "balanced_softmax_loss",
+    "create_model",
+    "load_dataset",
+    "load_model",
+    "load_official",
+    "longtail_counts",
+    "longtail_indices",
+    "pgd",
+    "rbl_loss",
+    "rbl_weights",
+    "tail_penalty",
+]

@@ -1,0 +1,159 @@
+"""Projected gradient descent in an L-infinity ball: the attack that training and evaluation share.
+
+Only the gradient with respect to the images is computed. The images stay in float32 whatever the
+network computes in: a step of 2/255 would be rounded away in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.linf import linf_step_
+
+__all__ = ["PGD", "pgd"]
+
+Network = Callable[[Tensor], Tensor]
+AttackLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum the cross-entropy over the batch; a mean would shrink every gradient by the batch size."""
+    return class_loss(logits, labels, reduction="sum")
+
+
+def pgd(
+    model: Network,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor = 8 / 255,
+    step_size: float | Tensor = 2 / 255,
+    steps: int = 10,
+    start: Tensor | None = None,
+    loss: AttackLoss | None = None,
+    clip: tuple[float, float] = (0.0, 1.0),
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """Search the L-infinity ball round each image for one that raises the loss.
+
+    images [B, C, H, W] in `clip`; labels int64 [B]. eps and step_size: a number or one per sample,
+    Tensor [B]. start: noise like images that is added before the first step and not clamped then,
+    as in the official REAT code; None draws it from U(-eps, eps). loss(logits, labels) -> scalar
+    that should be a sum over samples; None is cross-entropy. nonfinite: int64 device tensor to
+    which the number of NaN and infinite gradient elements is added.
+    Returns images within eps of the given ones and inside `clip`; the model's mode and its
+    gradients are left as they are. Nothing syncs.
+    Source: Madry et al., ICLR 2018; the order of operations is that of the official REAT code.
+    """
+    noise = uniform_noise(images, eps) if start is None else start
+    return ascend(
+        model,
+        images.detach() + noise,
+        images.detach(),
+        labels,
+        eps=eps,
+        step_size=step_size,
+        steps=steps,
+        loss=cross_entropy if loss is None else loss,
+        clip=clip,
+        nonfinite=nonfinite,
+    )
+
+
+def ascend(
+    model: Network,
+    adv: Tensor,
+    clean: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    loss: AttackLoss,
+    clip: tuple[float, float] = (0.0, 1.0),
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """Take the steps of pgd from `adv`, noise already added, round `clean`; see pgd."""
+    for _ in range(steps):
+        adv = adv.detach().requires_grad_()
+        with torch.enable_grad():
+            total = loss(model(adv), labels)
+        (gradient,) = torch.autograd.grad(total, adv)
+        adv = adv.detach()
+        linf_step_(adv, gradient, clean, step_size, eps, clip=clip, nonfinite=nonfinite)
+    return adv.detach().clamp(*clip)
+
+
+class PGD:
+    """Attack a classifier with an object that is called on images and labels.
+
+    PGD(model, eps=8/255, alpha=2/255, steps=10)(images, labels) returns adversarial images. The
+    attack runs in eval mode and every module gets back the mode it had. alpha is the step size;
+    random_start=False begins at the clean images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+    ) -> None:
+        self.model = model
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = random_start
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return adversarial images [B, C, H, W] for images in [0, 1] and labels [B]."""
+        with evaluating(self.model):
+            return pgd(
+                self.model,
+                images,
+                labels,
+                eps=self.eps,
+                step_size=self.alpha,
+                steps=self.steps,
+                start=None if self.random_start else torch.zeros_like(images),
+            )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and give every module back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def with_batch_statistics(model: nn.Module) -> Network:
+    """Return the network as it is in train mode, without touching its running statistics.
+
+    For attacks on batch statistics: the forward works on copies of the BatchNorm buffers and on
+    detached weights. The mode of the model is the caller's business.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        frozen = {name: weight.detach() for name, weight in model.named_parameters()}
+        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        logits: Tensor = torch.func.functional_call(model, {**frozen, **copies}, (images,))
+        return logits
+
+    return forward
+
+
+def uniform_noise(images: Tensor, eps: float | Tensor) -> Tensor:
+    """Draw U(-eps, eps) like images from the default generator; eps a number or Tensor [B]."""
+    radius = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.ndim else eps
+    return (torch.rand_like(images) * 2 - 1) * radius

@@ -1,0 +1,203 @@
+"""The run folder: what is in it, how it is written, and how a model comes out of it.
+
+Every file is written under another name and moved into place, so that a file with its proper name
+is whole. Weights are safetensors; the state of a run is read with weights_only, so that no file
+can run code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from reat_fast.models import create_model
+from reat_fast.networks import Network
+
+CHECKPOINT = "checkpoint-last.pt"
+WEIGHTS = ("best.safetensors", "last.safetensors")
+
+
+class CheckpointError(ValueError):
+    """A run folder or checkpoint that cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What create_model needs to build the network of a run."""
+
+    name: str
+    num_classes: int
+    in_channels: int
+    width: int | None
+    stem_stride: int | None
+    class_names: tuple[str, ...]
+
+    def build(self) -> Network:
+        """Build the network with fresh weights."""
+        return create_model(
+            self.name,
+            self.num_classes,
+            in_channels=self.in_channels,
+            width=self.width,
+            stem_stride=self.stem_stride,
+        )
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then move it into place when it is on the disk."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda partial: _write_utf8(partial, text))
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def new_run_dir(run_dir: Path | None, preset: str) -> Path:
+    """Choose the folder of a new run: the one asked for, or the next free runs/PRESET-N.
+
+    Errors: CheckpointError when the folder already holds a run or anything else.
+    """
+    if run_dir is None:
+        numbered = (Path("runs") / f"{preset}-{number}" for number in itertools.count(1))
+        return next(folder for folder in numbered if not folder.exists())
+    if run_dir.exists() and not run_dir.is_dir():
+        raise CheckpointError(f"--run-dir {run_dir}: is a file; name a folder")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise CheckpointError(
+            f"--run-dir {run_dir}: already holds files; go on with --resume {run_dir} "
+            "or name another folder"
+        )
+    return run_dir
+
+
+def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
+    """Write everything a resumed run needs."""
+    write_atomically(run_dir / CHECKPOINT, lambda partial: torch.save(state, partial))
+
+
+def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read what save_checkpoint wrote; tensors and plain values only, no code.
+
+    Errors: CheckpointError naming the file.
+    """
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; give the folder of a run") from None
+    except Exception as error:  # torch.load has no base class for what a damaged file raises
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint of reat_fast ({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict) or "model_spec" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of reat_fast")
+    return state
+
+
+def save_weights(path: Path, model: Network, spec: ModelSpec) -> None:
+    """Write weights as safetensors, with what is needed to build the network in the header."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    blob = save(tensors, metadata={"reat_fast": json.dumps(asdict(spec))})
+    write_atomically(path, lambda partial: _write_bytes(partial, blob))
+
+
+def _write_bytes(path: Path, blob: bytes) -> None:
+    path.write_bytes(blob)
+
+
+def load_model(run_or_checkpoint: str | Path, map_location: str | torch.device = "cpu") -> Network:
+    """Load a trained classifier: an eval-mode module on images [B, C, H, W] in [0, 1].
+
+    run_or_checkpoint: the folder of a run (best.safetensors, else last.safetensors), one
+    .safetensors file, or a checkpoint-last.pt. Returns logits [B, K] when called.
+    Errors: CheckpointError naming the file.
+    """
+    model, _ = load_model_and_spec(Path(run_or_checkpoint), map_location)
+    return model
+
+
+def load_model_and_spec(
+    path: Path, map_location: str | torch.device = "cpu"
+) -> tuple[Network, ModelSpec]:
+    """Load a classifier and what it was built from; see load_model."""
+    file = find_weights(path)
+    if file.suffix == ".pt":
+        state = load_checkpoint(file, map_location)
+        spec, tensors = _spec(state["model_spec"], file), state["model"]
+    else:
+        spec, tensors = _read_weights(file, map_location)
+    model = spec.build().to(map_location)
+    try:
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{file}: weights do not fit {spec.name} ({reason})") from error
+    return model.eval(), spec
+
+
+def find_weights(path: Path) -> Path:
+    """Name the file that load_model reads for a run folder or a file."""
+    if path.is_dir():
+        for name in (*WEIGHTS, CHECKPOINT):
+            if (path / name).is_file():
+                return path / name
+        raise CheckpointError(f"{path}: holds no weights ({', '.join(WEIGHTS)}, {CHECKPOINT})")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    if path.suffix not in (".safetensors", ".pt"):
+        raise CheckpointError(f"{path}: give a run folder, a .safetensors file or a {CHECKPOINT}")
+    return path
+
+
+def train_counts(run_dir: Path) -> list[int] | None:
+    """Return the training images per class of a run, where its folder tells."""
+    split = run_dir / "split.json"
+    if not split.is_file():
+        return None
+    counts = json.loads(split.read_text("utf-8"))["train_counts"]
+    return [int(count) for count in counts]
+
+
+def _read_weights(
+    file: Path, map_location: str | torch.device
+) -> tuple[ModelSpec, dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt", device=str(map_location)) as archive:
+            metadata = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged or not safetensors ({error})") from error
+    if "reat_fast" not in metadata:
+        raise CheckpointError(f"{file}: has no reat_fast header, so the network is unknown")
+    try:
+        return _spec(json.loads(metadata["reat_fast"]), file), tensors
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: damaged reat_fast header ({error})") from error
+
+
+def _spec(values: dict[str, Any], file: Path) -> ModelSpec:
+    try:
+        return ModelSpec(**{**values, "class_names": tuple(values["class_names"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{file}: written by another version ({error})") from error

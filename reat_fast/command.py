@@ -1,0 +1,82 @@
+"""What the commands share: typed flags, one clear line for bad input, the choice of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import tyro
+
+Flags = TypeVar("Flags")
+
+
+def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command; errors of the user become one line on stderr and exit code 2."""
+    try:
+        return main(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def parse_flags(
+    flags: type[Flags], arguments: list[str], program: str, default: Flags | None = None
+) -> Flags:
+    """Read flags into a dataclass; --help prints them and ends the program.
+
+    Errors: ValueError with one line for a flag that does not exist or a value that cannot be.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            if default is None:
+                return tyro.cli(flags, prog=program, args=arguments)
+            return tyro.cli(flags, prog=program, args=arguments, default=default)
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_one_line(shown.getvalue())) from None
+        raise
+
+
+def _one_line(box: str) -> str:
+    """Turn the box that tyro draws round an error, in ASCII or not, into one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = re.split(r"\s*[─-]{5,}\s*", " ".join(line for line in lines if line))
+    if "╭" not in box:
+        sections.pop(0)  # the title, which a drawn box carries in its frame
+    text = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", sections[0])
+    near = re.findall(r"(--[\w-]+)", sections[1]) if "Perhaps" in box else []
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    return f"{text}{hint} (--help lists every flag)"
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn --device into a device: auto is the first CUDA device where there is one, else the CPU.
+
+    Errors: ValueError for a name torch does not know and for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: give auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(
+            f"--device {name}: this machine has {found} CUDA devices; try --device cpu"
+        )
+    return device

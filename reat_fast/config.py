@@ -1,0 +1,247 @@
+"""The configuration of a run: one flat dataclass, its presets, and the parser of the command line.
+
+Every field is a flag. The text under a field is its help. Presets are instances, so a preset is
+read as the list of what it changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from reat_fast.command import parse_flags
+
+
+def fraction(text: str) -> float:
+    """Read a number that may be written as a fraction, as the field writes radii: "8/255"."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
+
+
+def fraction_text(value: float) -> str:
+    """Write a radius the way the field does: 8/255 where it is one, the plain number elsewhere."""
+    levels = value * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-9 else f"{value:g}"
+
+
+Radius = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec[float](
+        nargs=1,
+        metavar="FLOAT|N/255",
+        instance_from_str=lambda words: fraction(words[0]),
+        is_instance=lambda instance: isinstance(instance, (int, float)),
+        str_from_instance=lambda instance: [fraction_text(instance)],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train an image classifier that is robust to adversarial examples on long-tailed data."""
+
+    dataset: str = "cifar10"
+    """Data set: cifar10, cifar100, fashion-mnist, npz or folder."""
+    data: Path | None = None
+    """Folder, archive or .npz (x_train, y_train, x_test, y_test); unset: the usual places."""
+    imbalance: float = 0.02
+    """Smallest over largest class of the training set, in (0, 1]: 0.02 is ratio 50, 1 balanced."""
+    profile: Literal["exp", "step"] = "exp"
+    """How class sizes fall off: exponentially, or in one step after half of the classes."""
+    largest: int | None = None
+    """Images of the largest class. Left out: all that a balanced class has."""
+    held_out: float = 0.05
+    """Share of each training class kept for choosing the best epoch (0 trains on everything)."""
+    split_seed: int = 0
+    """Seed of the long-tailed subset; 0 is the subset that the official code draws."""
+
+    model: str = "resnet18"
+    """resnet8, resnet18, resnet34, resnet50, preact_resnet18, wrn28_10, wrn34_10, timm/NAME."""
+    width: int | None = None
+    """Channels of the first stage; unset: the network's own."""
+    stem_stride: Literal[1, 2] | None = None
+    """Stride of the first convolution; unset: the network's own, 2 in resnet8 and else 1."""
+
+    epochs: int = 80
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Use Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every parameter, BatchNorm included, as in the official code."""
+    schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
+    """Learning rate: drops at the milestones, a linear ramp up and down, or a cosine."""
+    milestones: tuple[int, ...] = (60, 75)
+    """Epochs at which the multistep schedule multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the multistep schedule."""
+    warmup: float = 0.25
+    """Share of the run in which the onecycle schedule rises."""
+
+    eps: Radius = 8 / 255
+    """L-infinity radius of the adversarial examples, on images in [0, 1]."""
+    step_size: Radius = 2 / 255
+    """Length of one step of the attack, on images in [0, 1]."""
+    steps: int = 10
+    """Steps of the attack in training."""
+    attack_loss: Literal["auto", "ce", "rbl", "rbl_offsets"] = "auto"
+    """What the attack maximises; auto is ce where REAT's rbl cannot change an example."""
+    attack_batchnorm: Literal["eval", "train"] = "eval"
+    """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
+    tail: Literal["official", "pairwise", "none"] = "official"
+    """Feature penalty on tail classes: as the official code has it, per pair, or none."""
+    tail_coefficient: float = 1.0
+    """Factor of the tail penalty."""
+
+    augment: bool = True
+    """Random crop with padding 4 and horizontal flip."""
+
+    fused: bool = True
+    """Train with the fused step; --no-fused is the plain reference, to compare with."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and random starts."""
+
+    evaluation: Literal["held-out", "official", "none"] = "held-out"
+    """Chooses the best epoch: PGD-10 on held-out images, or (official) PGD-20 on the test set."""
+    eval_every: int = 5
+    """Epochs between two evaluations on the held-out images."""
+    select: Literal["best", "last"] = "best"
+    """Which weights are evaluated on the test set at the end."""
+    eval_batch_size: int = 500
+    """Images per batch of an evaluation."""
+
+    run_dir: Path | None = None
+    """Folder of the run. Left out: the next free runs/PRESET-N."""
+    resume: Path | None = None
+    """Go on with the run in this folder."""
+    limit_batches: int | None = None
+    """Stop each epoch after so many batches and evaluate on as many: to try things out."""
+
+    def __post_init__(self) -> None:
+        def whole(value: int | None, least: int) -> bool:
+            return value is None or value >= least
+
+        def finite(value: float) -> bool:
+            return math.isfinite(value) and value >= 0
+
+        unit = "must lie in [0, 1)"
+        checks = {
+            "imbalance": (0 < self.imbalance <= 1, "must lie in (0, 1]; 0.02 is ratio 50"),
+            "largest": (whole(self.largest, 1), "must be at least 1"),
+            "held_out": (0 <= self.held_out < 1, unit),
+            "split_seed": (whole(self.split_seed, 0), "must be 0 or more"),
+            "width": (whole(self.width, 1), "must be at least 1"),
+            "epochs": (whole(self.epochs, 1), "must be at least 1"),
+            "batch_size": (whole(self.batch_size, 1), "must be at least 1"),
+            "lr": (finite(self.lr), "must be a finite number, 0 or more"),
+            "momentum": (0 <= self.momentum < 1, unit),
+            "nesterov": (self.momentum > 0 or not self.nesterov, "needs --momentum above 0"),
+            "weight_decay": (finite(self.weight_decay), "must be a finite number, 0 or more"),
+            "gamma": (finite(self.gamma), "must be a finite number, 0 or more"),
+            "warmup": (0 <= self.warmup <= 1, "must lie in [0, 1]"),
+            "eps": (0 <= self.eps <= 1, "must lie in [0, 1], as images do; 8/255 is usual"),
+            "step_size": (0 <= self.step_size <= 1, "must lie in [0, 1]; 2/255 is usual"),
+            "steps": (whole(self.steps, 0), "must be 0 or more"),
+            "tail_coefficient": (
+                finite(self.tail_coefficient),
+                "must be a finite number, 0 or more",
+            ),
+            "seed": (0 <= self.seed < 2**63, "must lie in [0, 2^63)"),
+            "eval_every": (whole(self.eval_every, 1), "must be at least 1"),
+            "eval_batch_size": (whole(self.eval_batch_size, 1), "must be at least 1"),
+            "limit_batches": (whole(self.limit_batches, 1), "must be at least 1"),
+        }
+        for name, (fine, need) in checks.items():
+            if not fine:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: {need}")
+
+
+def flag(name: str) -> str:
+    """Write a field's name as its flag on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+QUICKSTART = Config(
+    dataset="fashion-mnist",
+    largest=2000,
+    model="resnet8",
+    epochs=10,
+    lr=0.2,
+    schedule="onecycle",
+    augment=False,
+    eval_every=5,
+    select="last",
+)
+
+PRESETS: dict[str, Config] = {"reat": Config(), "quickstart": QUICKSTART}
+"""reat: the official recipe on CIFAR-10-LT. quickstart: minutes on a CPU, on Fashion-MNIST-LT."""
+
+LOCAL_FIELDS = ("run_dir", "resume", "device", "data")
+"""Fields that say where a run lives, not what it computes: they may differ on resume."""
+
+
+def to_json(config: Config) -> str:
+    """Write a configuration as JSON text; from_json reads it back equal."""
+    values = dataclasses.asdict(config)
+    return json.dumps(values, indent=2, default=str)
+
+
+def from_json(text: str, source: str = "config.json") -> Config:
+    """Read a configuration that to_json wrote.
+
+    Errors: ValueError naming the source for text that is not one, and for unknown fields.
+    """
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("no object of fields")
+        known = {field.name for field in dataclasses.fields(Config)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}, written by another version")
+        for name in ("data", "run_dir", "resume"):
+            values[name] = Path(values[name]) if values.get(name) else None
+        values["milestones"] = tuple(values.get("milestones", ()))
+        return Config(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: not a configuration of reat_fast ({error})") from error
+
+
+def parse(
+    arguments: list[str],
+    default_preset: str,
+    default: Config | None = None,
+    program: str = "python -m reat_fast.train",
+) -> tuple[str, Config]:
+    """Read the command line: a preset's name first, then flags.
+
+    Returns the preset's name and the configuration; flags change the preset or, where it is given,
+    `default`.
+    Errors: ValueError with one line for an unknown preset or flag and for a value that cannot be.
+    """
+    preset, rest = default_preset, list(arguments)
+    if rest and not rest[0].startswith("-"):
+        preset = rest.pop(0)
+        if preset not in PRESETS:
+            near = difflib.get_close_matches(preset, PRESETS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown preset {preset!r}{hint} Presets: {', '.join(PRESETS)}")
+    flags = f"{program} [{'|'.join(PRESETS)}]"
+    return preset, parse_flags(Config, rest, flags, PRESETS[preset] if default is None else default)

@@ -1,0 +1,99 @@
+"""What adversarial training on long-tailed data minimises, and the class statistics it needs.
+
+The four functions are the terms of REAT (arXiv 2307.10205) on top of the ops in reat_fast.kernels;
+ClassStatistics keeps what they know about classes on the device, so that a step never asks the
+host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.class_weights import rbl_weights
+from reat_fast.kernels.tail_penalty import tail_penalty
+from reat_fast.kernels.triton_support import Backend
+
+__all__ = [
+    "ClassStatistics",
+    "balanced_softmax_loss",
+    "rbl_loss",
+    "rbl_weights",
+    "tail_penalty",
+]
+
+AttackLossName = Literal["ce", "rbl", "rbl_offsets"]
+
+
+def rbl_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, *, backend: Backend = "auto"
+) -> Tensor:
+    """Average the cross-entropy with per-class weights: sum_b w_yb CE_b / sum_b w_yb.
+
+    logits [B, C], labels int64 [B], weights float32 [C] (rbl_weights). Returns a scalar.
+    Source: RBL of the official REAT code; method section of arXiv 2307.10205.
+    """
+    return class_loss(logits, labels, weights=weights, backend=backend)
+
+
+def balanced_softmax_loss(
+    logits: Tensor,
+    labels: Tensor,
+    counts: Tensor | Sequence[int],
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Average the cross-entropy of logits + log(counts).
+
+    logits [B, C], labels int64 [B], counts: training images per class [C], below 1 taken as 1.
+    Returns a scalar. Source: balanced softmax (Ren et al., NeurIPS 2020), as BSL of the official
+    REAT code.
+    """
+    offsets = log_counts(torch.as_tensor(counts, device=logits.device), logits.dtype)
+    return class_loss(logits, labels, offsets=offsets, backend=backend)
+
+
+def log_counts(counts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return log(counts) [C], counts below 1 taken as 1, in float32 or, if dtype is, float64."""
+    precision = torch.promote_types(dtype, torch.float32)
+    return counts.clamp(min=1).to(precision).log()
+
+
+class ClassStatistics:
+    """Class counts and the predictions of adversarial examples, all of it on the device.
+
+    counts: training images per class. ae_counts: adversarial examples predicted per class in the
+    last epoch, before the first one the counts. next_ae_counts: those of the running epoch.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.counts = torch.tensor(counts, dtype=torch.int64, device=device)
+        self.log_counts = log_counts(self.counts, dtype)
+        self.ae_counts = self.counts.clone()
+        self.next_ae_counts = torch.zeros_like(self.counts)
+        self.weights = rbl_weights(self.counts, self.ae_counts)
+
+    def end_epoch(self) -> None:
+        """Renew the RBL weights from this epoch's predictions, in place and without a sync."""
+        self.ae_counts.copy_(self.next_ae_counts)
+        self.next_ae_counts.zero_()
+        self.weights.copy_(rbl_weights(self.counts, self.ae_counts))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs."""
+        return {"ae_counts": self.ae_counts, "next_ae_counts": self.next_ae_counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up a saved state, into the same memory."""
+        self.ae_counts.copy_(state["ae_counts"])
+        self.next_ae_counts.copy_(state["next_ae_counts"])
+        self.weights.copy_(rbl_weights(self.counts, self.ae_counts))

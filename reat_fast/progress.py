@@ -1,0 +1,145 @@
+"""How a run reports itself: a bar on a terminal, plain lines elsewhere, and the clock behind both.
+
+The clock counts training alone: the first step, which warms up, and evaluations stand apart.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 60.0
+READ_EVERY_SECONDS = 1.0
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them: 45 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+class TrainingClock:
+    """Measure throughput and the time left over the steps of a run.
+
+    total_steps: steps still to be taken. clock: seconds, monotonic; tests pass their own.
+    """
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._total_steps = total_steps
+        self._mark = clock()
+        self._steps = 0
+        self._timed_steps = 0
+        self._timed_images = 0
+        self.training_seconds = 0.0
+        self.warm_up_seconds: float | None = None
+
+    def resume(self) -> None:
+        """Start counting again after something that is not training."""
+        self._mark = self._clock()
+
+    def step(self, images: int) -> None:
+        """Count one step of so many images."""
+        now = self._clock()
+        elapsed, self._mark = now - self._mark, now
+        self._steps += 1
+        if self.warm_up_seconds is None:
+            self.warm_up_seconds = elapsed
+            return
+        self.training_seconds += elapsed
+        self._timed_steps += 1
+        self._timed_images += images
+
+    @property
+    def images_per_second(self) -> float:
+        """Images trained on per second, without the first step; 0 before the second."""
+        return self._timed_images / self.training_seconds if self.training_seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds of training that are left at the pace so far; 0 before the second step."""
+        if not self._timed_steps:
+            return 0.0
+        pace = self.training_seconds / self._timed_steps
+        return pace * (self._total_steps - self._steps)
+
+
+class Progress:
+    """Show a run's progress: a tqdm bar on a terminal, a line an epoch (and a minute) elsewhere."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        epochs: int,
+        clock: TrainingClock,
+        *,
+        terminal: bool | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
+        self._epochs = epochs
+        self._now = now
+        self._read_at = self._line_at = now()
+        on_terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._bar = (
+            tqdm(
+                total=total_steps,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f} %|{bar}|{postfix}",
+            )
+            if on_terminal
+            else None
+        )
+
+    def due(self) -> bool:
+        """Say whether it is time to read the running loss: about once a second, not each step."""
+        waited = self._now() - self._read_at
+        return waited >= (READ_EVERY_SECONDS if self._bar is not None else LINE_EVERY_SECONDS)
+
+    def step(self, epoch: int, means: dict[str, float] | None) -> None:
+        """Move on by one step; means as from TrainStep.running_means when it was due."""
+        if means is not None:
+            self._read_at = self._now()
+        if self._bar is not None:
+            self._bar.update()
+            if means is not None:
+                self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
+                self._bar.set_postfix_str(self._summary(means), refresh=True)
+        elif means is not None:
+            self.say(f"epoch {epoch}/{self._epochs} under way  {self._summary(means)}")
+
+    def epoch(self, epoch: int, means: dict[str, float], note: str = "") -> None:
+        """Report a finished epoch in one line that stays."""
+        self._read_at = self._now()
+        self.say(f"epoch {epoch}/{self._epochs}  {self._summary(means)}{note}")
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.leave = False
+            self._bar.close()
+
+    def _summary(self, means: dict[str, float]) -> str:
+        return (
+            f"loss {means['loss']:.4f}  adv {means['adv_accuracy']:.1f} %  "
+            f"{self.clock.images_per_second:.0f} images/s  "
+            f"left {duration(self.clock.seconds_left)}"
+        )

@@ -1,0 +1,14 @@
+"""Which packages there are and where they stand; everything else is in pyproject.toml.
+
+`kernels` and `loaders` stand at the top of the checkout. The links reat_fast/kernels and
+reat_fast/loaders show them to tools that read the tree; package_dir puts them into wheels and
+serves clones whose links became text files.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=["reat_fast", "reat_fast.kernels", "reat_fast.loaders"],
+    package_dir={"reat_fast.kernels": "kernels", "reat_fast.loaders": "loaders"},
+    package_data={"reat_fast": ["py.typed"]},
+)

@@ -1,0 +1,106 @@
+"""Which tests run where, and poisoned memory.
+
+Tests marked `interpreter` run Triton kernels on the CPU. Triton reads TRITON_INTERPRET when it is
+imported, so they have a process of their own: `TRITON_INTERPRET=1 pytest` runs them and nothing
+else, plain `pytest` skips them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reat_fast.kernels.triton_support import INTERPRETED, Backend
+
+NEEDS_INTERPRETER = "needs TRITON_INTERPRET=1: make test runs them in a process of their own"
+
+if os.environ.get("TRITON_INTERPRET") == "1" and not INTERPRETED:
+    raise pytest.UsageError("TRITON_INTERPRET=1 is set, but Triton is not installed: unset it")
+if INTERPRETED:
+    import interpreter_bf16
+
+    interpreter_bf16.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETED:
+        others = [item for item in items if item.get_closest_marker("interpreter") is None]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("interpreter") is not None]
+    for item in items:
+        if item.get_closest_marker("interpreter") is not None and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason=NEEDS_INTERPRETER))
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what torch.empty and its kin return, so that an element a kernel leaves unwritten shows.
+
+    Floats become NaN, integers the largest of their type, booleans True.
+    """
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    yield
+
+
+@pytest.fixture
+def forbid_syncs() -> Iterator[None]:
+    """Fail on any operation that would make a program wait for its device."""
+    with _NoSyncs():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _NoSyncs(TorchDispatchMode):
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name in self.WAITING:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("torch", "cpu"), id="torch"),
+        pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
+        pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def place(request: pytest.FixtureRequest) -> tuple[Backend, str]:
+    """Run a test once per form of an op: (backend, device)."""
+    backend, device = request.param
+    return backend, device
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(allocate)
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point() or tensor.is_complex():
+            value: float = float("nan")
+        elif tensor.dtype == torch.bool:
+            value = True
+        else:
+            value = torch.iinfo(tensor.dtype).max
+        with torch.no_grad():
+            return tensor.fill_(value)
+
+    return poisoned

@@ -1,0 +1,83 @@
+"""What the compiler makes of every kernel: no spills, wide accesses, matrix instructions."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+from importlib import import_module
+
+import pytest
+
+import reat_fast.kernels
+from bench import aot
+
+REASON = aot.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+# The kernels with, for loads and for stores, whether 16 bytes at a time are possible.
+WIDE = {
+    "_class_loss_kernel": (True, True),
+    "_anchors_kernel": (True, False),  # stores one number a row
+    "_official_kernel": (True, True),
+    "_pairwise_kernel": (True, True),
+    "_prepare_kernel": (False, True),  # gathers single bytes, flipped or not
+    "_linf_step_kernel": (True, True),
+    "_l2_step_kernel": (True, True),
+}
+# Bytes of stack that are no spills: sine and cosine reduce large angles in an array of 7 words.
+ARRAYS = {"prepare normal uint8 [128, 32, 32, 3]": 32}
+# Rows of 40 bytes are not aligned to 16.
+NARROW_ROWS = "class_loss float32 [128, 10]"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[aot.Compiled]:
+    return aot.compile_cases(aot.cases())
+
+
+def test_every_kernel_of_the_project_is_compiled_for_every_target(rows: list[aot.Compiled]) -> None:
+    launched = set()
+    for module in pkgutil.iter_modules(reat_fast.kernels.__path__, "reat_fast.kernels."):
+        source = inspect.getsource(import_module(module.name))
+        launched |= set(re.findall(r"wrap_triton\((\w+_kernel)\)", source))
+    assert {row.kernel for row in rows} == launched == set(WIDE)
+    for target in aot.TARGETS:
+        assert {row.kernel for row in rows if row.target == target} == launched
+
+
+def test_no_kernel_spills_registers(rows: list[aot.Compiled]) -> None:
+    assert [row for row in rows if row.stack_bytes > ARRAYS.get(row.case, 0)] == []
+
+
+def test_shared_memory_fits_the_target(rows: list[aot.Compiled]) -> None:
+    for row in rows:
+        assert row.shared_bytes <= aot.SHARED_MEMORY[int(row.target.removeprefix("cuda:"))], row
+
+
+def test_global_memory_is_accessed_16_bytes_at_a_time_where_the_data_allow(
+    rows: list[aot.Compiled],
+) -> None:
+    for row in rows:
+        loads, stores = WIDE[row.kernel]
+        if row.case != NARROW_ROWS:
+            assert row.load_bits[128] > 0 or not loads, row
+            assert row.store_bits[128] > 0 or not stores, row
+
+
+def test_every_dot_becomes_matrix_instructions_of_its_target(rows: list[aot.Compiled]) -> None:
+    expected = {"cuda:80": {"HMMA"}, "cuda:90": {"HGMMA"}, "cuda:100": {"UTCHMMA"}}
+    dots = [row for row in rows if row.dots > 0]
+    assert {row.kernel for row in dots} == {"_pairwise_kernel"}
+    for row in dots:
+        assert set(row.matrix_instructions) == expected[row.target], row
+
+
+def test_the_table_has_a_line_for_each_launch_and_target(
+    rows: list[aot.Compiled], capsys: pytest.CaptureFixture[str]
+) -> None:
+    aot.print_table(rows[:3])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and header.startswith("op, dtype, shape")
+    for line, row in zip(lines, rows, strict=False):
+        assert line.startswith(row.case) and f"{row.registers} " in line

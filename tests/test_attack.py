@@ -1,0 +1,145 @@
+"""The attack: it equals the reference, keeps its promises and leaves the model alone."""
+
+from __future__ import annotations
+
+import official_values as official
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reat_fast import reference
+from reat_fast.attack import PGD, cross_entropy, pgd, with_batch_statistics
+from reat_fast.objective import rbl_loss
+
+EPS, STEP = 8 / 255, 2 / 255
+
+
+@pytest.fixture
+def made() -> dict[str, Tensor]:
+    return official.inputs()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return official.TinyNetwork().eval()
+
+
+def attack(model: nn.Module, made: dict[str, Tensor], **options: object) -> Tensor:
+    settings = {"eps": EPS, "step_size": STEP, "steps": 10, "start": made["noise"][0], **options}
+    return pgd(model, made["images"], made["labels"], **settings)  # type: ignore[arg-type]
+
+
+def plain_pgd(model: nn.Module, made: dict[str, Tensor], loss: reference.AttackLoss) -> Tensor:
+    return reference.pgd(
+        model,
+        made["images"],
+        made["labels"],
+        eps=EPS,
+        step_size=STEP,
+        steps=10,
+        start=made["noise"][0],
+        loss=loss,
+    )
+
+
+def test_rbl_cannot_change_an_adversarial_example(
+    model: nn.Module, made: dict[str, Tensor]
+) -> None:
+    weights = torch.from_numpy(reference.rbl_weights(official.COUNTS, official.AE_COUNTS))
+    assert weights.max() / weights.min() > 1e7
+    plain = plain_pgd(model, made, lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+    # In float64 no gradient underflows next to a weight of 1e-7, so the two agree in every pixel.
+    double = {name: t.double() if t.is_floating_point() else t for name, t in made.items()}
+    wide = model.double()
+    weighted = plain_pgd(wide, double, lambda z, y: reference.rbl_loss(z, y, weights))
+    unweighted = plain_pgd(wide, double, lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+    assert torch.equal(weighted, unweighted)
+    assert plain.shape == weighted.shape
+
+
+def test_pgd_equals_the_reference_bit_for_bit(model: nn.Module, made: dict[str, Tensor]) -> None:
+    expected = plain_pgd(model, made, lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+    assert torch.equal(attack(model, made), expected)
+
+
+def test_result_lies_in_the_ball_and_in_the_range(
+    model: nn.Module, made: dict[str, Tensor]
+) -> None:
+    adv = attack(model, made)
+    assert float(adv.min()) >= 0 and float(adv.max()) <= 1
+    # adv and the clean image are rounded to float32 once each: an ulp of 1 is 6e-8.
+    assert float((adv - made["images"]).abs().max()) <= EPS + 1.2e-7
+    before = cross_entropy(model(made["images"]), made["labels"])
+    assert float(cross_entropy(model(adv), made["labels"])) > float(before)
+
+
+def test_radius_and_step_per_sample_equal_one_call_per_sample(
+    model: nn.Module, made: dict[str, Tensor]
+) -> None:
+    radii = torch.linspace(0, 16 / 255, len(made["labels"]))
+    together = attack(model, made, eps=radii, step_size=radii / 4)
+    for b in (0, 7, 23):
+        single = {name: t[b : b + 1] for name, t in made.items() if name != "noise"}
+        single["noise"] = made["noise"][:, b : b + 1]
+        alone = attack(model, single, eps=float(radii[b]), step_size=float(radii[b] / 4))
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=1e-6)
+
+
+def test_zero_radius_returns_the_clean_images(model: nn.Module, made: dict[str, Tensor]) -> None:
+    zero = torch.zeros_like(made["images"])
+    assert torch.equal(attack(model, made, eps=0.0, start=zero), made["images"])
+
+
+def test_zero_steps_return_the_start_inside_the_range(
+    model: nn.Module, made: dict[str, Tensor]
+) -> None:
+    expected = (made["images"] + made["noise"][0]).clamp(0, 1)
+    assert torch.equal(attack(model, made, steps=0), expected)
+
+
+def test_weights_get_no_gradient_and_modes_stay(made: dict[str, Tensor]) -> None:
+    model = official.TinyNetwork().train()
+    model.bn.eval()
+    statistics = model.bn.running_mean.clone() if model.bn.running_mean is not None else None
+    adv = PGD(model, eps=EPS, alpha=STEP, steps=2)(made["images"], made["labels"])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training and model.conv.training and not model.bn.training
+    assert torch.equal(model.bn.running_mean, statistics)  # type: ignore[arg-type]
+    assert not adv.requires_grad
+
+
+def test_batch_statistics_leave_the_running_ones_alone_and_let_rbl_act(
+    made: dict[str, Tensor],
+) -> None:
+    model = official.TinyNetwork().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    network = with_batch_statistics(model)
+    torch.testing.assert_close(network(made["images"]), F_train(model, made["images"]))
+    weights = torch.tensor(official.RBL_WEIGHTS)
+
+    def attacked(loss: reference.AttackLoss) -> Tensor:
+        return pgd(
+            network, made["images"], made["labels"], steps=3, start=made["noise"][0], loss=loss
+        )
+
+    weighted = attacked(lambda z, y: rbl_loss(z, y, weights))
+    assert not torch.equal(weighted, attacked(cross_entropy))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def F_train(model: official.TinyNetwork, images: Tensor) -> Tensor:
+    """The network on batch statistics, written out."""
+    hidden = model.conv(images)
+    hidden = F.batch_norm(hidden, None, None, model.bn.weight, model.bn.bias, training=True)
+    return model.fc(F.relu(hidden).mean((2, 3)))
+
+
+def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
+    def broken(logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits * float("nan")).sum()
+
+    count = torch.zeros((), dtype=torch.int64)
+    adv = attack(official.TinyNetwork().eval(), made, steps=2, loss=broken, nonfinite=count)
+    assert int(count) == 2 * made["images"].numel()
+    assert bool(adv.isfinite().all())

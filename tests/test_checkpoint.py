@@ -1,0 +1,125 @@
+"""Checkpoints: what is written comes back, and what is damaged or hostile does nothing."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from reat_fast import checkpoint
+from reat_fast.checkpoint import CheckpointError, ModelSpec, load_model
+
+SPEC = ModelSpec("resnet8", 3, 1, 8, None, ("a", "b", "<script>"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = SPEC.build()
+    checkpoint.save_weights(tmp_path / "last.safetensors", model, SPEC)
+    state = {"model": model.state_dict(), "model_spec": dict(vars(SPEC))}
+    checkpoint.save_checkpoint(tmp_path, state)
+    return tmp_path
+
+
+def test_a_model_comes_back_from_the_folder_the_weights_and_the_checkpoint(run_dir: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(2, 1, 8, 8)
+    torch.manual_seed(0)
+    expected = SPEC.build().eval()(images)
+    for name in ("", "last.safetensors", "checkpoint-last.pt"):
+        model = load_model(run_dir / name)
+        assert not model.training
+        assert torch.equal(model(images), expected)
+    _, spec = checkpoint.load_model_and_spec(run_dir)
+    assert spec == SPEC
+
+
+def test_the_best_weights_go_before_the_last(run_dir: Path) -> None:
+    torch.manual_seed(9)
+    best = SPEC.build()
+    checkpoint.save_weights(run_dir / "best.safetensors", best, SPEC)
+    assert torch.equal(load_model(run_dir).fc.weight, best.fc.weight)
+
+
+def test_channels_last_weights_are_saved_whole(tmp_path: Path) -> None:
+    model = SPEC.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    checkpoint.save_weights(tmp_path / "last.safetensors", model, SPEC)
+    assert torch.equal(load_model(tmp_path).stem.conv.weight, model.stem.conv.weight)
+
+
+class Hostile:
+    """A pickle that would create a file when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> object:
+        return (Path.touch, (self.mark,))
+
+
+def test_a_hostile_checkpoint_does_not_run(tmp_path: Path) -> None:
+    mark, file = tmp_path / "run", tmp_path / "checkpoint-last.pt"
+    torch.save({"model_spec": Hostile(mark)}, file)
+    with pytest.raises(CheckpointError, match="checkpoint-last.pt: damaged or not a checkpoint"):
+        load_model(file)
+    file.write_bytes(pickle.dumps(Hostile(mark)))
+    with pytest.raises(CheckpointError, match="checkpoint-last.pt"):
+        load_model(file)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "checkpoint-last.pt"])
+def test_damaged_files_are_named(run_dir: Path, name: str) -> None:
+    whole = (run_dir / name).read_bytes()
+    for damaged in (b"", b"not it", whole[: len(whole) // 2], whole[:40]):
+        (run_dir / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=name):
+            load_model(run_dir / name)
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="no such run"):
+        load_model(tmp_path / "absent")
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="give a run folder"):
+        load_model(tmp_path / "weights.bin")
+
+
+def test_weights_that_do_not_fit_are_named(run_dir: Path) -> None:
+    other = ModelSpec("resnet8", 4, 1, 8, None, ("a", "b", "c", "d"))
+    checkpoint.save_weights(run_dir / "last.safetensors", SPEC.build(), other)
+    with pytest.raises(CheckpointError, match="do not fit resnet8"):
+        load_model(run_dir / "last.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    checkpoint.write_text(file, "old")
+
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_atomically(file, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    assert file.read_text() == "old"
+
+
+def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.new_run_dir(None, "reat") == Path("runs/reat-1")
+    Path("runs/reat-1").mkdir(parents=True)
+    assert checkpoint.new_run_dir(None, "reat") == Path("runs/reat-2")
+    assert checkpoint.new_run_dir(Path("runs/reat-1"), "reat") == Path("runs/reat-1")
+    Path("runs/reat-1/config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="--run-dir runs/reat-1: .* --resume runs/reat-1"):
+        checkpoint.new_run_dir(Path("runs/reat-1"), "reat")
+    Path("file").touch()
+    with pytest.raises(CheckpointError, match="--run-dir file"):
+        checkpoint.new_run_dir(Path("file"), "reat")

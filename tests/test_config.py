@@ -1,0 +1,96 @@
+"""The command line: presets, typed flags, and one clear line for what cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reat_fast.config import PRESETS, Config, flag, fraction, from_json, parse, to_json
+
+
+def test_the_first_word_chooses_the_preset_and_flags_change_it() -> None:
+    name, config = parse(["quickstart", "--epochs", "3", "--no-fused", "--eps", "4/255"], "reat")
+    assert name == "quickstart"
+    assert (config.epochs, config.fused, config.eps) == (3, False, 4 / 255)
+    changed = dataclasses.replace(PRESETS["quickstart"], epochs=3, fused=False, eps=4 / 255)
+    assert config == changed
+
+
+def test_without_a_preset_the_default_one_is_taken() -> None:
+    assert parse(["--fused"], "quickstart") == ("quickstart", PRESETS["quickstart"])
+
+
+def test_the_preset_reat_is_the_official_recipe() -> None:
+    config = PRESETS["reat"]
+    assert (config.epochs, config.batch_size, config.lr, config.momentum) == (80, 128, 0.1, 0.9)
+    assert (config.weight_decay, config.nesterov, config.milestones) == (5e-4, False, (60, 75))
+    assert (config.eps, config.step_size, config.steps) == (8 / 255, 2 / 255, 10)
+    assert (config.imbalance, config.seed, config.tail) == (0.02, 0, "official")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["reatt"], "unknown preset 'reatt'; did you mean reat? Presets: reat, quickstart"),
+        (["reat", "--epss", "1"], "--epss, 1; did you mean --eps?"),
+        (["--imbalance", "0"], "--imbalance 0.0: must lie in (0, 1]"),
+        (["--imbalance", "1.5"], "--imbalance 1.5: must lie in (0, 1]"),
+        (["--eps", "-1/255"], "--eps -0.0039"),
+        (["--eps", "nan"], "--eps nan"),
+        (["--eps", "8/0"], "'8/0' is neither a number nor a fraction"),
+        (["--eps", "eight"], "'eight' is neither a number nor a fraction"),
+        (["--steps", "-1"], "--steps -1: must be 0 or more"),
+        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--epochs", "ten"], "--epochs"),
+        (["--schedule", "step"], "'--schedule'. Expected one of ('multistep'"),
+        (["--lr", "inf"], "--lr inf: must be a finite number"),
+        (["--momentum", "1"], "--momentum 1.0: must lie in [0, 1)"),
+        (["--momentum", "0", "--nesterov"], "--nesterov True: needs --momentum above 0"),
+        (["--limit-batches", "0"], "--limit-batches 0: must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_flag(arguments: list[str], named: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        parse(arguments, "reat")
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_field_has_help_and_every_preset_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    for preset, config in PRESETS.items():
+        assert parse([preset], "reat") == (preset, config)
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"], "reat")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert flag(field.name) in shown
+    assert "8/255" in shown
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    eps=st.floats(0, 1),
+    lr=st.floats(0, 10),
+    milestones=st.lists(st.integers(0, 200), max_size=4).map(tuple),
+    limit=st.none() | st.integers(1, 9),
+)
+def test_json_gives_the_same_configuration_back(
+    eps: float, lr: float, milestones: tuple[int, ...], limit: int | None
+) -> None:
+    config = Config(eps=eps, lr=lr, milestones=milestones, limit_batches=limit)
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"epochs": 0}', '{"epoch": 3}', '{"eps": "x"}'])
+def test_a_damaged_config_file_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="here.json: not a configuration"):
+        from_json(text, "here.json")
+
+
+def test_fractions_are_read_exactly() -> None:
+    assert fraction("8/255") == 8 / 255
+    assert fraction("0.03") == 0.03

@@ -1,0 +1,79 @@
+"""The public losses equal the reference, in value and gradient."""
+
+from __future__ import annotations
+
+import official_values as official
+import pytest
+import torch
+
+from reat_fast import objective, reference
+from reat_fast.objective import ClassStatistics
+
+
+def test_losses_equal_the_reference_in_float64() -> None:
+    made = official.inputs()
+    labels = made["labels"]
+    weights = torch.rand(10, dtype=torch.float64) + 0.1
+    pairs = [
+        (
+            lambda z: objective.balanced_softmax_loss(z, labels, official.COUNTS),
+            lambda z: reference.balanced_softmax_loss(z, labels, official.COUNTS),
+            "logits",
+        ),
+        (
+            lambda z: objective.rbl_loss(z, labels, weights),
+            lambda z: reference.rbl_loss(z, labels, weights),
+            "logits",
+        ),
+    ]
+    for form in ("official", "pairwise"):
+        pairs.append(
+            (
+                lambda f, form=form: objective.tail_penalty(  # type: ignore[misc]
+                    f, labels, torch.tensor(official.COUNTS), form=form
+                ),
+                lambda f, form=form: reference.tail_penalty(  # type: ignore[misc]
+                    f, labels, official.COUNTS, form=form
+                ),
+                "features",
+            )
+        )
+    for fast, plain, name in pairs:
+        found, expected = (made[name].double().requires_grad_() for _ in range(2))
+        values = fast(found), plain(expected)
+        # float64 sums of a few hundred terms: 1e-12 leaves room for their order and no more.
+        torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
+        for value in values:
+            value.backward()
+        assert expected.grad is not None
+        scale = float(expected.grad.abs().max())
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-13 * scale)
+
+
+def test_the_official_values_are_reached_in_float32() -> None:
+    made = official.inputs()
+    counts = torch.tensor(official.COUNTS)
+    found = objective.tail_penalty(made["features"], made["labels"], counts)
+    assert float(found) == pytest.approx(official.TAIL, rel=1e-5)
+    found = objective.balanced_softmax_loss(made["logits"], made["labels"], counts)
+    assert float(found) == pytest.approx(official.BSL, rel=1e-6)
+    weights = objective.rbl_weights(counts, torch.tensor(official.AE_COUNTS))
+    found = objective.rbl_loss(made["logits"], made["labels"], weights)
+    assert float(found) == pytest.approx(official.RBL, rel=1e-5)
+
+
+def test_counts_below_one_are_taken_as_one() -> None:
+    made = official.inputs()
+    counts, clamped = [5, 0, *official.COUNTS[2:]], [5, 1, *official.COUNTS[2:]]
+    losses = [
+        objective.balanced_softmax_loss(made["logits"], made["labels"], c)
+        for c in (counts, clamped)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_before_the_first_epoch_the_examples_are_counted_as_the_images() -> None:
+    statistics = ClassStatistics(official.COUNTS, torch.device("cpu"))
+    expected = torch.from_numpy(reference.rbl_weights(official.COUNTS, official.COUNTS))
+    # float32 arithmetic of the reference: 1 - beta^n is about 0.63, its rounding 1e-7 of that.
+    torch.testing.assert_close(statistics.weights, expected, rtol=1e-5, atol=0)

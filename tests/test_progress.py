@@ -1,0 +1,86 @@
+"""The figures that a run prints, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from reat_fast.progress import Progress, TrainingClock, duration
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.9, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (48 * 3600, "2 d 0 h"),
+        (100 * 3600, "4 d 4 h"),
+    ],
+)
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_throughput_leaves_out_the_first_step_and_what_is_not_training() -> None:
+    now = FakeClock()
+    clock = TrainingClock(total_steps=6, clock=now)
+    now.seconds += 30
+    clock.step(100)
+    assert (clock.warm_up_seconds, clock.images_per_second, clock.seconds_left) == (30, 0, 0)
+    for _ in range(2):
+        now.seconds += 2
+        clock.step(100)
+    assert clock.images_per_second == pytest.approx(50)
+    assert clock.seconds_left == pytest.approx(6)
+    now.seconds += 1000  # an evaluation
+    clock.resume()
+    now.seconds += 2
+    clock.step(100)
+    assert clock.images_per_second == pytest.approx(50)
+    assert clock.seconds_left == pytest.approx(4)
+    assert clock.training_seconds == pytest.approx(6)
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    now = FakeClock()
+    clock = TrainingClock(4, now)
+    progress = Progress(4, 2, clock, terminal=False, now=now)
+    means = {"loss": 1.25, "adv_accuracy": 40.0}
+    for _ in range(2):
+        now.seconds += 40
+        clock.step(64)
+        progress.step(1, means if progress.due() else None)
+    progress.epoch(1, means, "  robust 30.0 %")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "epoch 1/2 under way  loss 1.2500  adv 40.0 %  2 images/s  left 1 min 20 s",
+        "epoch 1/2  loss 1.2500  adv 40.0 %  2 images/s  left 1 min 20 s  robust 30.0 %",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    now = FakeClock()
+    clock = TrainingClock(2, now)
+    progress = Progress(2, 1, clock, terminal=True, now=now)
+    now.seconds += 1
+    clock.step(8)
+    now.seconds += 1
+    clock.step(8)
+    assert progress.due()
+    progress.step(1, {"loss": 0.5, "adv_accuracy": 99.0})
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "epoch 1/1" in shown
+    assert "loss 0.5000  adv 99.0 %  8 images/s  left 0 s" in shown

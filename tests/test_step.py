@@ -1,0 +1,274 @@
+"""The fused step: it equals the reference, never asks the host, and keeps the right statistics."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import official_values as official
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reat_fast import reference
+from reat_fast.config import PRESETS, Config
+from reat_fast.loaders import Batch
+from reat_fast.models import create_model
+from reat_fast.networks import Network
+from reat_fast.step import ReferenceStep, TrainStep, make_optimizer
+
+COUNTS = [40, 24, 12, 7, 4]
+
+
+def make_batch(dtype: torch.dtype = torch.float32, size: int = 12) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(3)
+    images = torch.rand(size, 3, 8, 8, generator=made, dtype=dtype)
+    labels = torch.randint(0, 5, (size,), generator=made)
+    labels[:2] = 4
+    return images, labels
+
+
+def make_noise(images: Tensor, step: int) -> Tensor:
+    made = torch.Generator().manual_seed(100 + step)
+    return (torch.rand(images.shape, generator=made, dtype=images.dtype) * 2 - 1) * 8 / 255
+
+
+def make_model(dtype: torch.dtype = torch.float32, name: str = "resnet8") -> Network:
+    torch.manual_seed(0)
+    return create_model(name, 5, width=8).to(dtype)
+
+
+def run_both(dtype: torch.dtype, steps: int, tail: Any = "official") -> list[dict[str, Tensor]]:
+    """Take steps with the fused step and the reference; return the last outcomes and models."""
+    images, labels = make_batch(dtype)
+    config = Config(tail=tail, lr=0.125)
+    results = []
+    for fused in (True, False):
+        model = make_model(dtype)
+        if fused:
+            step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        else:
+            plain = torch.optim.SGD(model.parameters(), 0.125, momentum=0.9, weight_decay=5e-4)
+        for k in range(steps):
+            start = make_noise(images, k)
+            if fused:
+                outcome = step(images, labels, start)
+            else:
+                outcome = reference.train_step(
+                    model,
+                    plain,
+                    images,
+                    labels,
+                    counts=COUNTS,
+                    ae_counts=COUNTS,
+                    start=start,
+                    eps=config.eps,
+                    step_size=config.step_size,
+                    steps=config.steps,
+                    tail=tail,
+                )
+        results.append({**outcome, **dict(model.state_dict())})
+    return results
+
+
+@pytest.mark.parametrize("tail", ["official", "pairwise", "none"])
+def test_five_steps_equal_five_reference_steps_in_float64(tail: str) -> None:
+    fused, plain = run_both(torch.float64, steps=5, tail=tail)
+    # Folding BatchNorm reorders sums of a few hundred float64 terms; eps is 2.2e-16, and ten
+    # updates with momentum pass differences on without enlarging them much.
+    for name, expected in plain.items():
+        torch.testing.assert_close(fused[name], expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_five_steps_equal_five_reference_steps_in_float32() -> None:
+    fused, plain = run_both(torch.float32, steps=5)
+    same = (fused["images_adv"] - plain["images_adv"]).abs() < 1e-6
+    assert float(same.double().mean()) >= 0.9999
+    for name in ("stem.conv.weight", "fc.weight"):
+        scale = float(plain[name].abs().max())
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-4, atol=1e-4 * scale)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuse every operator that makes the host wait for the device or sizes depend on data."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "_unique",
+        "equal",
+        "is_nonzero",
+        "item",
+        "masked_select",
+        "nonzero",
+        "unique",
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.rstrip("_0123456789") in self.FORBIDDEN or name.startswith("unique"):
+            raise AssertionError(f"{func} makes the host wait")
+        indices = [a for a in args[1:2] if isinstance(a, (list, tuple))]
+        if name.startswith("index") and any(
+            isinstance(i, Tensor) and i.dtype == torch.bool for group in indices for i in group
+        ):
+            raise AssertionError(f"{func} has a shape that depends on data")
+        return func(*args, **(kwargs or {}))
+
+
+def uint8_batch(gather: bool = True) -> Batch:
+    made = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (30, 8, 8, 3), generator=made, dtype=torch.uint8)
+    labels = torch.arange(30) % 5
+    rows = torch.tensor([3, 29, 4, 14, 9, 0, 7, 1])
+    return Batch(images if gather else images[rows], labels[rows], rows, gather=gather)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"attack_loss": "rbl"},
+    {"attack_loss": "rbl_offsets"},
+    {"attack_batchnorm": "train"},
+    {"tail": "pairwise"},
+    {"tail": "none"},
+]
+CONFIGS = {
+    **PRESETS,
+    **{
+        "-".join(map(str, changes.values())): dataclasses.replace(PRESETS["reat"], **changes)
+        for changes in VARIANTS
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_never_makes_the_host_wait(name: str) -> None:
+    config = dataclasses.replace(CONFIGS[name], steps=2)
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    batch = uint8_batch()
+    step.train_on(batch)
+    with NoSync():
+        step.train_on(batch)
+
+
+def test_the_guard_against_waiting_works() -> None:
+    wrong: list[Callable[[], object]] = [
+        lambda: torch.ones(2).sum().item(),
+        lambda: bool(torch.ones(()) > 0),
+        lambda: torch.ones(3).nonzero(),
+        lambda: torch.ones(3)[torch.tensor([True, False, True])],
+        lambda: torch.ones(3).unique(),
+    ]
+    for call in wrong:
+        with pytest.raises(AssertionError), NoSync():
+            call()
+
+
+def test_gathered_and_copied_batches_give_the_same_step() -> None:
+    outcomes = []
+    for gather in (True, False):
+        model = make_model()
+        step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config(steps=2))
+        outcomes.append(step.train_on(uint8_batch(gather)))
+    assert torch.equal(outcomes[0]["images_adv"], outcomes[1]["images_adv"])
+
+
+def test_the_epoch_changes_augmentation_and_noise() -> None:
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config(steps=0, lr=0.0))
+    first = step.train_on(uint8_batch())["images_adv"]
+    again = step.train_on(uint8_batch())["images_adv"]
+    step.end_epoch()
+    later = step.train_on(uint8_batch())["images_adv"]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+
+
+def test_statistics_are_those_of_the_official_loop() -> None:
+    model = make_model()
+    config = Config(steps=1)
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    images, labels = make_batch()
+    predicted, correct, losses = [0] * 5, 0, []
+    for k in range(3):
+        outcome = step(images, labels, make_noise(images, k))
+        for prediction, label in zip(outcome["logits"].argmax(1), labels, strict=True):
+            predicted[int(prediction)] += 1
+            correct += int(prediction == label)
+        losses.append(float(outcome["loss"]))
+    assert step.statistics.ae_counts.tolist() == COUNTS
+    means = step.end_epoch()
+    assert step.statistics.ae_counts.tolist() == predicted
+    assert step.statistics.next_ae_counts.tolist() == [0] * 5
+    assert means["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert means["adv_accuracy"] == pytest.approx(100 * correct / 36)
+    assert means["nonfinite"] == 0
+    expected = torch.from_numpy(reference.rbl_weights(COUNTS, predicted))
+    # The official arithmetic is float32: 1 - beta^a keeps 6e-8 of an a/n that is at least 1/40.
+    torch.testing.assert_close(step.statistics.weights, expected, rtol=1e-5, atol=1e-7)
+    assert int(step.epoch) == 1
+
+
+def test_the_reference_step_follows_the_fused_one() -> None:
+    outcomes = []
+    for make in (TrainStep, ReferenceStep):
+        model = make_model()
+        step = make(model, make_optimizer(model, Config()), COUNTS, Config())
+        outcome = step.train_on(uint8_batch())
+        outcomes.append({**outcome, "means": torch.tensor(list(step.end_epoch().values()))})
+    for name in ("logits", "loss", "bsl", "tail", "means"):
+        torch.testing.assert_close(outcomes[0][name], outcomes[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_step_refuses_what_it_cannot_do() -> None:
+    model = make_model()
+    for changes in ({"attack_batchnorm": "train"}, {"attack_loss": "rbl_offsets"}):
+        config = dataclasses.replace(Config(), **changes)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="--no-fused"):
+            ReferenceStep(model, make_optimizer(model, config), COUNTS, config)
+
+
+def test_state_survives_a_round_trip() -> None:
+    config = Config(steps=1)
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    step.train_on(uint8_batch())
+    step.end_epoch()
+    step.train_on(uint8_batch())
+    saved = copy.deepcopy(step.state_dict())
+    other = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    other.load_state_dict(saved)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name
+    assert torch.equal(other.statistics.weights, step.statistics.weights)
+
+
+def test_rbl_offsets_push_examples_towards_classes_that_are_rarely_predicted() -> None:
+    images, labels = make_batch(size=64)
+    model = make_model().eval()
+    shares = []
+    for loss in ("ce", "rbl_offsets"):
+        config = Config(attack_loss=loss, lr=0.0)  # type: ignore[arg-type]
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        step.statistics.next_ae_counts.copy_(torch.tensor([64, 64, 64, 64, 0]))
+        step.statistics.end_epoch()
+        adv = step(images, labels, make_noise(images, 0))["images_adv"]
+        model.eval()
+        shares.append(float(model(adv).detach().softmax(1)[:, 4].mean()))
+    assert shares[1] > shares[0]
+
+
+def test_official_values_are_reached_by_the_fused_step() -> None:
+    made, model = official.inputs(), official.TinyNetwork()
+    config = Config()
+    step = TrainStep(
+        model,  # type: ignore[arg-type]
+        make_optimizer(model, config),  # type: ignore[arg-type]
+        official.COUNTS,
+        config,
+    )
+    for k in range(3):
+        outcome = step(made["images"], made["labels"], made["noise"][k])
+        assert float(outcome["loss"]) == pytest.approx(official.STEP_LOSSES[k], rel=1e-4)

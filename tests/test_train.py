@@ -1,0 +1,219 @@
+"""The training command: what it leaves behind, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from made_data import made_images, made_npz
+
+from reat_fast import checkpoint, train
+from reat_fast.command import run_command
+
+SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
+SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-batch-size", "32"]
+SMALL += ["--lr", "0.05", "--schedule", "onecycle", "--eval-every", "1", "--device", "cpu"]
+
+
+def run(*arguments: object) -> int:
+    return run_command(train.main, [str(argument) for argument in arguments])
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
+
+
+def test_a_run_learns_and_leaves_everything_behind(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--run-dir", run_dir, "--epochs", 6]
+    assert run(*arguments, "--eps", "2/255", "--step-size", "1/255", "--no-augment") == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].startswith("preset reat (as asked); expected time ")
+    assert "RBL weights cannot change" in shown
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {
+        "config.json",
+        "env.json",
+        "split.json",
+        "metrics.csv",
+        "timing.csv",
+        "checkpoint-last.pt",
+        "best.safetensors",
+        "last.safetensors",
+        "evaluation.json",
+        "accuracy.png",
+        "learning.png",
+    }
+    metrics = rows(run_dir)
+    assert [int(row["epoch"]) for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert float(metrics[-1]["loss"]) < float(metrics[0]["loss"])
+    for row in metrics:
+        assert sum(map(int, row["ae_counts"].split())) == sum(
+            json.loads((run_dir / "split.json").read_text())["train_counts"]
+        )
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    clean = evaluation["attacks"]["clean"]
+    assert evaluation["samples"] == 24
+    assert clean["overall"] > 60 > 25  # four classes: chance is 25
+    assert evaluation["attacks"]["pgd20"]["overall"] <= clean["overall"]
+    assert f"{clean['overall']:.2f}" in shown
+    for picture in ("accuracy.png", "learning.png"):
+        assert (run_dir / picture).read_bytes()[:4] == b"\x89PNG"
+    assert checkpoint.load_model(run_dir)(torch.rand(1, 3, 8, 8)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
+    data: Path, tmp_path: Path, fused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 3, fused, "--run-dir"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(*arguments, whole) == 0
+    epoch, calls = train.Run._train_epoch, iter(range(9))
+
+    def stop_in_the_second(self: train.Run, *args: object) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        epoch(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train.Run, "_train_epoch", stop_in_the_second)
+    assert run(*arguments, cut) == 130
+    monkeypatch.setattr(train.Run, "_train_epoch", epoch)
+    assert len(rows(cut)) == 1
+    assert run("--resume", cut) == 0
+    assert (cut / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_finished_run_can_be_resumed_to_its_table(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run("reat", *SMALL, "--data", data, "--epochs", 1, "--run-dir", run_dir) == 0
+    (run_dir / "evaluation.json").unlink()
+    assert run("--resume", run_dir) == 0
+    assert (run_dir / "evaluation.json").exists()
+
+
+def test_what_a_resumed_run_refuses(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run("reat", *SMALL, "--data", data, "--epochs", 1, "--run-dir", run_dir) == 0
+    other = made_npz(tmp_path / "other.npz", train=41)
+    capsys.readouterr()
+    for arguments, named in [
+        (("--resume", run_dir, "--lr", "0.3"), "--lr 0.3: the run was begun with 0.05"),
+        (("--resume", run_dir, "--data", other), "the training images are not those"),
+        (("--resume", tmp_path / "absent"), "absent: no such folder"),
+        (("--resume", tmp_path), "checkpoint-last.pt: no such checkpoint"),
+        (("reat", "--resume", run_dir), "a run keeps its preset"),
+    ]:
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("reet",), "unknown preset 'reet'"),
+        (("--dataset", "cifar11"), "cifar11"),
+        (("--model", "resnet9"), "resnet9"),
+        (("--imbalance", "0"), "--imbalance 0.0"),
+        (("--imbalance", "0.001"), "imbalance"),
+        (("--eps", "-8/255"), "--eps"),
+        (("--device", "tpu"), "--device tpu"),
+        (("--device", "cuda:99"), "--device cuda:99"),
+        (("--data", "absent.npz"), "absent.npz"),
+        (("--largest", "100000"), "100000"),
+        (("--no-fused", "--attack-loss", "rbl_offsets"), "--no-fused"),
+        (("--tail", "unofficial"), "--tail"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    data: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "run"
+    preset = [] if arguments[0] == "reet" else ["reat", *SMALL, "--data", data]
+    assert run(*preset, *arguments, "--run-dir", run_dir) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert named in error
+    assert not run_dir.exists()
+
+
+def test_an_existing_run_folder_is_refused_with_the_cure(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    assert run(*SMALL, "--data", data, "--run-dir", tmp_path) == 2
+    assert f"--resume {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--schedule", "constant", "--data", data, "--lr", "1e30"]
+    assert run(*arguments, "--epochs", 2, "--run-dir", run_dir) == 1
+    assert "the loss is not finite in epoch 1" in capsys.readouterr().err
+
+
+def test_official_evaluation_looks_at_the_test_set_every_epoch(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 2, "--evaluation", "official"]
+    assert run(*arguments, "--held-out", "0", "--run-dir", run_dir) == 0
+    metrics = rows(run_dir)
+    best = max(metrics, key=lambda row: (float(row["eval_robust"]), int(row["epoch"])))
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert evaluation["weights_epoch"] == int(best["epoch"])
+    assert evaluation["attacks"]["pgd20"]["overall"] == float(best["eval_robust"])
+
+
+def test_without_evaluation_the_last_weights_are_tested(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--evaluation", "none"]
+    assert run(*arguments, "--run-dir", run_dir) == 0
+    assert not (run_dir / "best.safetensors").exists()
+    assert json.loads((run_dir / "evaluation.json").read_text())["weights"] == "last.safetensors"
+
+
+def test_limit_batches_shortens_epochs_and_evaluations(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--limit-batches", 1]
+    assert run(*arguments, "--run-dir", run_dir) == 0
+    assert sum(map(int, rows(run_dir)[0]["ae_counts"].split())) == 16
+    assert json.loads((run_dir / "evaluation.json").read_text())["samples"] == 16
+
+
+def test_grey_images_of_any_size(tmp_path: Path) -> None:
+    data = made_npz(tmp_path / "grey.npz", channels=1)
+    assert made_images(torch.tensor([0]).numpy(), 1, 0).shape == (1, 8, 8, 1)
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--run-dir", tmp_path / "run"]
+    assert run(*arguments) == 0
+
+
+def test_the_command_runs_as_a_module_without_a_traceback(tmp_path: Path) -> None:
+    for arguments, code in [(["--help"], 0), (["nothing"], 2)]:
+        command = [sys.executable, "-m", "reat_fast.train", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
