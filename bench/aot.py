@@ -4,8 +4,8 @@
 
 Every op is launched on CPU tensors, but a launch only compiles: Triton specialises the kernel on
 the arguments as it would on a GPU, and the binary is disassembled with the tools in Triton's wheel.
-So the table shows what the launchers really launch: registers, stack (spills), shared memory, how wide
-global memory is accessed and which matrix instructions a dot became. It shows no speed.
+So the table shows what the launchers really launch: registers, stack (spills), shared memory, how
+wide global memory is accessed, which matrix instructions a dot became. It shows no speed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +29,11 @@ import torch
 from torch import Tensor
 
 from reat_fast.kernels import triton_support
-from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.class_loss import MOST_CLASSES, class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
-from reat_fast.kernels.prepare import prepare
-from reat_fast.kernels.tail_penalty import tail_penalty
+from reat_fast.kernels.prepare import Noise, prepare
+from reat_fast.kernels.tail_penalty import Form, tail_penalty
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
 # Bytes of shared memory a block may have, from the table of technical specifications in NVIDIA's
@@ -58,68 +60,50 @@ class Compiled:
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the launches that stand for each op: its name with dtype and shape, and the call."""
-    loss_sizes = [
-        (128, 10, torch.float32, False),
-        (128, 100, torch.float32, True),
-        (1024, 1000, torch.bfloat16, False),
-        (64, 8192, torch.float32, True),
-    ]
-    for batch, classes, dtype, everything in loss_sizes:
-        weights = torch.ones(classes) if everything else None
-        yield (
-            _name("class_loss" + " smoothed, weighted" * everything, dtype, batch, classes),
-            lambda b=batch, c=classes, d=dtype, w=weights: class_loss(
-                torch.zeros(b, c, dtype=d, requires_grad=True),
-                _integers(b),
-                offsets=torch.zeros(c),
-                weights=w,
-                label_smoothing=0.0 if w is None else 0.1,
-                backend="triton",
-            ),
+    for batch, classes, dtype in (
+        (128, 10, torch.float32),
+        (128, 100, torch.float32),
+        (1024, 1000, torch.bfloat16),
+    ):
+        logits = torch.zeros(batch, classes, dtype=dtype, requires_grad=True)
+        offsets = torch.zeros(classes)
+        launch = partial(class_loss, logits, _integers(batch), offsets=offsets, backend="triton")
+        yield _name("class_loss", logits), launch
+    for classes in (100, MOST_CLASSES):
+        logits = torch.zeros(64, classes, requires_grad=True)
+        offsets, weights = torch.zeros(classes), torch.ones(classes)
+        launch = partial(
+            class_loss,
+            logits,
+            _integers(64),
+            offsets=offsets,
+            weights=weights,
+            label_smoothing=0.1,
+            backend="triton",
         )
-    for form in ("official", "pairwise"):
+        yield _name("class_loss weighted, smoothed", logits), launch
+    forms: tuple[Form, ...] = ("official", "pairwise")
+    for form in forms:
         for batch, width, dtype in ((128, 512, torch.float32), (1024, 640, torch.bfloat16)):
-            yield (
-                _name(f"tail_penalty {form}", dtype, batch, width),
-                lambda b=batch, w=width, d=dtype, f=form: tail_penalty(
-                    torch.zeros(b, w, dtype=d, requires_grad=True),
-                    _integers(b),
-                    _integers(100),
-                    form=f,
-                    backend="triton",
-                ),
-            )
-    for noise in ("uniform", "normal"):
-        yield (
-            _name(f"prepare {noise}", torch.uint8, 128, 32, 32, 3),
-            lambda n=noise: prepare(
-                torch.zeros(256, 32, 32, 3, dtype=torch.uint8),
-                _integers(128),
-                0,
-                0,
-                8 / 255,
-                noise=n,
-                backend="triton",
-            ),
-        )
-    for op in (linf_step_, l2_step_):
+            features = torch.zeros(batch, width, dtype=dtype, requires_grad=True)
+            labels, counts = _integers(batch), _integers(100)
+            launch = partial(tail_penalty, features, labels, counts, form=form, backend="triton")
+            yield _name(f"tail_penalty {form}", features), launch
+    noises: tuple[Noise, ...] = ("uniform", "normal")
+    for noise in noises:
+        images = torch.zeros(128, 32, 32, 3, dtype=torch.uint8)
+        start = partial(prepare, images, _integers(128), 0, 0, 8 / 255, backend="triton")
+        yield _name(f"prepare {noise}", images), partial(start, noise=noise)
+    for step in (linf_step_, l2_step_):
         for dtype in (torch.float32, torch.bfloat16):
-            yield (
-                _name(f"{op.__name__} gradient", dtype, 128, 3, 32, 32),
-                lambda o=op, d=dtype: o(
-                    torch.zeros(128, 3, 32, 32),
-                    torch.zeros(128, 3, 32, 32, dtype=d),
-                    torch.zeros(128, 3, 32, 32),
-                    2 / 255,
-                    8 / 255,
-                    nonfinite=torch.zeros((), dtype=torch.int64),
-                    backend="triton",
-                ),
-            )
+            adv = torch.zeros(128, 3, 32, 32)
+            grad, nonfinite = adv.to(dtype), torch.zeros((), dtype=torch.int64)
+            move = partial(step, adv, grad, adv.clone(), 2 / 255, 8 / 255, nonfinite=nonfinite)
+            yield _name(f"{step.__name__} gradient", grad), partial(move, backend="triton")
 
 
-def _name(op: str, dtype: torch.dtype, *shape: int) -> str:
-    return f"{op} {str(dtype).removeprefix('torch.')} {list(shape)}"
+def _name(op: str, tensor: Tensor) -> str:
+    return f"{op} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _integers(size: int) -> Tensor:
@@ -172,17 +156,15 @@ class _Driver:
         return 0
 
     def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.architecture, 32)
+        target = import_module("triton.backends.compiler").GPUTarget
+        return target("cuda", self.architecture, 32)
 
 
 @contextmanager
 def _launches_compile(architectures: Sequence[int]) -> Iterator[list[tuple[int, Any]]]:
     """Let a launch on CPU tensors compile for each architecture, and collect what it compiled."""
-    from triton.runtime import JITFunction, driver
-
-    fake, run = _Driver(), JITFunction.run
+    runtime = triton_support.triton.runtime
+    fake, run = _Driver(), runtime.JITFunction.run
     compiled: list[tuple[int, Any]] = []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -191,8 +173,8 @@ def _launches_compile(architectures: Sequence[int]) -> Iterator[list[tuple[int, 
             compiled.append((fake.architecture, binary))
 
     with (
-        mock.patch.object(driver, "_active", fake),
-        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(runtime.driver, "_active", fake),
+        mock.patch.object(runtime.JITFunction, "run", compile_only),
         # The ops then launch on CPU tensors, and launch the kernel itself.
         mock.patch.object(triton_support, "INTERPRETED", True),
     ):

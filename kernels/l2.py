@@ -27,35 +27,6 @@ from reat_fast.kernels.triton_support import (
 )
 
 
-def l2_step_(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: float | Tensor,
-    eps: float | Tensor,
-    *,
-    clip: tuple[float, float] = (0.0, 1.0),
-    nonfinite: Tensor | None = None,
-    backend: Backend = "auto",
-    block: int = 512,
-) -> None:
-    """Move adv by step_size along the gradient, into the L2 ball round clean and into clip.
-
-    Never syncs. Arguments and errors as in `linf.linf_step_`; eps and step_size are L2 lengths over
-    a whole sample. Non-finite elements of grad count as zero, and are counted in nonfinite.
-    block: elements of a sample that a Triton program holds at a time, a power of two.
-    """
-    grad, clean = match_memory(adv, grad, clean)
-    check_counter(nonfinite, adv)
-    step = device_number(step_size, adv, "step_size")
-    radius = device_number(eps, adv, "eps")
-    with torch.no_grad():
-        if use_triton(backend, adv) and adv.dtype == torch.float32:
-            _l2_step_(adv, grad, clean, step, radius, nonfinite, *clip, block)
-        else:
-            l2_step_torch_(adv, grad, clean, step, radius, nonfinite, *clip)
-
-
 def l2_step_torch_(
     adv: Tensor,
     grad: Tensor,
@@ -66,7 +37,7 @@ def l2_step_torch_(
     low: float,
     high: float,
 ) -> None:
-    """Do the same in PyTorch: what the kernel is held against, and the CPU path."""
+    """Take the step in PyTorch: what the kernel is held against, and the CPU path."""
     if adv.numel() == 0:
         return
     if nonfinite is not None:
@@ -192,3 +163,32 @@ def _l2_step_(
         EPS_STRIDE=eps.ndim,
         BLOCK=block,
     )
+
+
+def l2_step_(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: float | Tensor,
+    eps: float | Tensor,
+    *,
+    clip: tuple[float, float] = (0.0, 1.0),
+    nonfinite: Tensor | None = None,
+    backend: Backend = "auto",
+    block: int = 512,
+) -> None:
+    """Move adv by step_size along the gradient, into the L2 ball round clean and into clip.
+
+    Never syncs. Arguments and errors as in `linf.linf_step_`; eps and step_size are L2 lengths over
+    a whole sample. Non-finite elements of grad count as zero, and are counted in nonfinite.
+    block: elements of a sample that a Triton program holds at a time, a power of two.
+    """
+    grad, clean = match_memory(adv, grad, clean)
+    check_counter(nonfinite, adv)
+    step = device_number(step_size, adv, "step_size")
+    radius = device_number(eps, adv, "eps")
+    with torch.no_grad():
+        if use_triton(backend, adv) and adv.dtype == torch.float32:
+            _l2_step_(adv, grad, clean, step, radius, nonfinite, *clip, block)
+        else:
+            l2_step_torch_(adv, grad, clean, step, radius, nonfinite, *clip)

@@ -22,39 +22,6 @@ from reat_fast.kernels.triton_support import (
 )
 
 
-def linf_step_(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: float | Tensor,
-    eps: float | Tensor,
-    *,
-    clip: tuple[float, float] = (0.0, 1.0),
-    nonfinite: Tensor | None = None,
-    backend: Backend = "auto",
-    block: int = 512,
-) -> None:
-    """Move adv up the gradient's sign, inside the ball round clean and inside clip; never syncs.
-
-    adv: float32 [B, ...], contiguous or channels_last, written in place. grad: float32, bfloat16 or
-    float16, and clean: float32, both of the shape of adv; another memory format is copied to that
-    of adv. step_size, eps: number, 0-dim tensor or [B]; a tensor saves filling one, and is reread
-    at every graph replay. nonfinite: int64 0-dim tensor, to which the number of NaN and infinite
-    elements of grad is added: a NaN moves nothing, an infinite one moves by its sign.
-    block: elements per Triton program, a power of two. float64 always takes the PyTorch form.
-    Raises ValueError for a wrong dtype, shape, device or memory format. Source: official REAT PGD.
-    """
-    grad, clean = match_memory(adv, grad, clean)
-    check_counter(nonfinite, adv)
-    step = device_number(step_size, adv, "step_size")
-    radius = device_number(eps, adv, "eps")
-    with torch.no_grad():
-        if use_triton(backend, adv) and adv.dtype == torch.float32:
-            _linf_step_(adv, grad, clean, step, radius, nonfinite, *clip, block)
-        else:
-            linf_step_torch_(adv, grad, clean, step, radius, nonfinite, *clip)
-
-
 def linf_step_torch_(
     adv: Tensor,
     grad: Tensor,
@@ -65,7 +32,7 @@ def linf_step_torch_(
     low: float,
     high: float,
 ) -> None:
-    """Do the same in PyTorch: what the kernel is held against, and the CPU path."""
+    """Take the step in PyTorch: what the kernel is held against, and the CPU path."""
     if nonfinite is not None:
         nonfinite += grad.isfinite().logical_not().sum()
     per_sample = (-1,) + (1,) * (adv.ndim - 1)
@@ -147,6 +114,39 @@ def _linf_step_(
         EPS_STRIDE=eps.ndim,
         BLOCK=block,
     )
+
+
+def linf_step_(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: float | Tensor,
+    eps: float | Tensor,
+    *,
+    clip: tuple[float, float] = (0.0, 1.0),
+    nonfinite: Tensor | None = None,
+    backend: Backend = "auto",
+    block: int = 512,
+) -> None:
+    """Move adv up the gradient's sign, inside the ball round clean and inside clip; never syncs.
+
+    adv: float32 [B, ...], contiguous or channels_last, written in place. grad: float32, bfloat16 or
+    float16, and clean: float32, both of the shape of adv; another memory format is copied to that
+    of adv. step_size, eps: number, 0-dim tensor or [B]; a tensor saves filling one, and is reread
+    at every graph replay. nonfinite: int64 0-dim tensor, to which the number of NaN and infinite
+    elements of grad is added: a NaN moves nothing, an infinite one moves by its sign.
+    block: elements per Triton program, a power of two. float64 always takes the PyTorch form.
+    Raises ValueError for a wrong dtype, shape, device or memory format. Source: official REAT PGD.
+    """
+    grad, clean = match_memory(adv, grad, clean)
+    check_counter(nonfinite, adv)
+    step = device_number(step_size, adv, "step_size")
+    radius = device_number(eps, adv, "eps")
+    with torch.no_grad():
+        if use_triton(backend, adv) and adv.dtype == torch.float32:
+            _linf_step_(adv, grad, clean, step, radius, nonfinite, *clip, block)
+        else:
+            linf_step_torch_(adv, grad, clean, step, radius, nonfinite, *clip)
 
 
 def match_memory(adv: Tensor, grad: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:

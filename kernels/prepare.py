@@ -31,51 +31,6 @@ from reat_fast.kernels.triton_support import (
 Noise = Literal["uniform", "normal", "none"]
 
 
-def prepare(
-    images: Tensor,
-    indices: Tensor,
-    seed: int | Tensor,
-    epoch: int | Tensor,
-    eps: float | Tensor,
-    *,
-    gather: bool = True,
-    padding: int = 4,
-    flip: bool = True,
-    noise: Noise = "uniform",
-    backend: Backend = "auto",
-    block: int = 512,
-) -> tuple[Tensor, Tensor]:
-    """Gather, crop, flip and scale a batch, and add the random start of the attack; never syncs.
-
-    images: uint8, contiguous: the whole set [N, H, W, C], of which row indices[b] is sample b, or
-    with gather=False the batch [B, H, W, C] itself. indices: int64 [B] on the same device, the
-    samples' identity for the random numbers; not checked against N on a GPU. seed, epoch: int or
-    0-dim int64 tensor. eps: number, 0-dim tensor or [B]: half-width of the uniform noise, standard
-    deviation of the normal noise. padding: zeros round the image, the crop moves by up to so many
-    pixels; flip: mirror half of the images; padding=0, flip=False is the evaluation transform.
-    block: elements per Triton program, a power of two.
-    Returns (clean, start), float32 [B, C, H, W] in channels_last memory, never the same memory.
-    Raises ValueError for a wrong dtype, shape, device or noise. Source: official REAT data.py and
-    PGD start.
-    """
-    _check(images, indices, gather, padding, noise)
-    arguments = (
-        images,
-        indices,
-        _counter(seed, indices, "seed"),
-        _counter(epoch, indices, "epoch"),
-        device_number(eps, indices, "eps", torch.float32),
-        gather,
-        padding,
-        flip,
-        noise,
-    )
-    if use_triton(backend, images):
-        clean, start = _prepare(*arguments, block)
-        return clean, start
-    return prepare_torch(*arguments)
-
-
 def prepare_torch(
     images: Tensor,
     indices: Tensor,
@@ -87,7 +42,7 @@ def prepare_torch(
     flip: bool,
     noise: str,
 ) -> tuple[Tensor, Tensor]:
-    """Do the same in PyTorch: what the kernel is held against, and the CPU path."""
+    """Prepare in PyTorch: what the kernel is held against, and the CPU path."""
     height, width = images.shape[1:3]
     batch = torch.arange(len(indices), device=images.device)
     words = philox.random_bits(seed, epoch, indices, philox.AUGMENT, 3)
@@ -136,7 +91,8 @@ def _prepare_kernel(  # type: ignore[no-untyped-def]
     GATHER: tl.constexpr,
     PADDING: tl.constexpr,
     FLIP: tl.constexpr,
-    NOISE: tl.constexpr,
+    NOISY: tl.constexpr,
+    NORMAL: tl.constexpr,
     AUGMENT: tl.constexpr,
     START: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -165,11 +121,11 @@ def _prepare_kernel(  # type: ignore[no-untyped-def]
     )
     clean = tl.div_rn(pixel.to(tl.float32), 255.0)
     start = clean
-    if NOISE != "none":
+    if NOISY:
         # Four words a counter, side by side in memory: each thread keeps the four it drew.
         quarter = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         word0, word1, word2, word3 = philox_words(seed, epoch, sample, quarter, START)
-        if NOISE == "normal":
+        if NORMAL:
             unit0, unit1 = normal_words(word0, word1)
             unit2, unit3 = normal_words(word2, word3)
         else:
@@ -219,12 +175,59 @@ def _prepare(
         GATHER=gather,
         PADDING=padding,
         FLIP=flip,
-        NOISE=noise,
+        NOISY=noise != "none",
+        NORMAL=noise == "normal",
         AUGMENT=philox.AUGMENT,
         START=philox.START,
         BLOCK=block,
     )
     return clean, start
+
+
+def prepare(
+    images: Tensor,
+    indices: Tensor,
+    seed: int | Tensor,
+    epoch: int | Tensor,
+    eps: float | Tensor,
+    *,
+    gather: bool = True,
+    padding: int = 4,
+    flip: bool = True,
+    noise: Noise = "uniform",
+    backend: Backend = "auto",
+    block: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Gather, crop, flip and scale a batch, and add the random start of the attack; never syncs.
+
+    images: uint8, contiguous: the whole set [N, H, W, C], of which row indices[b] is sample b, or
+    with gather=False the batch [B, H, W, C] itself. indices: int64 [B] on the same device, the
+    samples' identity for the random numbers; not checked against N on a GPU. seed, epoch: int or
+    0-dim int64 tensor. eps: number, 0-dim tensor or [B]: half-width of the uniform noise, standard
+    deviation of the normal noise. padding: zeros round the image, the crop moves by up to so many
+    pixels; flip: mirror half of the images; padding=0, flip=False is the evaluation transform.
+    block: elements per Triton program, a power of two.
+    Returns (clean, start), float32 [B, C, H, W] in channels_last memory, never the same memory.
+    Raises ValueError for a wrong dtype, shape, device or noise. Source: official REAT data.py and
+    PGD start.
+    """
+    _check(images, indices, gather, padding, noise)
+    indices = indices.contiguous()
+    arguments = (
+        images,
+        indices,
+        _counter(seed, indices, "seed"),
+        _counter(epoch, indices, "epoch"),
+        device_number(eps, indices, "eps", torch.float32),
+        gather,
+        padding,
+        flip,
+        noise,
+    )
+    if use_triton(backend, images):
+        clean, start = _prepare(*arguments, block)
+        return clean, start
+    return prepare_torch(*arguments)
 
 
 def _check(images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str) -> None:

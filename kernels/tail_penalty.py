@@ -37,7 +37,7 @@ Form = Literal["official", "pairwise"]
 
 # Elements of a block of features in registers, and the tiles of the product: 64 is the least
 # number of rows from which Hopper and Blackwell use their own matrix instructions.
-BLOCK_ELEMENTS = 2048
+BLOCK_ELEMENTS = 1024
 BLOCK_PAIRS = 64
 BLOCK_FEATURES = 32
 BLOCK_ANCHORS = 32
@@ -123,7 +123,7 @@ def _anchors_kernel(  # type: ignore[no-untyped-def]
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_exists = rows < batch
-    labels = tl.load(labels_ptr + rows, mask=row_exists, other=0)
+    labels = tl.load(labels_ptr + rows, mask=row_exists, other=0).to(tl.int32)
     classes = tl.arange(0, BLOCK_CLASSES)
     counts = tl.load(counts_ptr + classes, mask=classes < CLASSES, other=0).to(tl.float32)
     total = tl.sum(tl.where(classes < CLASSES, tl.maximum(counts, 1.0), 0.0), axis=0)
@@ -135,7 +135,7 @@ def _anchors_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, batch, BLOCK_LABELS):
         others = start + tl.arange(0, BLOCK_LABELS)
         other_exists = others < batch
-        other_labels = tl.load(labels_ptr + others, mask=other_exists, other=-1)
+        other_labels = tl.load(labels_ptr + others, mask=other_exists, other=-1).to(tl.int32)
         value_sum += tl.sum(_label_values(counts_ptr, other_labels, other_exists, total, CLASSES))
         tail_samples += tl.sum((other_labels >= FIRST_TAIL).to(tl.int32))
         same_class += tl.sum((labels[:, None] == other_labels[None, :]).to(tl.int32), axis=1)

@@ -92,4 +92,4 @@ def device_number(
         )
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, the images on {like.device}: move it there")
-    return value.to(dtype)
+    return value.to(dtype).contiguous()  # kernels step from one sample to the next by one

@@ -8,12 +8,32 @@
 torch.Size([2, 3, 32, 32])
 """
 
-from reat_fast.attack import PGD, pgd
-from reat_fast.checkpoint import load_model
-from reat_fast.data import load_dataset, longtail_counts, longtail_indices
-from reat_fast.models import create_model, load_official
-from reat_fast.objective import balanced_softmax_loss, rbl_loss, rbl_weights, tail_penalty
-from reat_fast.step import TrainStep
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reat_fast.attack import PGD, pgd
+    from reat_fast.checkpoint import load_model
+    from reat_fast.data import load_dataset, longtail_counts, longtail_indices
+    from reat_fast.models import create_model, load_official
+    from reat_fast.objective import balanced_softmax_loss, rbl_loss, rbl_weights, tail_penalty
+    from reat_fast.step import TrainStep
+
+_HOMES = {
+    "PGD": "attack",
+    "TrainStep": "step",
+    "balanced_softmax_loss": "objective",
+    "create_model": "models",
+    "load_dataset": "data",
+    "load_model": "checkpoint",
+    "load_official": "models",
+    "longtail_counts": "data",
+    "longtail_indices": "data",
+    "pgd": "attack",
+    "rbl_loss": "objective",
+    "rbl_weights": "objective",
+    "tail_penalty": "objective",
+}
 
 __all__ = [
     "PGD",
@@ -30,3 +50,10 @@ __all__ = [
     "rbl_weights",
     "tail_penalty",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Looked up when used: the data commands need numpy alone and start without loading torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"reat_fast.{_HOMES[name]}"), name)

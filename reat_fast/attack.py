@@ -22,7 +22,7 @@ AttackLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum the cross-entropy over the batch; a mean would shrink every gradient by the batch size."""
+    """Sum the cross-entropy over the batch; a mean would shrink gradients by the batch size."""
     return class_loss(logits, labels, reduction="sum")
 
 

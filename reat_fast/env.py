@@ -150,14 +150,19 @@ def _nvidia_smi() -> dict[str, dict[str, str]]:
     query = "--query-gpu=uuid,driver_version,power.limit"
     rows = _output("nvidia-smi", query, "--format=csv,noheader,nounits")
     fields = [line.split(", ") for line in rows.splitlines()] if rows else []
-    return {row[0]: {"driver": row[1], "power": row[2]} for row in fields if len(row) == 3}
+    # torch gives the identifier without the prefix.
+    return {
+        row[0].removeprefix("GPU-"): {"driver": row[1], "power": row[2]}
+        for row in fields
+        if len(row) == 3
+    }
 
 
 def _gpus(smi: Mapping[str, Mapping[str, str]]) -> list[dict[str, object]]:
     gpus: list[dict[str, object]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.cuda.get_device_properties(index)
-        power = smi.get(f"GPU-{device.uuid}", {}).get("power", "")
+        power = smi.get(str(device.uuid), {}).get("power", "")
         gpus.append(
             {
                 "name": device.name,

@@ -61,6 +61,13 @@ class TrainingClock:
         self._timed_steps += 1
         self._timed_images += images
 
+    def catch_up(self) -> None:
+        """Count what the device still had to do after the last step; call after a sync."""
+        now = self._clock()
+        if self._timed_steps:
+            self.training_seconds += now - self._mark
+        self._mark = now
+
     @property
     def images_per_second(self) -> float:
         """Images trained on per second, without the first step; 0 before the second."""

@@ -2,389 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from reat_fast import checkpoint, report
-from reat_fast.attack import pgd
-from reat_fast.checkpoint import CheckpointError, ModelSpec
-from reat_fast.command import choose_device, run_command
-from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse, to_json
-from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
-from reat_fast.env import environment
-from reat_fast.evaluate import Attack, evaluate, evenly
-from reat_fast.frozen import FrozenNetwork
-from reat_fast.loaders.resident import ResidentLoader
-from reat_fast.networks import Network
-from reat_fast.progress import Progress, TrainingClock, duration
+from reat_fast.command import run_command
+from reat_fast.plan import make_plan
+from reat_fast.progress import Progress, TrainingClock
+from reat_fast.run import Run
 from reat_fast.schedule import learning_rate
-from reat_fast.step import ReferenceStep, TrainStep, make_optimizer, resolve_attack_loss
-
-SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
-"""The attack and the figure that choose the best epoch."""
-
-
-@dataclass
-class Plan:
-    """What the command line asks for, checked, with nothing written yet."""
-
-    preset: str
-    reason: str
-    config: Config
-    device: torch.device
-    run_dir: Path
-    state: dict[str, Any] | None
-    """The checkpoint to go on from, or None for a new run."""
-
-
-def make_plan(arguments: list[str]) -> Plan:
-    """Read the command line; errors: ValueError with one line."""
-    cuda = torch.cuda.is_available()
-    preset, config = parse(arguments, "reat" if cuda else "quickstart")
-    found = "a CUDA device was found" if cuda else "no CUDA device was found"
-    named = bool(arguments) and not arguments[0].startswith("-")
-    reason = "as asked" if named else f"no preset was named and {found}"
-    state = None
-    if config.resume is not None:
-        if named:
-            raise ValueError(
-                f"--resume {config.resume}: a run keeps its preset; leave out {preset}"
-            )
-        if not config.resume.is_dir():
-            raise CheckpointError(f"--resume {config.resume}: no such folder")
-        state = checkpoint.load_checkpoint(config.resume / checkpoint.CHECKPOINT)
-        saved = from_json(state["config"], str(config.resume / checkpoint.CHECKPOINT))
-        preset, reason = state["preset"], f"resumed from {config.resume}"
-        _, config = parse(arguments, preset, default=saved)
-        _refuse_changes(saved, config)
-    run_dir = config.resume or checkpoint.new_run_dir(config.run_dir, preset)
-    return Plan(preset, reason, config, choose_device(config.device), run_dir, state)
-
-
-def _refuse_changes(saved: Config, config: Config) -> None:
-    for field in dataclasses.fields(Config):
-        old, new = getattr(saved, field.name), getattr(config, field.name)
-        if old != new and field.name not in LOCAL_FIELDS:
-            raise ValueError(
-                f"{flag(field.name)} {new}: the run was begun with {old}; leave it out"
-            )
-
-
-class Run:
-    """One training run: data, model and step on the device, and the folder they report to."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.config = config = plan.config
-        self.device = plan.device
-        self.dataset: Dataset = load_dataset(config.dataset, config.data)
-        self.splits: Splits = make_splits(
-            self.dataset,
-            imbalance=config.imbalance,
-            profile=config.profile,
-            largest=config.largest,
-            held_out=config.held_out,
-            seed=config.split_seed,
-        )
-        torch.manual_seed(config.seed)
-        self.spec = ModelSpec(
-            name=config.model,
-            num_classes=self.dataset.num_classes,
-            in_channels=self.dataset.train.images.shape[-1],
-            width=config.width,
-            stem_stride=config.stem_stride,
-            class_names=self.dataset.class_names,
-        )
-        self.model: Network = self.spec.build().to(
-            self.device,
-            memory_format=torch.channels_last,  # type: ignore[call-overload]
-        )
-        self.optimizer = make_optimizer(self.model, config)
-        step_class = TrainStep if config.fused else ReferenceStep
-        self.step = step_class(self.model, self.optimizer, self.splits.counts, config)
-        self.loader = ResidentLoader(
-            self.splits.train, config.batch_size, self.device, seed=config.seed
-        )
-        batches = len(self.loader)
-        self.batches = min(batches, config.limit_batches or batches)
-        self.metrics: list[dict[str, Any]] = []
-        self.timing: list[dict[str, Any]] = []
-        self.best: dict[str, float] | None = None
-        if plan.state is not None:
-            self._load(plan.state)
-
-    @property
-    def epochs_done(self) -> int:
-        """Whole epochs behind this run."""
-        return len(self.metrics)
-
-    def announce(self) -> None:
-        """Print what will run, why, and how long it should take."""
-        config, counts = self.config, self.splits.counts
-        ratio = max(counts) / min(counts)
-        print(
-            f"preset {self.plan.preset} ({self.plan.reason}); "
-            f"expected time {duration(self.expected_seconds())} on {device_name(self.device)}, "
-            "from one timed pass"
-        )
-        print(
-            f"{self.dataset.name}: {sum(counts):,} training images in {len(counts)} classes of "
-            f"{max(counts):,} to {min(counts):,} (ratio {ratio:.0f}), "
-            f"{len(self.splits.held_out):,} held out, {len(self.splits.test):,} test images; "
-            f"{config.model}, {sum(p.numel() for p in self.model.parameters()):,} parameters"
-        )
-        if config.fused and resolve_attack_loss(config) == "ce" and config.attack_loss == "auto":
-            print(
-                "attack: plain cross-entropy; REAT's RBL weights cannot change an adversarial "
-                "example while BatchNorm is in eval mode"
-            )
-        print(f"run folder {self.plan.run_dir}", flush=True)
-
-    def expected_seconds(self) -> float:
-        """Guess the seconds that are left from one attack step on a few images.
-
-        Counted in such passes, forward plus gradient: an image costs `steps` in the attack and 1.5
-        in the update, and one per step of an evaluation.
-        """
-        config = self.config
-        images = torch.from_numpy(self.splits.train.images[: min(64, config.batch_size)])
-        images = images.to(self.device).permute(0, 3, 1, 2) / 255
-        labels = torch.from_numpy(self.splits.train.labels[: len(images)]).to(self.device)
-        frozen = FrozenNetwork(self.model)
-
-        def one_pass() -> float:
-            began = time.perf_counter()
-            pgd(frozen, images, labels, steps=1).sum().item()
-            return time.perf_counter() - began
-
-        one_pass()
-        seconds = min(one_pass() for _ in range(3)) / len(images)
-        epochs = config.epochs - self.epochs_done
-        per_epoch = min(self.batches * config.batch_size, len(self.splits.train))
-        passes = epochs * per_epoch * (config.steps + 1.5)
-        if config.evaluation != "none":
-            attack, _ = SELECTION[config.evaluation]
-            evaluations = math.ceil(epochs / self._eval_every())
-            passes += evaluations * len(self._selection_set()) * int(attack[3:])
-        passes += len(self._limited(self.splits.test)) * 20.5
-        return passes * seconds
-
-    def train(self) -> None:
-        """Run the epochs that are left, saving after each."""
-        config = self.config
-        left = config.epochs - self.epochs_done
-        clock = TrainingClock(left * self.batches)
-        progress = Progress(left * self.batches, config.epochs, clock)
-        try:
-            for epoch in range(self.epochs_done, config.epochs):
-                self._train_epoch(epoch, clock, progress)
-        finally:
-            progress.close()
-
-    def _train_epoch(self, epoch: int, clock: TrainingClock, progress: Progress) -> None:
-        config = self.config
-        seconds_before, began = clock.training_seconds, time.perf_counter()
-        clock.resume()
-        for number, batch in enumerate(self.loader.epoch(epoch)):
-            if number == self.batches:
-                break
-            set_learning_rate(self.optimizer, learning_rate(config, epoch + number / self.batches))
-            self.step.train_on(batch)
-            means = None
-            if clock.warm_up_seconds is None or progress.due():
-                means = self.step.running_means()  # waits for the device, so the clock is honest
-                _refuse_nonfinite(means["loss"], epoch, number, self.plan.run_dir)
-            clock.step(len(batch.labels))
-            progress.step(epoch + 1, means if progress.due() else None)
-        lr = learning_rate(config, epoch + (self.batches - 1) / self.batches)
-        means = self.step.end_epoch()
-        _refuse_nonfinite(means["loss"], epoch, self.batches - 1, self.plan.run_dir)
-        row = {"epoch": epoch + 1, "lr": lr, **means, **self._evaluate_epoch(epoch)}
-        row["ae_counts"] = " ".join(map(str, self.step.statistics.ae_counts.tolist()))
-        self.metrics.append(row)
-        self.timing.append(
-            {
-                "epoch": epoch + 1,
-                "seconds": round(time.perf_counter() - began, 3),
-                "training_seconds": round(clock.training_seconds - seconds_before, 3),
-                "images_per_second": round(clock.images_per_second, 1),
-                "warm_up_seconds": round(clock.warm_up_seconds or 0.0, 3),
-            }
-        )
-        note = "".join(
-            f"  {name.removeprefix('eval_')} {value:.1f} %"
-            for name, value in row.items()
-            if name.startswith("eval_") and value != ""
-        )
-        progress.epoch(epoch + 1, means, note)
-        self.save()
-
-    def _eval_every(self) -> int:
-        return 1 if self.config.evaluation == "official" else self.config.eval_every
-
-    def _selection_set(self) -> ImageSet:
-        official = self.config.evaluation == "official"
-        return self._limited(self.splits.test if official else self.splits.held_out)
-
-    def _limited(self, image_set: ImageSet) -> ImageSet:
-        if self.config.limit_batches is None:
-            return image_set
-        return evenly(image_set, self.config.limit_batches * self.config.batch_size)
-
-    def _evaluate_epoch(self, epoch: int) -> dict[str, Any]:
-        """Evaluate where the plan says so and keep the weights if they are the best so far."""
-        columns: dict[str, Any] = {"eval_clean": "", "eval_robust": "", "eval_robust_tail": ""}
-        config, last = self.config, epoch + 1 == self.config.epochs
-        selection = self._selection_set()
-        if config.evaluation == "none" or not len(selection):
-            return columns
-        if (epoch + 1) % self._eval_every() and not last:
-            return columns
-        name, figure = SELECTION[config.evaluation]
-        attacks = [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", name)]
-        result = evaluate(
-            self.model,
-            selection,
-            attacks,
-            self.dataset.num_classes,
-            eps=config.eps,
-            seed=config.seed,
-            batch_size=config.eval_batch_size,
-        )["attacks"]
-        robust = result[name][figure]
-        if self.best is None or robust >= self.best["robust"]:
-            self.best = {"epoch": epoch + 1, "robust": robust}
-            checkpoint.save_weights(self.plan.run_dir / "best.safetensors", self.model, self.spec)
-        return {
-            "eval_clean": result["clean"][figure],
-            "eval_robust": robust,
-            "eval_robust_tail": result[name]["tail"] if result[name]["tail"] is not None else "",
-        }
-
-    def test(self) -> dict[str, Any]:
-        """Evaluate the chosen weights on the test set, once; write the figures and pictures."""
-        config, run_dir = self.config, self.plan.run_dir
-        best = config.select == "best" and self.best is not None
-        weights = run_dir / ("best.safetensors" if best else "last.safetensors")
-        model = checkpoint.load_model(weights, self.device)
-        test = self._limited(self.splits.test)
-        began = time.perf_counter()
-        result = evaluate(
-            model,
-            test,
-            [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", "pgd20")],
-            self.dataset.num_classes,
-            eps=config.eps,
-            seed=config.seed,
-            batch_size=config.eval_batch_size,
-        )
-        result |= {
-            "weights": weights.name,
-            "weights_epoch": int(self.best["epoch"]) if best and self.best else config.epochs,
-            "dataset": self.dataset.name,
-            "class_names": list(self.dataset.class_names),
-            "train_counts": self.splits.counts,
-            "eps": config.eps,
-            "step_size": config.step_size,
-            "seed": config.seed,
-            "device": str(self.device),
-            "seconds": round(time.perf_counter() - began, 3),
-        }
-        checkpoint.write_text(run_dir / "evaluation.json", json.dumps(result, indent=2) + "\n")
-        title = f"{self.dataset.name}, {config.model}, {self.plan.preset}, {weights.stem} weights"
-        report.draw_accuracy(result, run_dir / "accuracy.png", title)
-        report.draw_learning(run_dir / "metrics.csv", run_dir / "learning.png")
-        return result
-
-    def open_folder(self) -> None:
-        """Write what describes the run, before its first step."""
-        run_dir = self.plan.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(run_dir / "config.json", to_json(self.config) + "\n")
-        checkpoint.write_text(run_dir / "env.json", json.dumps(environment(), indent=2) + "\n")
-        split = {
-            "dataset": self.dataset.name,
-            "class_names": list(self.dataset.class_names),
-            "train_counts": self.splits.counts,
-            "held_out": len(self.splits.held_out),
-            "fingerprint": self.splits.fingerprint,
-        }
-        checkpoint.write_text(run_dir / "split.json", json.dumps(split, indent=2) + "\n")
-
-    def save(self) -> None:
-        """Write the checkpoint, the newest weights and the tables of epochs."""
-        run_dir = self.plan.run_dir
-        checkpoint.write_text(run_dir / "metrics.csv", _csv(self.metrics))
-        checkpoint.write_text(run_dir / "timing.csv", _csv(self.timing))
-        checkpoint.save_weights(run_dir / "last.safetensors", self.model, self.spec)
-        state = {
-            "preset": self.plan.preset,
-            "config": to_json(self.config),
-            "model_spec": dataclasses.asdict(self.spec),
-            "fingerprint": self.splits.fingerprint,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step.state_dict(),
-            "metrics": self.metrics,
-            "timing": self.timing,
-            "best": self.best,
-        }
-        checkpoint.save_checkpoint(run_dir, state)
-
-    def _load(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.splits.fingerprint:
-            raise CheckpointError(
-                f"--resume {self.plan.run_dir}: the training images are not those the run was "
-                "begun with; name the same data with --data"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step.load_state_dict(state["step"])
-        self.metrics, self.timing, self.best = state["metrics"], state["timing"], state["best"]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate, in place where it is a tensor on the device."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
-
-
-def device_name(device: torch.device) -> str:
-    """Name a device for people: the GPU's name, or the CPU's threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
-
-
-def _refuse_nonfinite(loss: float, epoch: int, batch: int, run_dir: Path) -> None:
-    if math.isfinite(loss):
-        return
-    kept = run_dir / checkpoint.CHECKPOINT
-    advice = f"; the state after epoch {epoch} is in {kept}" if kept.exists() else ""
-    raise FloatingPointError(
-        f"the loss is not finite in epoch {epoch + 1}, by batch {batch + 1}: lower --lr{advice}"
-    )
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def main(arguments: list[str]) -> int:
@@ -393,7 +23,7 @@ def main(arguments: list[str]) -> int:
     run.announce()
     run.open_folder()
     try:
-        run.train()
+        train(run)
     except KeyboardInterrupt:
         print(
             f"stopped after epoch {run.epochs_done}; go on with: "
@@ -410,6 +40,69 @@ def main(arguments: list[str]) -> int:
     )
     print(f"figures in {run_dir / 'evaluation.json'}, pictures in {run_dir / 'accuracy.png'}")
     return 0
+
+
+def train(run: Run) -> None:
+    """Run the epochs that are left, saving after each."""
+    steps = (run.config.epochs - run.epochs_done) * run.batches
+    clock = TrainingClock(steps)
+    progress = Progress(steps, run.config.epochs, clock)
+    try:
+        for epoch in range(run.epochs_done, run.config.epochs):
+            train_epoch(run, epoch, clock, progress)
+    finally:
+        progress.close()
+
+
+def train_epoch(run: Run, epoch: int, clock: TrainingClock, progress: Progress) -> None:
+    """Take the steps of one epoch, evaluate where it is due, and save."""
+    before, began = clock.training_seconds, time.perf_counter()
+    clock.resume()
+    lr = 0.0
+    for number, batch in zip(range(run.batches), run.loader.epoch(epoch), strict=False):
+        lr = learning_rate(run.config, epoch + number / run.batches)
+        set_learning_rate(run.optimizer, lr)
+        run.step.train_on(batch)
+        means = None
+        if clock.warm_up_seconds is None or progress.due():
+            means = run.step.running_means()  # waits for the device, so the clock is honest
+            _refuse_nonfinite(means["loss"], epoch, number, run.plan.run_dir)
+        clock.step(len(batch.labels))
+        progress.step(epoch + 1, means if progress.due() else None)
+    means = run.step.end_epoch()
+    clock.catch_up()
+    _refuse_nonfinite(means["loss"], epoch, run.batches - 1, run.plan.run_dir)
+    evaluation = run.evaluate_epoch(epoch)
+    timing = {
+        "epoch": epoch + 1,
+        "seconds": round(time.perf_counter() - began, 3),
+        "training_seconds": round(clock.training_seconds - before, 3),
+        "images_per_second": round(clock.images_per_second, 1),
+        "warm_up_seconds": round(clock.warm_up_seconds or 0.0, 3),
+    }
+    run.save({"epoch": epoch + 1, "lr": lr, **means, **evaluation}, timing)
+    shown = {name[5:]: value for name, value in evaluation.items() if value != ""}
+    note = "".join(f"  {name} {value:.1f} %" for name, value in shown.items())
+    progress.epoch(epoch + 1, means, note)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate, in place where it is a tensor on the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def _refuse_nonfinite(loss: float, epoch: int, batch: int, run_dir: Path) -> None:
+    if math.isfinite(loss):
+        return
+    kept = run_dir / checkpoint.CHECKPOINT
+    advice = f"; the state after epoch {epoch} is in {kept}" if kept.exists() else ""
+    raise FloatingPointError(
+        f"the loss is not finite in epoch {epoch + 1}, by batch {batch + 1}: lower --lr{advice}"
+    )
 
 
 if __name__ == "__main__":

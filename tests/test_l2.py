@@ -110,7 +110,8 @@ def test_the_size_of_the_gradient_does_not_matter(place: Place, factor: float) -
 def test_each_sample_has_its_step_and_radius(place: Place) -> None:
     backend, device = place
     adv, grad, clean = batch((3, 3, 8, 8), device)
-    steps = torch.tensor([0.0, 0.3, 1.0], device=device)
+    # Every other element: a row need not be dense.
+    steps = torch.tensor([0.0, 9.0, 0.3, 9.0, 1.0], device=device)[::2]
     radii = torch.tensor([0.4, 0.0, 2.0], device=device)
     rows = []
     for i, (step, radius) in enumerate(zip(steps.tolist(), radii.tolist(), strict=True)):

@@ -80,7 +80,8 @@ def test_mixed_memory_formats_do_not_mix_pixels(place: Place, formats: tuple[int
 def test_each_sample_has_its_step_and_radius(place: Place) -> None:
     backend, device = place
     adv, grad, clean = batch((3, 3, 8, 8), device)
-    steps = torch.tensor([0.0, 0.01, 0.3], device=device)
+    # Every other element: a row need not be dense.
+    steps = torch.tensor([0.0, 9.0, 0.01, 9.0, 0.3], device=device)[::2]
     radii = torch.tensor([0.05, 0.0, 0.1], device=device)
     rows = [
         official_step(adv[i : i + 1], grad[i : i + 1], clean[i : i + 1], steps[i], radii[i])  # type: ignore[arg-type]

@@ -236,10 +236,10 @@ def test_permutation_stays_the_same_from_version_to_version() -> None:
 
 
 def test_permutation_puts_every_element_everywhere() -> None:
-    orders = torch.stack([philox.permutation(4, 0, epoch) for epoch in range(4000)])
+    orders = torch.stack([philox.permutation(4, 0, epoch) for epoch in range(1000)])
     for place in range(4):
         counts = orders[:, place].bincount(minlength=4)
-        assert (counts - 1000).abs().max() < 5 * math.sqrt(1000)  # five standard errors
+        assert (counts - 250).abs().max() < 5 * math.sqrt(250)  # five standard errors
 
 
 @pytest.mark.gpu

@@ -70,6 +70,16 @@ def test_clean_is_the_crop_and_flip_by_hand(
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_many_samples_draw_the_crops_and_flips_by_hand(place: Place) -> None:
+    backend, device = place
+    images = random_images(1, 3, 4, 1, device).expand(200, -1, -1, -1).contiguous()
+    indices = torch.arange(200, device=device)
+    clean, _ = prepare(
+        images, indices, 5, 0, 0.0, padding=1, noise="none", backend=backend, block=16
+    )
+    assert torch.equal(clean.cpu(), by_hand(images.cpu(), indices.cpu(), 5, 0, 1, True))
+
+
 def test_every_byte_becomes_its_exact_quotient(place: Place) -> None:
     backend, device = place
     images = torch.arange(256, dtype=torch.uint8, device=device).view(1, 16, 16, 1)
@@ -219,9 +229,22 @@ def test_crops_and_flips_are_drawn_evenly_and_anew_each_epoch() -> None:
     assert same < 0.05  # 1 / 81 at random, more by flips of the middle
 
 
-def test_an_empty_batch_is_allowed() -> None:
-    images = random_images(3, 4, 4, 3, "cpu")
-    clean, start = prepare(images, torch.zeros(0, dtype=torch.int64), 0, 0, EPS)
+def test_strided_indices_and_radii_are_read_where_they_are(place: Place) -> None:
+    backend, device = place
+    images = random_images(4, 8, 8, 3, device)
+    indices = torch.tensor([3, 0, 2, 1, 0, 3], device=device)[::2]
+    eps = torch.linspace(0, 0.1, 6, device=device).view(3, 2)[:, 1]
+    strided = prepare(images, indices, 0, 0, eps, backend=backend)
+    dense = prepare(images, indices.clone(), 0, 0, eps.clone(), backend=backend)
+    assert torch.equal(strided[0], dense[0]) and torch.equal(strided[1], dense[1])
+    assert torch.equal(strided[0].cpu(), by_hand(images.cpu(), indices.cpu(), 0, 0, 4, True))
+
+
+def test_an_empty_batch_is_allowed(place: Place) -> None:
+    backend, device = place
+    images = random_images(3, 4, 4, 3, device)
+    indices = torch.zeros(0, dtype=torch.int64, device=device)
+    clean, start = prepare(images, indices, 0, 0, EPS, backend=backend)
     assert clean.shape == start.shape == (0, 3, 4, 4)
 
 

@@ -50,6 +50,9 @@ def test_throughput_leaves_out_the_first_step_and_what_is_not_training() -> None
     assert clock.images_per_second == pytest.approx(50)
     assert clock.seconds_left == pytest.approx(4)
     assert clock.training_seconds == pytest.approx(6)
+    now.seconds += 3  # the host was ahead of the device, and waited for it
+    clock.catch_up()
+    assert clock.images_per_second == pytest.approx(300 / 9)
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -368,6 +369,17 @@ def test_odd_opcodes_are_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError):
         sources.read_cifar(write_folder(tmp_path, {"train": content, "test": content}), 100)
     assert dict(vars(sources._Recorded)) == before
+
+
+def test_a_damaged_memo_index_does_not_fill_the_memory(tmp_path: Path) -> None:
+    content = b"}r" + (2**26).to_bytes(4, "little") + b"."
+    write_folder(tmp_path, {"train": content, "test": content})
+    tracemalloc.start()
+    with pytest.raises(DataError, match="train: no CIFAR batch"):
+        sources.read_cifar(tmp_path, 100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000  # pickle's own reader takes 16 bytes for each index below this one
 
 
 @pytest.mark.parametrize("write", [python2_batch, python3_batch])

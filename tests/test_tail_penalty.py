@@ -41,7 +41,9 @@ SUBNORMAL = 2.0**-25
 SIZES = [(1, 5, 10), (7, 1, 2), (13, 33, 10), (128, 40, 10), (70, 100, 100), (100, 65, 7)]
 
 
-def make_batch(batch: int, width: int, classes: int, device: str = "cpu") -> tuple[Tensor, ...]:
+def make_batch(
+    batch: int, width: int, classes: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(batch + width + classes)
     features = torch.randn(batch, width, generator=generator) * 2
     labels = torch.randint(classes, (batch,), generator=generator)
@@ -116,7 +118,8 @@ def assert_equals_loop(
 def test_penalty_and_gradient_equal_the_loop(
     batch: int, width: int, classes: int, form: Form, backend: str, device: str
 ) -> None:
-    assert_equals_loop(*make_batch(batch, width, classes, device), form, backend)
+    features, labels, counts = make_batch(batch, width, classes, device)
+    assert_equals_loop(features, labels, counts, form, backend)
 
 
 @everywhere

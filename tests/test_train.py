@@ -82,16 +82,16 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
     arguments = ["reat", *SMALL, "--data", data, "--epochs", 3, fused, "--run-dir"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(*arguments, whole) == 0
-    epoch, calls = train.Run._train_epoch, iter(range(9))
+    train_epoch = train.train_epoch
 
-    def stop_in_the_second(self: train.Run, *args: object) -> None:
-        if next(calls) == 1:
+    def stop_in_the_second(this: train.Run, epoch: int, *others: object) -> None:
+        if epoch == 1:
             raise KeyboardInterrupt
-        epoch(self, *args)  # type: ignore[arg-type]
+        train_epoch(this, epoch, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train.Run, "_train_epoch", stop_in_the_second)
-    assert run(*arguments, cut) == 130
-    monkeypatch.setattr(train.Run, "_train_epoch", epoch)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_epoch", stop_in_the_second)
+        assert run(*arguments, cut) == 130
     assert len(rows(cut)) == 1
     assert run("--resume", cut) == 0
     assert (cut / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()

@@ -1,0 +1,29 @@
+"""The public names of the package, and its example."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+
+import reat_fast
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    assert sorted(reat_fast._HOMES) == sorted(reat_fast.__all__)
+    for name in reat_fast.__all__:
+        assert getattr(reat_fast, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'pdg'"):
+        reat_fast.pdg  # noqa: B018
+
+
+def test_the_example_runs() -> None:
+    assert doctest.testmod(reat_fast).failed == 0
+    assert doctest.testmod(reat_fast).attempted >= 4
+
+
+def test_importing_the_package_does_not_load_torch() -> None:
+    code = "import sys, reat_fast; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

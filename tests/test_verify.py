@@ -1,0 +1,57 @@
+"""The verify command: every row holds here, and a broken op does not pass."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from reat_fast import verify
+from reat_fast.command import run_command
+
+
+def test_every_row_holds_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(verify.main, ["--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{len(lines) - 3} of {len(lines) - 3} rows hold"
+    ops = {line.split("  ")[0] for line in lines[2:-1]}
+    assert ops >= {"philox", "prepare", "linf_step", "l2_step", "class_loss", "tail_penalty"}
+    assert ops >= {"rbl_weights", "folded network", "inertness", "training step"}
+    assert any("double loop" in line for line in lines)
+
+
+def test_a_broken_op_falls_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def almost(features: Tensor, *arguments: object, **options: object) -> Tensor:
+        return whole(features, *arguments, **options) * (1 + 1e-5)  # type: ignore[arg-type]
+
+    whole = verify.tail_penalty
+    monkeypatch.setattr(verify, "tail_penalty", almost)
+    rows = list(verify._tail_penalty(torch.device("cpu"), "torch"))
+    assert any(not row.ok for row in rows)
+    monkeypatch.setattr(verify, "verify", lambda device, backend: iter(rows))
+    assert run_command(verify.main, ["--device", "cpu"]) == 1
+    assert "FALLS SHORT" in capsys.readouterr().out
+    assert run_command(verify.main, ["--device", "cpu", "--json"]) == 1
+    assert not all(row["ok"] for row in json.loads(capsys.readouterr().out))
+
+
+def test_an_error_that_is_not_a_number_does_not_hold() -> None:
+    assert not verify.Row("op", "case", "float32", math.nan, 1.0).ok
+
+
+@pytest.mark.interpreter
+def test_every_kernel_holds_in_the_interpreter() -> None:
+    device = torch.device("cpu")
+    for rows in (verify._prepare, verify._linf_step, verify._l2_step, verify._class_loss):
+        assert all(row.ok for row in rows(device, "triton"))
+    assert all(row.ok for row in verify._tail_penalty(device, "triton"))
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(verify.main, ["--device", "gpu"]) == 2
+    assert "--device gpu: give auto, cpu, cuda or cuda:N" in capsys.readouterr().err
