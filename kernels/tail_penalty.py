@@ -1,4 +1,4 @@
-"""REAT's penalty on tail features: it pushes the tail samples of a batch away from other classes.
+"""REAT's penalty on tail features: signed divergences between tail samples and their batch.
 
 With features f [B, D], p_i = softmax(f_i) held fixed, v_c = sqrt(N / n_c), s_ij = -1 where the
 labels of i and j are equal and +1 elsewhere, and T the samples of the classes from C//3*2+1 on,
@@ -35,13 +35,14 @@ from reat_fast.kernels.triton_support import (
 
 Form = Literal["official", "pairwise"]
 
-# Elements of a block of features in registers, and the tiles of the product: 64 is the least
-# number of rows from which Hopper and Blackwell use their own matrix instructions.
+# Features a program of the first kernel holds in registers: twice as many spill on sm_90.
 BLOCK_ELEMENTS = 1024
+# The tiles of W^T P: [PAIRS, ANCHORS] x [ANCHORS, FEATURES]. 64 is the least number of rows for
+# which sm_90 and sm_100 use their own matrix instructions. Chosen from bench.aot, not timed.
 BLOCK_PAIRS = 64
 BLOCK_FEATURES = 32
 BLOCK_ANCHORS = 32
-# One program holds whole rows of features.
+# One program holds whole rows: 16 features a thread with 16 warps.
 MOST_FEATURES = 8192
 
 

@@ -8,8 +8,13 @@
 torch.Size([2, 3, 32, 32])
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+# Before torch loads its threads: by default they spin at every barrier, and where two programs
+# share the cores, each waits for threads that the other's spinning keeps from running.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from reat_fast.attack import PGD, pgd

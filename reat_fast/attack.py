@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.linf import linf_step_
+from reat_fast.kernels.triton_support import device_number
 
 __all__ = ["PGD", "pgd"]
 
@@ -79,6 +80,9 @@ def ascend(
     nonfinite: Tensor | None = None,
 ) -> Tensor:
     """Take the steps of pgd from `adv`, noise already added, round `clean`; see pgd."""
+    # Once, and not once a step: a number would be written to the device at each of them.
+    step_size = device_number(step_size, clean, "step_size")
+    eps = device_number(eps, clean, "eps")
     for _ in range(steps):
         adv = adv.detach().requires_grad_()
         with torch.enable_grad():

@@ -230,19 +230,16 @@ def _rbl_offsets(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 class ReferenceStep(TrainStep):
     """The plain reference with the face of TrainStep: what --no-fused trains with."""
 
-    def __init__(
-        self,
-        model: Network,
-        optimizer: torch.optim.Optimizer,
-        counts: Sequence[int],
-        config: Config,
-    ) -> None:
+    def _make_attack_loss(self, name: AttackLossName) -> AttackLoss:
+        config = self.config
         if config.attack_batchnorm != "eval" or config.attack_loss not in ("auto", "rbl"):
             raise ValueError(
                 "--no-fused: the reference has REAT's own attack only; "
                 "leave out --attack-loss and --attack-batchnorm"
             )
-        super().__init__(model, optimizer, counts, config)
+        if config.tail_coefficient != 1:
+            raise ValueError("--no-fused: the reference has no --tail-coefficient; leave it out")
+        return super()._make_attack_loss(name)
 
     def _step(self, images: Tensor, labels: Tensor, adv_start: Tensor) -> dict[str, Tensor]:
         config, statistics = self.config, self.statistics

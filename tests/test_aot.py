@@ -13,7 +13,7 @@ import reat_fast.kernels
 from bench import aot
 
 REASON = aot.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 # The kernels with, for loads and for stores, whether 16 bytes at a time are possible.
 WIDE = {

@@ -224,8 +224,13 @@ def test_the_reference_step_follows_the_fused_one() -> None:
 
 def test_the_reference_step_refuses_what_it_cannot_do() -> None:
     model = make_model()
-    for changes in ({"attack_batchnorm": "train"}, {"attack_loss": "rbl_offsets"}):
-        config = dataclasses.replace(Config(), **changes)  # type: ignore[arg-type]
+    refused: list[dict[str, Any]] = [
+        {"attack_batchnorm": "train"},
+        {"attack_loss": "rbl_offsets"},
+        {"tail_coefficient": 0.5},
+    ]
+    for changes in refused:
+        config = dataclasses.replace(Config(), **changes)
         with pytest.raises(ValueError, match="--no-fused"):
             ReferenceStep(model, make_optimizer(model, config), COUNTS, config)
 

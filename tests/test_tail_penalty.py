@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,15 +20,23 @@ from reat_fast.kernels.tail_penalty import (
     tail_penalty_and_gradient,
     tail_penalty_and_gradient_torch,
 )
-from reat_fast.kernels.triton_support import TRITON_INSTALLED
+from reat_fast.kernels.triton_support import INTERPRETED, TRITON_INSTALLED, triton
 
 PLACES = [
     pytest.param("torch", "cpu", id="torch"),
     pytest.param("triton", "cpu", id="interpreter", marks=pytest.mark.interpreter),
     pytest.param("triton", "cuda", id="gpu", marks=pytest.mark.gpu),
 ]
-# Rows beyond the batch pass through inf - inf.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [
+    # Rows beyond the batch pass through inf - inf.
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.skipif(
+        INTERPRETED
+        and [*map(int, triton.__version__.split(".")[:2])] < [3, 7]
+        and [*map(int, np.__version__.split(".")[:2])] >= [2, 4],
+        reason="Triton before 3.7 interprets no loop over the batch with numpy 2.4 or newer",
+    ),
+]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
 both_forms = pytest.mark.parametrize("form", ["official", "pairwise"])
 
@@ -207,7 +216,7 @@ def test_the_official_form_equals_the_published_loop(
         pytest.param(10, [9], id="a sample alone has no pair"),
     ],
 )
-def test_penalty_and_gradient_are_exactly_zero_without_a_pair_to_push(
+def test_penalty_is_exactly_zero_without_a_pair_of_a_tail_sample(
     classes: int, labels: list[int], form: Form, backend: Any, device: str
 ) -> None:
     features = make_batch(len(labels), 12, classes, device)[0].requires_grad_()
@@ -415,11 +424,11 @@ def test_the_gradient_is_computed_only_where_it_is_wanted(
 def test_a_second_derivative_is_refused() -> None:
     features, labels, counts = make_batch(6, 5, 10)
     features.requires_grad_()
-    (first,) = torch.autograd.grad(
-        tail_penalty(features, labels, counts, backend="triton"), features, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
-        torch.autograd.grad(first.sum(), features)
+    # Of a square, where the part that autograd does know would pass for the whole.
+    square = tail_penalty(features, labels, counts, backend="triton").square()
+    (first,) = torch.autograd.grad(square, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @both_forms

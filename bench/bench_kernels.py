@@ -1,0 +1,182 @@
+"""Each kernel against the PyTorch form, torch.compile of it, and the device's copy bandwidth.
+
+    pytest bench/bench_kernels.py --benchmark-only
+
+Needs a CUDA device. Times are of CUDA graphs of one call, so that no launch from the host is in
+them; the share is bytes that must move over time, against a copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.l2 import l2_step_
+from reat_fast.kernels.linf import linf_step_
+from reat_fast.kernels.prepare import prepare
+from reat_fast.kernels.tail_penalty import tail_penalty
+from reat_fast.kernels.triton_support import Backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+COMPARED: tuple[str, ...] = ("triton", "torch", "compiled")
+ROUNDS, CALLS = 15, 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape: the call, and the bytes it cannot avoid reading and writing."""
+
+    name: str
+    make: Callable[[], tuple[Callable[[Backend], object], int]]
+
+
+def _prepare_case(batch: int) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        images = torch.randint(0, 256, (14000, 32, 32, 3), dtype=torch.uint8, device="cuda")
+        indices = torch.randint(0, 14000, (batch,), device="cuda")
+        seed, epoch = torch.zeros(2, dtype=torch.int64, device="cuda")
+        eps = torch.tensor(8 / 255, device="cuda")
+        pixels = batch * 32 * 32 * 3
+        return lambda backend: prepare(
+            images, indices, seed, epoch, eps, backend=backend
+        ), 9 * pixels
+
+    return Case(f"prepare B={batch}", make)
+
+
+def _step_case(name: str, step: Callable[..., None], batch: int, dtype: torch.dtype) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        layout = {"memory_format": torch.channels_last}
+        clean = torch.rand(batch, 3, 32, 32, device="cuda").contiguous(**layout)  # type: ignore[call-overload]
+        adv, grad = clean.clone(), torch.randn_like(clean).to(dtype)
+        size, eps = torch.tensor([2 / 255, 8 / 255], device="cuda")
+        count = torch.zeros((), dtype=torch.int64, device="cuda")
+        moved = clean.numel() * (12 + grad.element_size())
+
+        def call(backend: Backend) -> None:
+            step(adv, grad, clean, size, eps, nonfinite=count, backend=backend)
+
+        return call, moved
+
+    return Case(f"{name} B={batch} {str(dtype)[6:]}", make)
+
+
+def _class_loss_case(batch: int, classes: int, dtype: torch.dtype) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        logits = torch.randn(batch, classes, device="cuda", dtype=dtype).requires_grad_()
+        labels = torch.randint(0, classes, (batch,), device="cuda")
+        offsets = torch.rand(classes, device="cuda")
+        histogram = torch.zeros(classes, dtype=torch.int64, device="cuda")
+
+        def call(backend: Backend) -> object:
+            loss = class_loss(logits, labels, offsets=offsets, histogram=histogram, backend=backend)
+            return torch.autograd.grad(loss, logits)
+
+        return call, logits.numel() * 2 * logits.element_size()
+
+    return Case(f"class_loss B={batch} C={classes} {str(dtype)[6:]}", make)
+
+
+def _tail_case(batch: int, width: int, form: Any) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        features = torch.randn(batch, width, device="cuda").requires_grad_()
+        labels = torch.randint(0, 10, (batch,), device="cuda")
+        counts = torch.linspace(5000, 100, 10, device="cuda").long()
+
+        def call(backend: Backend) -> object:
+            penalty = tail_penalty(features, labels, counts, form=form, backend=backend)
+            return torch.autograd.grad(penalty, features)
+
+        return call, features.numel() * 8
+
+    return Case(f"tail_penalty {form} B={batch} D={width}", make)
+
+
+CASES = [
+    *(_prepare_case(batch) for batch in (128, 1024)),
+    *(
+        _step_case(name, step, batch, dtype)
+        for name, step in (("linf_step", linf_step_), ("l2_step", l2_step_))
+        for batch in (128, 1024)
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(_class_loss_case(*shape, torch.float32) for shape in ((128, 10), (1024, 100), (1024, 1000))),
+    *(
+        _tail_case(*shape, form)
+        for shape in ((128, 512), (1024, 640))
+        for form in ("official", "pairwise")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy, read and write counted, the best of several."""
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = [_seconds(lambda: target.copy_(source)) for _ in range(5)]
+    return 2 * source.numel() / min(seconds)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("how", COMPARED)
+def test_op(benchmark: Any, case: Case, how: str, copy_bandwidth: float) -> None:
+    call, moved = case.make()
+    body = _body(call, how)
+    graph = _captured(body)
+    seconds: list[float] = []
+    benchmark.group = case.name
+    benchmark.pedantic(
+        lambda: seconds.append(_seconds(graph.replay, CALLS)), rounds=ROUNDS, warmup_rounds=3
+    )
+    median, spread = statistics.median(seconds[3:]), max(seconds[3:]) - min(seconds[3:])
+    benchmark.extra_info |= {
+        "median_microseconds": round(median * 1e6, 3),
+        "spread_microseconds": round(spread * 1e6, 3),
+        "gigabytes_per_second": round(moved / median / 1e9, 1),
+        "share_of_copy": round(moved / median / copy_bandwidth, 4),
+        "device": torch.cuda.get_device_name(),
+    }
+
+
+def _body(call: Callable[[Backend], object], how: str) -> Callable[[], object]:
+    if how == "compiled":
+        compiled: Callable[[], object] = torch.compile(lambda: call("torch"))
+        return compiled
+    backend: Backend = "triton" if how == "triton" else "torch"
+    return lambda: call(backend)
+
+
+def _captured(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Capture one call; warm-up, compilation included, comes before and is not in the times."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            body()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        body()
+    return graph
+
+
+def _seconds(call: Callable[[], object], calls: int = 1) -> float:
+    """Time calls by device events; returns seconds for one."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
