@@ -60,7 +60,7 @@ def prepare_torch(
     pixels = pixels * ((columns >= 0) & (columns < width))[..., None, None]  # [B, W, H, C]
     clean = pixels.transpose(1, 2).contiguous().to(torch.float32) / 255  # [B, H, W, C]
     start = clean + _noise_torch(seed, epoch, indices, eps, noise, clean)
-    return clean.permute(0, 3, 1, 2), start.permute(0, 3, 1, 2)
+    return clean.to(dtype).permute(0, 3, 1, 2), start.to(dtype).permute(0, 3, 1, 2)
 
 
 def _noise_torch(
@@ -148,14 +148,15 @@ def _prepare(
     padding: int,
     flip: bool,
     noise: str,
+    dtype: torch.dtype,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     if not kernel_runs_on(images):
-        return prepare_torch(images, indices, seed, epoch, eps, gather, padding, flip, noise)
+        return prepare_torch(images, indices, seed, epoch, eps, gather, padding, flip, noise, dtype)
     batch, (height, width, channels) = len(indices), images.shape[1:]
     clean = torch.empty(
         (batch, channels, height, width),
-        dtype=torch.float32,
+        dtype=dtype,
         device=images.device,
         memory_format=torch.channels_last,
     )
@@ -195,6 +196,7 @@ def prepare(
     padding: int = 4,
     flip: bool = True,
     noise: Noise = "uniform",
+    dtype: torch.dtype = torch.float32,
     backend: Backend = "auto",
     block: int = 512,
 ) -> tuple[Tensor, Tensor]:
@@ -206,12 +208,13 @@ def prepare(
     0-dim int64 tensor. eps: number, 0-dim tensor or [B]: half-width of the uniform noise, standard
     deviation of the normal noise. padding: zeros round the image, the crop moves by up to so many
     pixels; flip: mirror half of the images; padding=0, flip=False is the evaluation transform.
-    block: elements per Triton program, a power of two.
-    Returns (clean, start), float32 [B, C, H, W] in channels_last memory, never the same memory.
+    dtype: float32, or bfloat16 rounded from it (an attack that goes on from the start needs
+    float32). block: elements per Triton program, a power of two.
+    Returns (clean, start), dtype [B, C, H, W] in channels_last memory, never the same memory.
     Raises ValueError for a wrong dtype, shape, device or noise. Source: official REAT data.py and
     PGD start.
     """
-    _check(images, indices, gather, padding, noise)
+    _check(images, indices, gather, padding, noise, dtype)
     indices = indices.contiguous()
     arguments = (
         images,
@@ -223,6 +226,7 @@ def prepare(
         padding,
         flip,
         noise,
+        dtype,
     )
     if use_triton(backend, images):
         clean, start = _prepare(*arguments, block)
@@ -230,7 +234,9 @@ def prepare(
     return prepare_torch(*arguments)
 
 
-def _check(images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str) -> None:
+def _check(
+    images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str, dtype: torch.dtype
+) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or not images.is_contiguous():
         raise ValueError(
             f"images are {images.dtype} of shape {tuple(images.shape)}: prepare takes contiguous "
@@ -250,6 +256,8 @@ def _check(images: Tensor, indices: Tensor, gather: bool, padding: int, noise: s
         raise ValueError(f"padding={padding} is negative: give 0 to crop nothing")
     if noise not in ("uniform", "normal", "none"):
         raise ValueError(f"noise={noise!r} is unknown: give 'uniform', 'normal' or 'none'")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} is not prepared: give torch.float32 or torch.bfloat16")
 
 
 def _counter(value: int | Tensor, indices: Tensor, name: str) -> Tensor:

@@ -12,9 +12,10 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Before torch loads its threads: by default they spin at every barrier, and where two programs
-# share the cores, each waits for threads that the other's spinning keeps from running.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch loads its threads: by default they spin for milliseconds at every barrier, and where
+# programs share the cores, each waits for threads that the others' spinning keeps from running.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from reat_fast.attack import PGD, pgd

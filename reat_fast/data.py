@@ -138,7 +138,8 @@ def _image_set(images: Array, labels: Array, images_name: str, labels_name: str)
     labels = labels[:, 0] if labels.shape[1:] == (1,) else labels  # as Keras writes them
     if labels.shape != images.shape[:1]:
         raise DataError(f"{labels_name}: {_content(labels)} for {len(images)} images")
-    return ImageSet(np.ascontiguousarray(images), labels.astype(np.int64))
+    # torch shares memory with writable arrays only; archives give read-only views of their bytes.
+    return ImageSet(np.require(images, requirements="CW"), labels.astype(np.int64))
 
 
 def _content(array: Array) -> str:

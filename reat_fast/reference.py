@@ -51,12 +51,13 @@ def tail_classes(num_classes: int) -> range:
 def tail_penalty(
     features: Tensor, labels: Tensor, counts: Sequence[int], form: str = "official"
 ) -> Tensor:
-    """Push features of tail classes from other classes and together within their own.
+    """Compare the features of tail samples with the whole batch by signed, weighted KL.
 
     features [B, D], labels [B], counts of the C training classes. Returns a scalar, 0 where the
-    batch holds no tail class. `official`: the product of two scalars per anchor that the official
-    code computes, since its KLDivLoss(size_average='none') is a mean over all pairs and features.
-    `pairwise`: a term per pair, KL summed over features, as its signs and weights suggest.
+    batch holds no tail class. Minimised as published, a pair of different classes is drawn
+    together and a pair of one class apart. `official`: the product of two scalars per anchor that
+    the official code computes, since its KLDivLoss(size_average='none') is a mean over all pairs
+    and features. `pairwise`: a term per pair, KL summed over features, as its weights suggest.
     """
     batch, dim = features.shape
     sizes = torch.tensor([max(n, 1) for n in counts]).to(features)

@@ -23,6 +23,7 @@ CASES = {
     "one sample": ([1, 1, 30], [0, 7, 2]),
     "one class": ([17], [4]),
     "huge counts": ([10**12, 10**6, 3], [10**12, 10**11, 1]),
+    "a huge class predicted once": ([10**12, 10**12, 3], [1, 10**12, 2]),
     "counts below one are taken as one": ([0, -3, 10], [2, 0, 5]),
 }
 
