@@ -41,6 +41,7 @@ def prepare_torch(
     padding: int,
     flip: bool,
     noise: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Prepare in PyTorch: what the kernel is held against, and the CPU path."""
     height, width = images.shape[1:3]

@@ -139,7 +139,7 @@ def _image_set(images: Array, labels: Array, images_name: str, labels_name: str)
     if labels.shape != images.shape[:1]:
         raise DataError(f"{labels_name}: {_content(labels)} for {len(images)} images")
     # torch shares memory with writable arrays only; archives give read-only views of their bytes.
-    return ImageSet(np.require(images, requirements="CW"), labels.astype(np.int64))
+    return ImageSet(np.require(images, requirements=["C", "W"]), labels.astype(np.int64))
 
 
 def _content(array: Array) -> str:
