@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from made_data import made_npz
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -106,3 +107,14 @@ def test_the_installed_package_runs_away_from_the_checkout(installed: Path, tmp_
     values = json.loads(printed)
     assert f"reat_fast-{values['reat_fast']}.dist-info" in os.listdir(installed)
     assert values["commit"] is None
+
+
+def test_the_installed_package_trains(installed: Path, tmp_path: Path) -> None:
+    data, run_dir = made_npz(tmp_path / "made.npz", train=20), tmp_path / "run"
+    options = ["reat", "--fused", "--dataset", "npz", "--data", data, "--run-dir", run_dir]
+    options += ["--model", "resnet8", "--width", "8", "--epochs", "1", "--steps", "1"]
+    options += ["--imbalance", "0.5"]
+    run("-m", "reat_fast.train", *options, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert (run_dir / "evaluation.json").exists()
+    shown = run("-m", "reat_fast.evaluate", run_dir, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert "pgd20" in shown
