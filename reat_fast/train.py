@@ -11,6 +11,7 @@ import torch
 
 from reat_fast import checkpoint, report
 from reat_fast.command import run_command
+from reat_fast.config import fraction_text
 from reat_fast.plan import make_plan
 from reat_fast.progress import Progress, TrainingClock
 from reat_fast.run import Run
@@ -33,12 +34,13 @@ def main(arguments: list[str]) -> int:
         return 130
     result = run.test()
     run_dir = run.plan.run_dir
-    print()
-    print(report.accuracy_table(result))
+    print(f"\n{report.accuracy_table(result)}\n")
     print(
-        f"\n{result['weights']} (epoch {result['weights_epoch']}) on the test set; eps, steps and "
+        f"{result['weights']} (epoch {result['weights_epoch']}) on {result['samples']:,} of "
+        f"{len(run.splits.test):,} test images, eps {fraction_text(result['eps'])}; figures in "
+        f"{run_dir / 'evaluation.json'}, pictures in {run_dir / 'accuracy.png'} and "
+        f"{run_dir / 'learning.png'}"
     )
-    print(f"figures in {run_dir / 'evaluation.json'}, pictures in {run_dir / 'accuracy.png'}")
     return 0
 
 
