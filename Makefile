@@ -1,7 +1,7 @@
 # Two commands: `make train` and `make test`; each makes what it needs, once. Data and runs are never removed.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test lint bench verify clean
+.PHONY: help train test lint bench verify gpu clean
 
 PYTHON ?= python3
 python := .venv/bin/python
@@ -28,6 +28,12 @@ bench: .venv/installed-dev ## time the kernels, the step and the loaders on this
 
 verify: .venv/installed ## compare every fast path with the reference on this machine
 	$(python) -m reat_fast.verify
+
+# python=... names an interpreter that has what the tests need, where no environment can be made.
+gpu: ## run what only a CUDA device can show, hold every fast path against the reference, time the kernels
+	$(python) -m pytest -m gpu tests
+	$(python) -m reat_fast.verify --device cuda
+	$(python) -m pytest bench --benchmark-only -q
 
 clean: ## remove .venv, caches and build leftovers
 	rm -rf .venv build dist *.egg-info .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -113,6 +113,10 @@ class Config:
 
     fused: bool = True
     """Train with the fused step; --no-fused is the plain reference, to compare with."""
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the network; auto is bf16 on a GPU, float32 on a CPU and with --no-fused."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the whole step as one CUDA graph; auto does on a GPU with --fused."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
@@ -163,6 +167,11 @@ class Config:
                 finite(self.tail_coefficient),
                 "must be a finite number, 0 or more",
             ),
+            "precision": (
+                self.fused or self.precision != "bf16",
+                "the reference of --no-fused computes in float32 or tf32",
+            ),
+            "graph": (self.fused or self.graph != "on", "the reference of --no-fused has no graph"),
             "seed": (0 <= self.seed < 2**63, "must lie in [0, 2^63)"),
             "eval_every": (whole(self.eval_every, 1), "must be at least 1"),
             "eval_batch_size": (whole(self.eval_batch_size, 1), "must be at least 1"),

@@ -21,13 +21,17 @@ class FrozenNetwork:
 
     network: any network of reat_fast.models; it is read, never written. Calling the frozen one on
     images [B, C, H, W] in [0, 1] returns logits [B, K] that equal those of the network in eval mode
-    up to rounding. A BatchNorm that does not follow a convolution stays as it is.
+    up to rounding. A BatchNorm that does not follow a convolution stays as it is. dtype: that of
+    convolutions and linear layers; weights are folded in their own precision and then rounded.
     """
 
-    def __init__(self, network: Network) -> None:
-        self._source = network
+    def __init__(self, network: Network, dtype: torch.dtype | None = None) -> None:
         self._copy = copy.deepcopy(network).eval().requires_grad_(False)
-        self._folds = list(_fold_(network, self._copy))
+        self._folds = _fold_(network, self._copy)
+        self._dtype = next(network.parameters()).dtype if dtype is None else dtype
+        for module in self._copy.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(self._dtype)
         folded = {id(t) for conv, _ in self._folds for t in (conv.weight, conv.bias)}
         source = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         own = {**dict(self._copy.named_parameters()), **dict(self._copy.named_buffers())}
@@ -45,11 +49,11 @@ class FrozenNetwork:
             assert bn.running_mean is not None and bn.running_var is not None
             assert conv.bias is not None
             scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-            torch.mul(unit.conv.weight, scale.view(-1, 1, 1, 1), out=conv.weight)
-            torch.addcmul(bn.bias, bn.running_mean, scale, value=-1, out=conv.bias)
+            conv.weight.copy_(unit.conv.weight * scale.view(-1, 1, 1, 1))
+            conv.bias.copy_(bn.bias - bn.running_mean * scale)
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._copy(images)
+        logits: Tensor = self._copy(images.to(self._dtype))
         return logits
 
 

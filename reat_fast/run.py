@@ -15,16 +15,24 @@ import torch
 from reat_fast import checkpoint, report
 from reat_fast.attack import pgd
 from reat_fast.checkpoint import CheckpointError, ModelSpec
-from reat_fast.config import to_json
+from reat_fast.config import Config, to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
 from reat_fast.env import environment
 from reat_fast.evaluate import Attack, evaluate, evenly
 from reat_fast.frozen import FrozenNetwork
+from reat_fast.graph import CapturedStep
+from reat_fast.loaders import Batch
 from reat_fast.loaders.resident import ResidentLoader
 from reat_fast.networks import Network
 from reat_fast.plan import Plan
 from reat_fast.progress import duration
-from reat_fast.step import ReferenceStep, TrainStep, make_optimizer, resolve_attack_loss
+from reat_fast.step import (
+    ReferenceStep,
+    TrainStep,
+    make_optimizer,
+    resolve_attack_loss,
+    resolve_precision,
+)
 
 SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
 """The attack and the figure that choose the best epoch."""
@@ -55,6 +63,7 @@ class Run:
             stem_stride=config.stem_stride,
             class_names=self.dataset.class_names,
         )
+        use_precision(config, self.device)
         self.model: Network = self.spec.build().to(
             self.device,
             memory_format=torch.channels_last,  # type: ignore[call-overload]
@@ -70,6 +79,7 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
+        self._captured: CapturedStep | None = None
         if plan.state is not None:
             self._load(plan.state)
 
@@ -77,6 +87,27 @@ class Run:
     def epochs_done(self) -> int:
         """Whole epochs behind this run."""
         return len(self.metrics)
+
+    @property
+    def captures(self) -> bool:
+        """Whether the step is replayed as a CUDA graph."""
+        return self.device.type == "cuda" and self.config.fused and self.config.graph != "off"
+
+    def take_step(self, batch: Batch) -> None:
+        """Take one training step on a batch of the loader.
+
+        Errors: ValueError where the step cannot be captured.
+        """
+        if self.captures and self._captured is None and len(batch.labels) == self.loader.batch_size:
+            try:
+                self._captured = CapturedStep(self.step, batch)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"--graph {self.config.graph}: the step cannot be captured ({reason}); "
+                    "go on with --graph off"
+                ) from error
+        (self._captured or self.step).train_on(batch)
 
     def announce(self) -> None:
         """Print what will run, why, and how long it should take."""
@@ -98,6 +129,10 @@ class Run:
                 "attack: plain cross-entropy; REAT's RBL weights cannot change an adversarial "
                 "example while BatchNorm is in eval mode"
             )
+        how = "one CUDA graph" if self.captures else "eager"
+        print(f"step: {resolve_precision(config, self.device)}, {how}")
+        if config.graph == "on" and not self.captures:
+            print(f"--graph on: {self.device} has no CUDA graphs, so steps run eagerly")
         print(f"run folder {self.plan.run_dir}", flush=True)
 
     def expected_seconds(self) -> float:
@@ -110,7 +145,8 @@ class Run:
         images = torch.from_numpy(self.splits.train.images[: min(64, config.batch_size)])
         images = images.to(self.device).permute(0, 3, 1, 2) / 255
         labels = torch.from_numpy(self.splits.train.labels[: len(images)]).to(self.device)
-        frozen = FrozenNetwork(self.model)
+        low = torch.bfloat16 if resolve_precision(config, self.device) == "bf16" else None
+        frozen = FrozenNetwork(self.model, low)
 
         def one_pass() -> float:
             began = time.perf_counter()
@@ -254,6 +290,16 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step.load_state_dict(state["step"])
         self.metrics, self.timing, self.best = state["metrics"], state["timing"], state["best"]
+
+
+def use_precision(config: Config, device: torch.device) -> None:
+    """Allow TF32 in convolutions and products, or forbid it, as the configuration says.
+
+    bfloat16 runs allow it too: what stays in float32 there is not measured against float32.
+    """
+    allowed = resolve_precision(config, device) != "float32"
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def device_name(device: torch.device) -> str:

@@ -64,6 +64,13 @@ def resolve_attack_loss(config: Config) -> AttackLossName:
     return "ce" if config.attack_batchnorm == "eval" else "rbl"
 
 
+def resolve_precision(config: Config, device: torch.device) -> str:
+    """Say in which arithmetic the network computes: float32, tf32 or bf16."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and config.fused else "float32"
+
+
 class TrainStep:
     """Take fused steps of REAT on a model.
 
@@ -87,7 +94,9 @@ class TrainStep:
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64, device=device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-        self._frozen = FrozenNetwork(model) if config.attack_batchnorm == "eval" else None
+        self._low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
+        eval_mode = config.attack_batchnorm == "eval"
+        self._frozen = FrozenNetwork(model, self._low) if eval_mode else None
         self._attack_loss = self._make_attack_loss(resolve_attack_loss(config))
 
     def train_on(self, batch: Batch) -> dict[str, Tensor]:
@@ -143,6 +152,17 @@ class TrainStep:
         own = {"epoch": self.epoch, "totals": self.totals, "nonfinite": self.nonfinite}
         return {**self.statistics.state_dict(), **own}
 
+    def state_tensors(self) -> list[Tensor]:
+        """Return every tensor that a step changes and the next one reads, the model's included."""
+        momentum = [
+            value
+            for slots in self.optimizer.state.values()
+            for value in slots.values()
+            if isinstance(value, Tensor)
+        ]
+        model = [tensor.detach() for tensor in self.model.state_dict(keep_vars=True).values()]
+        return [*model, *momentum, *self.state_dict().values(), self.statistics.weights]
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up a saved state, into the same memory."""
         self.statistics.load_state_dict(state)
@@ -153,7 +173,8 @@ class TrainStep:
         self.model.train()
         images_adv = self._attack(images, labels, adv_start)
         self.optimizer.zero_grad(set_to_none=False)
-        features, logits = self.model.forward_features_logits(images_adv)
+        with self._autocast():
+            features, logits = self.model.forward_features_logits(images_adv)
         bsl = class_loss(
             logits,
             labels,
@@ -174,7 +195,7 @@ class TrainStep:
         if self._frozen is not None:
             self._frozen.refresh()
         return ascend(
-            self._frozen or with_batch_statistics(self.model),
+            self._frozen or self._on_batch_statistics,
             adv_start,
             images,
             labels,
@@ -184,6 +205,16 @@ class TrainStep:
             loss=self._attack_loss,
             nonfinite=self.nonfinite,
         )
+
+    def _on_batch_statistics(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return with_batch_statistics(self.model)(images)
+
+    def _autocast(self) -> torch.autocast:
+        # No cache: casts kept from outside a capture would be stale in its replays.
+        device = self.totals.device.type
+        enabled = self._low is not None
+        return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _make_attack_loss(self, name: AttackLossName) -> AttackLoss:
         weights = self.statistics.weights

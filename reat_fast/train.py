@@ -64,7 +64,7 @@ def train_epoch(run: Run, epoch: int, clock: TrainingClock, progress: Progress) 
     for number, batch in zip(range(run.batches), run.loader.epoch(epoch), strict=False):
         lr = learning_rate(run.config, epoch + number / run.batches)
         set_learning_rate(run.optimizer, lr)
-        run.step.train_on(batch)
+        run.take_step(batch)
         means = None
         if clock.warm_up_seconds is None or progress.due():
             means = run.step.running_means()  # waits for the device, so the clock is honest

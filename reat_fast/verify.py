@@ -73,6 +73,7 @@ def verify(device: torch.device, backend: Backend = "auto") -> Iterator[Row]:
     yield from _folding(device)
     yield from _rbl_inertness(device)
     yield from _training_step(device)
+    yield from _bfloat16(device)
 
 
 def _random_numbers(device: torch.device) -> Iterator[Row]:
@@ -284,7 +285,7 @@ def _training_step(device: torch.device) -> Iterator[Row]:
         (1, 2.0**-3, float32, float64, 1e-4),
         (5, 2.0**-3, float32, float32, 1e-4),
     ):
-        config = Config(lr=lr)
+        config = Config(lr=lr, precision="float32")
         model = _trained("resnet8", device).to(fast)
         exact = copy.deepcopy(model).to(dtype)
         fused = TrainStep(model, make_optimizer(model, config), COUNTS, config)
@@ -315,6 +316,24 @@ def _training_step(device: torch.device) -> Iterator[Row]:
             for a, b in zip(model.parameters(), exact.parameters(), strict=True)
         )
         yield Row("training step", f"{case}, weights, relative", name, error, tolerance)
+
+
+def _bfloat16(device: torch.device) -> Iterator[Row]:
+    # A rounding is 2^-9 = 0.002 relative. A dozen layers round weights and maps; the errors add up
+    # like a walk, not like a sum. Signs near zero differ, so the losses are compared, not pixels.
+    images, labels, start = (t.to(device) for t in _batch(64, 16))
+    outcomes = []
+    for precision in ("float32", "bf16"):
+        config = Config(precision=precision, lr=2.0**-3)  # type: ignore[arg-type]
+        model = _trained("resnet18", device)
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        outcomes.append(step(images, labels, start))
+    error = _worst(outcomes[1]["loss"], outcomes[0]["loss"])
+    yield Row("bfloat16 step", "loss against float32, relative", "bfloat16", error, 2.0**-6)
+    reach = outcomes[1]["images_adv"].double() - images.double()
+    excess = max(float(reach.abs().max()) - EPS, 0.0)
+    # The images stay float32: the ball and the image are rounded once each, by 2^-25 and 2^-24.
+    yield Row("bfloat16 step", "pixels beyond the ball, absolute", "float32", excess, 1.2e-7)
 
 
 def _batch(batch: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,8 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--lr", "inf"], "--lr inf: must be a finite number"),
         (["--momentum", "1"], "--momentum 1.0: must lie in [0, 1)"),
         (["--momentum", "0", "--nesterov"], "--nesterov True: needs --momentum above 0"),
+        (["--no-fused", "--precision", "bf16"], "--precision bf16: the reference"),
+        (["--no-fused", "--graph", "on"], "--graph on: the reference"),
         (["--limit-batches", "0"], "--limit-batches 0: must be at least 1"),
     ],
 )

@@ -132,6 +132,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"attack_batchnorm": "train"},
     {"tail": "pairwise"},
     {"tail": "none"},
+    {"precision": "bf16"},
+    {"precision": "bf16", "attack_batchnorm": "train"},
 ]
 CONFIGS = {
     **PRESETS,
@@ -220,6 +222,25 @@ def test_the_reference_step_follows_the_fused_one() -> None:
         outcomes.append({**outcome, "means": torch.tensor(list(step.end_epoch().values()))})
     for name in ("logits", "loss", "bsl", "tail", "means"):
         torch.testing.assert_close(outcomes[0][name], outcomes[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_near_float32_and_keeps_float32_images_weights_and_losses() -> None:
+    images, labels = make_batch(size=32)
+    outcomes = []
+    for precision in ("float32", "bf16"):
+        config = Config(precision=precision, lr=0.125)  # type: ignore[arg-type]
+        model = make_model()
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        outcome = step(images, labels, make_noise(images, 0))
+        outcomes.append(outcome)
+        for name in ("images_adv", "loss", "bsl", "tail"):
+            assert outcome[name].dtype == torch.float32
+        assert all(tensor.dtype != torch.bfloat16 for tensor in model.state_dict().values())
+        moved = (outcome["images_adv"] - images).abs()
+        assert float(moved.max()) <= 8 / 255 + 1.2e-7
+    # A bfloat16 has 8 bits: a dozen roundings of 2^-9 each along the network, and another attack.
+    torch.testing.assert_close(outcomes[1]["loss"], outcomes[0]["loss"], rtol=0.03, atol=0)
+    assert not torch.equal(outcomes[1]["loss"], outcomes[0]["loss"])
 
 
 def test_the_reference_step_refuses_what_it_cannot_do() -> None:

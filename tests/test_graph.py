@@ -1,0 +1,165 @@
+"""The captured step, its graph played by the body itself: state, buffers and refusals.
+
+On a CPU a fake graph stands in, which does what a graph does to the state: capturing executes
+nothing, replaying runs the body on the static buffers. tests/test_gpu.py has the real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_step import COUNTS, make_model, uint8_batch
+
+from reat_fast.config import Config
+from reat_fast.graph import CapturedStep
+from reat_fast.loaders import Batch
+from reat_fast.step import TrainStep, make_optimizer
+from reat_fast.train import set_learning_rate
+
+CONFIG = Config(steps=2, lr=0.05)
+
+
+class FakeGraph:
+    """Replays by calling the body."""
+
+    captured: CapturedStep
+
+    def replay(self) -> None:
+        outcome = self.captured._body()
+        for name, tensor in self.captured._outcome.items():
+            tensor.copy_(outcome[name])
+
+    def reset(self) -> None:
+        del self.captured
+
+
+@pytest.fixture(autouse=True)
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def capture(fake: FakeGraph, **_: object) -> Iterator[None]:
+        (fake.captured,) = [c for c in captures if c._graph is fake]
+        state = fake.captured.step.state_tensors()
+        kept = [tensor.clone() for tensor in state]
+        yield
+        for tensor, value in zip(state, kept, strict=True):
+            tensor.copy_(value)
+
+    captures: list[CapturedStep] = []
+    inner = CapturedStep._capture
+
+    def noted(self: CapturedStep) -> None:
+        captures.append(self)
+        inner(self)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "CUDAGraph": FakeGraph,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: nullcontext(),
+        "synchronize": lambda: None,
+        "graph": capture,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(CapturedStep, "_capture", noted)
+
+
+def make_step(config: Config = CONFIG) -> TrainStep:
+    model = make_model()
+    return TrainStep(model, make_optimizer(model, config), COUNTS, config)
+
+
+def batches() -> list[Batch]:
+    whole = uint8_batch()
+    second = torch.tensor([20, 21, 22, 23, 24, 25, 26, 27])
+    labels = torch.arange(30) % 5
+    short = slice(0, 3)
+    return [
+        whole,
+        dataclasses.replace(whole, indices=second, labels=labels[second]),
+        dataclasses.replace(whole, indices=second[short], labels=labels[second][short]),
+    ]
+
+
+def states(step: TrainStep) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in step.state_tensors()]
+
+
+def test_replays_equal_eager_steps_bit_for_bit_with_lr_and_epoch_changing() -> None:
+    eager, captured = make_step(), make_step()
+    given = batches()
+    replayed = CapturedStep(captured, given[0])
+    for epoch in range(2):
+        for k, batch in enumerate(given):
+            for step in (eager, captured):
+                set_learning_rate(step.optimizer, 0.05 / (1 + k + epoch))
+            expected = eager.train_on(batch)
+            found = replayed.train_on(batch)
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), name
+        assert eager.end_epoch() == captured.end_epoch()
+    for a, b in zip(states(eager), states(captured), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_warm_up_and_capture_leave_no_trace() -> None:
+    step = make_step()
+    before = states(step)
+    CapturedStep(step, batches()[0])
+    for a, b in zip(before, states(step), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_tensors_are_all_that_a_step_changes() -> None:
+    step, other = make_step(), make_step()
+    step.train_on(batches()[0])
+    with torch.no_grad():
+        for source, target in zip(step.state_tensors(), other.state_tensors(), strict=True):
+            target.copy_(source)
+    first, second = (s.train_on(batches()[1]) for s in (step, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for a, b in zip(states(step), states(other), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_copied_batches_go_through_the_buffer() -> None:
+    step = make_step()
+    replayed = CapturedStep(step, uint8_batch(gather=False))
+    expected = make_step().train_on(uint8_batch(gather=False))
+    found = replayed.train_on(uint8_batch(gather=False))
+    assert torch.equal(found["images_adv"], expected["images_adv"])
+
+
+def test_what_a_graph_cannot_take_is_refused() -> None:
+    whole = batches()[0]
+    replayed = CapturedStep(make_step(), whole)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"images": whole.images.clone()}, "another loader"),
+        ({"gather": False}, "another loader"),
+        ({"labels": whole.labels.int()}, "labels have dtype torch.int32"),
+        ({"indices": torch.arange(9), "labels": torch.zeros(9).long()}, "labels have shape"),
+    ]
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
+            replayed.train_on(dataclasses.replace(whole, **change))
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    try:
+        with pytest.raises(ValueError, match="settings changed"):
+            replayed.train_on(whole)
+    finally:
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    replayed.close()
+
+
+def test_a_learning_rate_that_would_be_baked_in_is_refused() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="learning rate that is a tensor"):
+        CapturedStep(TrainStep(model, optimizer, COUNTS, CONFIG), batches()[0])
