@@ -25,6 +25,7 @@ from reat_fast.data import ImageSet, head_body_tail, load_dataset
 from reat_fast.frozen import FrozenNetwork
 from reat_fast.kernels.prepare import prepare
 from reat_fast.networks import Network
+from reat_fast.precision import full_precision
 
 ATTACKS = "clean, fgsm, pgd10, pgd20, pgd100 or pgdN"
 
@@ -70,9 +71,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the accuracy of a model on a set, clean and under each attack.
 
-    The random start of an image depends on (seed, its position) alone, so neither the batch size
-    nor the choice of attacks changes a figure. progress is called with the number of images after
-    each batch and attack. The model's mode is left as found.
+    Computed in true float32, without TF32. The random start of an image depends on (seed, its
+    position) alone, so neither the batch size nor the choice of attacks changes a figure. progress
+    is called with the number of images after each batch and attack. The mode is left as found.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; figures, in
     percent: overall, balanced (mean over classes), worst (class), head, body, tail, per_class [C]
     (None where a class has no image).
@@ -83,7 +84,7 @@ def evaluate(
     labels = torch.from_numpy(image_set.labels).to(device)
     count = len(labels) if limit_batches is None else min(len(labels), limit_batches * batch_size)
     correct = torch.zeros(len(attacks), num_classes, dtype=torch.int64, device=device)
-    with evaluating(model):
+    with evaluating(model), full_precision():
         frozen = FrozenNetwork(model)
         for first in range(0, count, batch_size):
             rows = torch.arange(first, min(first + batch_size, count), device=device)

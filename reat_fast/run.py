@@ -15,7 +15,7 @@ import torch
 from reat_fast import checkpoint, report
 from reat_fast.attack import pgd
 from reat_fast.checkpoint import CheckpointError, ModelSpec
-from reat_fast.config import Config, to_json
+from reat_fast.config import to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
 from reat_fast.env import environment
 from reat_fast.evaluate import Attack, evaluate, evenly
@@ -25,13 +25,13 @@ from reat_fast.loaders import Batch
 from reat_fast.loaders.resident import ResidentLoader
 from reat_fast.networks import Network
 from reat_fast.plan import Plan
+from reat_fast.precision import resolve_precision, use_precision
 from reat_fast.progress import duration
 from reat_fast.step import (
     ReferenceStep,
     TrainStep,
     make_optimizer,
     resolve_attack_loss,
-    resolve_precision,
 )
 
 SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
@@ -290,16 +290,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step.load_state_dict(state["step"])
         self.metrics, self.timing, self.best = state["metrics"], state["timing"], state["best"]
-
-
-def use_precision(config: Config, device: torch.device) -> None:
-    """Allow TF32 in convolutions and products, or forbid it, as the configuration says.
-
-    bfloat16 runs allow it too: what stays in float32 there is not measured against float32.
-    """
-    allowed = resolve_precision(config, device) != "float32"
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def device_name(device: torch.device) -> str:

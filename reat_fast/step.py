@@ -28,6 +28,7 @@ from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.loaders import Batch
 from reat_fast.networks import Network
 from reat_fast.objective import AttackLossName, ClassStatistics
+from reat_fast.precision import resolve_precision
 
 TOTALS = ("loss", "bsl", "tail", "correct", "samples", "steps")
 
@@ -62,13 +63,6 @@ def resolve_attack_loss(config: Config) -> AttackLossName:
     if config.attack_loss != "auto":
         return config.attack_loss
     return "ce" if config.attack_batchnorm == "eval" else "rbl"
-
-
-def resolve_precision(config: Config, device: torch.device) -> str:
-    """Say in which arithmetic the network computes: float32, tf32 or bf16."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if device.type == "cuda" and config.fused else "float32"
 
 
 class TrainStep:

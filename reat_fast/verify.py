@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 
-import torch
-
 from reat_fast.command import choose_device, parse_flags, run_command
 from reat_fast.kernels.triton_support import INTERPRETED, TRITON_INSTALLED, Backend
 from reat_fast.parity_ops import compare_ops
 from reat_fast.parity_step import compare_steps
+from reat_fast.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     device = choose_device(options.device)
     kernels = TRITON_INSTALLED and (device.type == "cuda" or INTERPRETED)
     backend: Backend = "triton" if kernels else "torch"
-    with _full_precision():
+    with full_precision():
         rows = []
         if not options.json:
             how = "Triton kernels" if kernels else "PyTorch forms"
@@ -57,19 +56,6 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print(f"{len(rows) - short} of {len(rows)} rows hold")
     return 1 if short else 0
-
-
-class _full_precision:
-    """Switch TF32 off inside the block: parity is measured in true float32."""
-
-    def __enter__(self) -> None:
-        self._cudnn = torch.backends.cudnn.allow_tf32
-        self._matmul = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.allow_tf32 = self._cudnn
-        torch.backends.cuda.matmul.allow_tf32 = self._matmul
 
 
 if __name__ == "__main__":

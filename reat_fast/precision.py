@@ -1,0 +1,42 @@
+"""In which arithmetic the network computes: float32, TF32 or bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from reat_fast.config import Config
+
+
+def resolve_precision(config: Config, device: torch.device) -> str:
+    """Say in which arithmetic the network trains: float32, tf32 or bf16."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and config.fused else "float32"
+
+
+def use_precision(config: Config, device: torch.device) -> None:
+    """Allow TF32 or forbid it, as the configuration says, and let cuDNN choose by measuring.
+
+    A bfloat16 run allows TF32 for what stays in float32.
+    """
+    _allow_tf32(resolve_precision(config, device) != "float32")
+    torch.backends.cudnn.benchmark = True
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Forbid TF32 inside the block: figures and parity are those of true float32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    _allow_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
