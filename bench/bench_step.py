@@ -28,7 +28,8 @@ from reat_fast.kernels import triton_support
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks import Network
-from reat_fast.step import ReferenceStep, TrainStep, make_optimizer
+from reat_fast.reference_step import ReferenceStep
+from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
 Step = Callable[[], object]

@@ -84,6 +84,12 @@ class Config:
     """Use Nesterov momentum."""
     weight_decay: float = 5e-4
     """L2 penalty on every parameter, BatchNorm included, as in the official code."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0 sets no limit."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    ema: float = 0.0
+    """Decay of averaged weights, which are then the ones evaluated and saved; 0 keeps none."""
     schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
     """Learning rate: drops at the milestones, a linear ramp up and down, or a cosine."""
     milestones: tuple[int, ...] = (60, 75)
@@ -158,6 +164,9 @@ class Config:
             "momentum": (0 <= self.momentum < 1, unit),
             "nesterov": (self.momentum > 0 or not self.nesterov, "needs --momentum above 0"),
             "weight_decay": (finite(self.weight_decay), "must be a finite number, 0 or more"),
+            "clip_norm": (finite(self.clip_norm), "must be a finite number, 0 or more"),
+            "label_smoothing": (0 <= self.label_smoothing <= 1, "must lie in [0, 1]"),
+            "ema": (0 <= self.ema < 1, unit),
             "gamma": (finite(self.gamma), "must be a finite number, 0 or more"),
             "warmup": (0 <= self.warmup <= 1, "must lie in [0, 1]"),
             "eps": (0 <= self.eps <= 1, "must lie in [0, 1], as images do; 8/255 is usual"),

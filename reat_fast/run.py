@@ -27,8 +27,8 @@ from reat_fast.networks import Network
 from reat_fast.plan import Plan
 from reat_fast.precision import resolve_precision, use_precision
 from reat_fast.progress import duration
+from reat_fast.reference_step import ReferenceStep
 from reat_fast.step import (
-    ReferenceStep,
     TrainStep,
     make_optimizer,
     resolve_attack_loss,
@@ -188,8 +188,9 @@ class Run:
             return columns
         name, figure = SELECTION[config.evaluation]
         attacks = [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", name)]
+        network = self.step.evaluated_network()
         result = evaluate(
-            self.model,
+            network,
             selection,
             attacks,
             self.dataset.num_classes,
@@ -200,7 +201,7 @@ class Run:
         robust = result[name][figure]
         if self.best is None or robust >= self.best["robust"]:
             self.best = {"epoch": epoch + 1, "robust": robust}
-            checkpoint.save_weights(self.plan.run_dir / "best.safetensors", self.model, self.spec)
+            checkpoint.save_weights(self.plan.run_dir / "best.safetensors", network, self.spec)
         return {
             "eval_clean": result["clean"][figure],
             "eval_robust": robust,
@@ -265,7 +266,8 @@ class Run:
         self.timing.append(timing)
         checkpoint.write_text(run_dir / "metrics.csv", _csv(self.metrics))
         checkpoint.write_text(run_dir / "timing.csv", _csv(self.timing))
-        checkpoint.save_weights(run_dir / "last.safetensors", self.model, self.spec)
+        network = self.step.evaluated_network()
+        checkpoint.save_weights(run_dir / "last.safetensors", network, self.spec)
         state = {
             "preset": self.plan.preset,
             "config": to_json(self.config),

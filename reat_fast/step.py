@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from reat_fast import reference
 from reat_fast.attack import (
     AttackLoss,
     ascend,
@@ -20,6 +19,7 @@ from reat_fast.attack import (
     uniform_noise,
     with_batch_statistics,
 )
+from reat_fast.average import WeightAverage
 from reat_fast.config import Config
 from reat_fast.frozen import FrozenNetwork
 from reat_fast.kernels.class_loss import class_loss
@@ -85,6 +85,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.config = config
         self.statistics = ClassStatistics(counts, device, weight.dtype)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64, device=device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
@@ -134,6 +135,10 @@ class TrainStep:
         self.epoch += 1
         return means
 
+    def evaluated_network(self) -> Network:
+        """Return what is evaluated and saved: the averaged network where there is one."""
+        return self.model if self.average is None else self.average.network()
+
     def running_means(self) -> dict[str, float]:
         """Return the means of the epoch so far; syncs."""
         sums = dict(zip(TOTALS, self.totals.tolist(), strict=True))
@@ -144,7 +149,8 @@ class TrainStep:
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs beside the weights and the optimiser."""
         own = {"epoch": self.epoch, "totals": self.totals, "nonfinite": self.nonfinite}
-        return {**self.statistics.state_dict(), **own}
+        average = {} if self.average is None else self.average.state_dict()
+        return {**self.statistics.state_dict(), **average, **own}
 
     def state_tensors(self) -> list[Tensor]:
         """Return every tensor that a step changes and the next one reads, the model's included."""
@@ -160,6 +166,8 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up a saved state, into the same memory."""
         self.statistics.load_state_dict(state)
+        if self.average is not None:
+            self.average.load_state_dict(state)
         for name in ("epoch", "totals", "nonfinite"):
             getattr(self, name).copy_(state[name])
 
@@ -173,12 +181,17 @@ class TrainStep:
             logits,
             labels,
             offsets=self.statistics.log_counts,
+            label_smoothing=self.config.label_smoothing,
             histogram=self.statistics.next_ae_counts,
         )
         tail = self._tail(features, labels)
         loss = bsl + tail
         loss.backward()
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_()
         outcome = {"images_adv": images_adv, "logits": logits, "loss": loss, "bsl": bsl}
         outcome = {name: value.detach() for name, value in {**outcome, "tail": tail}.items()}
         self._record(outcome, labels)
@@ -250,38 +263,3 @@ def _rbl_offsets(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     # Offsets make rarely predicted classes likelier in the attacked softmax, so the attack pushes
     # images towards them: what re-balancing is for, in a form that reaches the sign.
     return class_loss(logits, labels, offsets=weights.log(), reduction="sum")
-
-
-class ReferenceStep(TrainStep):
-    """The plain reference with the face of TrainStep: what --no-fused trains with."""
-
-    def _make_attack_loss(self, name: AttackLossName) -> AttackLoss:
-        config = self.config
-        if config.attack_batchnorm != "eval" or config.attack_loss not in ("auto", "rbl"):
-            raise ValueError(
-                "--no-fused: the reference has REAT's own attack only; "
-                "leave out --attack-loss and --attack-batchnorm"
-            )
-        if config.tail_coefficient != 1:
-            raise ValueError("--no-fused: the reference has no --tail-coefficient; leave it out")
-        return super()._make_attack_loss(name)
-
-    def _step(self, images: Tensor, labels: Tensor, adv_start: Tensor) -> dict[str, Tensor]:
-        config, statistics = self.config, self.statistics
-        outcome = reference.train_step(
-            self.model,
-            self.optimizer,
-            images,
-            labels,
-            counts=statistics.counts.tolist(),
-            ae_counts=statistics.ae_counts.tolist(),
-            start=adv_start - images,
-            eps=config.eps,
-            step_size=config.step_size,
-            steps=config.steps,
-            tail=config.tail,
-        )
-        predictions = outcome["logits"].argmax(1)
-        statistics.next_ae_counts += predictions.bincount(minlength=len(statistics.counts))
-        self._record(outcome, labels)
-        return outcome

@@ -51,6 +51,9 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--momentum", "0", "--nesterov"], "--nesterov True: needs --momentum above 0"),
         (["--no-fused", "--precision", "bf16"], "--precision bf16: the reference"),
         (["--no-fused", "--graph", "on"], "--graph on: the reference"),
+        (["--ema", "1"], "--ema 1.0: must lie in [0, 1)"),
+        (["--label-smoothing", "2"], "--label-smoothing 2.0: must lie in [0, 1]"),
+        (["--clip-norm", "-1"], "--clip-norm -1.0: must be a finite number"),
         (["--limit-batches", "0"], "--limit-batches 0: must be at least 1"),
     ],
 )

@@ -18,7 +18,8 @@ from reat_fast.config import PRESETS, Config
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks import Network
-from reat_fast.step import ReferenceStep, TrainStep, make_optimizer
+from reat_fast.reference_step import ReferenceStep
+from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [40, 24, 12, 7, 4]
 
@@ -133,6 +134,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"tail": "pairwise"},
     {"tail": "none"},
     {"precision": "bf16"},
+    {"ema": 0.99, "clip_norm": 1.0, "label_smoothing": 0.1},
     {"precision": "bf16", "attack_batchnorm": "train"},
 ]
 CONFIGS = {
@@ -243,12 +245,54 @@ def test_bfloat16_is_near_float32_and_keeps_float32_images_weights_and_losses() 
     assert not torch.equal(outcomes[1]["loss"], outcomes[0]["loss"])
 
 
+def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated() -> None:
+    config = Config(ema=0.7, steps=0, lr=0.1)
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    expected = {name: tensor.clone().double() for name, tensor in model.state_dict().items()}
+    for k in range(1, 31):
+        step.train_on(uint8_batch())
+        share = max(9 / (9 + k), 1 - 0.7)
+        for name, tensor in model.state_dict().items():
+            expected[name] += share * (tensor.double() - expected[name])
+    found = step.evaluated_network().state_dict()
+    for name in ("stem.conv.weight", "stem.bn.running_var", "fc.bias"):
+        # Thirty float32 updates, each rounded by 2^-24 and forgotten by three tenths.
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-6, atol=1e-7)
+        assert not torch.equal(found[name], model.state_dict()[name])
+
+
+def test_a_clipped_gradient_has_the_norm_asked_for() -> None:
+    config = Config(clip_norm=0.01, steps=0, momentum=0.0, weight_decay=0.0, lr=1.0)
+    model = make_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    step.train_on(uint8_batch())
+    moved = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
+    norm = torch.stack([tensor.norm() for tensor in moved]).norm()
+    # The norm is of differences of float32 weights near 0.1, each rounded by 7e-9.
+    assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_label_smoothing_is_that_of_pytorch() -> None:
+    images, labels = make_batch()
+    config = Config(label_smoothing=0.1, steps=0, tail="none")
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    outcome = step(images, labels, make_noise(images, 0))
+    shifted = outcome["logits"] + torch.tensor(COUNTS).float().log()
+    expected = torch.nn.functional.cross_entropy(shifted, labels, label_smoothing=0.1)
+    torch.testing.assert_close(outcome["loss"], expected)
+
+
 def test_the_reference_step_refuses_what_it_cannot_do() -> None:
     model = make_model()
     refused: list[dict[str, Any]] = [
         {"attack_batchnorm": "train"},
         {"attack_loss": "rbl_offsets"},
         {"tail_coefficient": 0.5},
+        {"clip_norm": 1.0},
+        {"ema": 0.9},
     ]
     for changes in refused:
         config = dataclasses.replace(Config(), **changes)

@@ -75,7 +75,7 @@ def test_a_run_learns_and_leaves_everything_behind(
     assert checkpoint.load_model(run_dir)(torch.rand(1, 3, 8, 8)).shape == (1, 4)
 
 
-@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused", "--ema=0.9"])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
     data: Path, tmp_path: Path, fused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,52 @@
+"""The reference as a step of the training loop: what --no-fused trains with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reat_fast import reference
+from reat_fast.attack import AttackLoss
+from reat_fast.config import flag
+from reat_fast.objective import AttackLossName
+from reat_fast.step import TrainStep
+
+
+class ReferenceStep(TrainStep):
+    """Take steps of the plain reference, with the face of TrainStep."""
+
+    def _make_attack_loss(self, name: AttackLossName) -> AttackLoss:
+        config = self.config
+        if config.attack_batchnorm != "eval" or config.attack_loss not in ("auto", "rbl"):
+            raise ValueError(
+                "--no-fused: the reference has REAT's own attack only; "
+                "leave out --attack-loss and --attack-batchnorm"
+            )
+        for field, plain in (
+            ("tail_coefficient", 1),
+            ("clip_norm", 0),
+            ("label_smoothing", 0),
+            ("ema", 0),
+        ):
+            if getattr(config, field) != plain:
+                raise ValueError(f"--no-fused: the reference has no {flag(field)}; leave it out")
+        return super()._make_attack_loss(name)
+
+    def _step(self, images: Tensor, labels: Tensor, adv_start: Tensor) -> dict[str, Tensor]:
+        config, statistics = self.config, self.statistics
+        outcome = reference.train_step(
+            self.model,
+            self.optimizer,
+            images,
+            labels,
+            counts=statistics.counts.tolist(),
+            ae_counts=statistics.ae_counts.tolist(),
+            start=adv_start - images,
+            eps=config.eps,
+            step_size=config.step_size,
+            steps=config.steps,
+            tail=config.tail,
+        )
+        predictions = outcome["logits"].argmax(1)
+        statistics.next_ae_counts += predictions.bincount(minlength=len(statistics.counts))
+        self._record(outcome, labels)
+        return outcome
