@@ -26,6 +26,7 @@ from reat_fast.config import Config
 from reat_fast.graph import CapturedStep
 from reat_fast.kernels import triton_support
 from reat_fast.loaders import Batch
+from reat_fast.memory import keep_freed_memory
 from reat_fast.models import create_model
 from reat_fast.networks import Network
 from reat_fast.reference_step import ReferenceStep
@@ -150,6 +151,8 @@ def main(arguments: Sequence[str]) -> int:
     device = choose_device(options.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        keep_freed_memory()  # for every rung alike: it cannot be switched between them
     ladder = Ladder(options, device)
     rungs: dict[str, Step] = {}
     warm_up, memory = {}, {}

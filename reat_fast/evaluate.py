@@ -24,6 +24,7 @@ from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import ImageSet, head_body_tail, load_dataset
 from reat_fast.frozen import FrozenNetwork
 from reat_fast.kernels.prepare import prepare
+from reat_fast.memory import keep_freed_memory
 from reat_fast.networks import Network
 from reat_fast.precision import full_precision
 
@@ -186,6 +187,8 @@ def main(arguments: list[str]) -> int:
     attacks = [Attack.from_name(name, options.eps, options.step_size) for name in options.attacks]
     weights = checkpoint.find_weights(options.run)
     device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model, spec = checkpoint.load_model_and_spec(weights, device)
     folder = options.run if options.run.is_dir() else options.run.parent
     config = _run_config(folder)

@@ -103,7 +103,7 @@ class Progress:
             tqdm(
                 total=total_steps,
                 dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f} %|{bar}|{postfix}",
+                bar_format="{desc}{percentage:3.0f} %|{bar}|{postfix}",
             )
             if on_terminal
             else None

@@ -23,6 +23,7 @@ from reat_fast.frozen import FrozenNetwork
 from reat_fast.graph import CapturedStep
 from reat_fast.loaders import Batch
 from reat_fast.loaders.resident import ResidentLoader
+from reat_fast.memory import keep_freed_memory
 from reat_fast.networks import Network
 from reat_fast.plan import Plan
 from reat_fast.precision import resolve_precision, use_precision
@@ -64,6 +65,8 @@ class Run:
             class_names=self.dataset.class_names,
         )
         use_precision(config, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model: Network = self.spec.build().to(
             self.device,
             memory_format=torch.channels_last,  # type: ignore[call-overload]

@@ -1,0 +1,35 @@
+"""Freed memory stays with the process where glibc can be told so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys, torch
+from reat_fast.memory import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit(3)
+for _ in range(25):
+    torch.ones(12_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(12_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    command = [sys.executable, "-c", FAULTS, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        pytest.skip("this system's malloc has no mallopt")
+    return int(done.stdout)
+
+
+def test_large_blocks_are_taken_again_without_page_faults() -> None:
+    # 20 blocks of 48 MB, more than glibc ever keeps by itself: 460 huge pages or 234,375 small ones.
+    assert faults("keep") < 20
+    assert faults("default") > 100
