@@ -8,6 +8,7 @@ tail, and the seconds of the whole program.
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     ]
     seconds = [run["program"]["seconds"] for run in runs]
     figures.append(_figure(f"{options.preset} whole program", seconds, "s"))
-    command = " ".join(["python -m bench.accuracy", *arguments])
+    command = shlex.join(["python", "-m", "bench.accuracy", *arguments])
     file = record(figures, choose_device("auto").type, command)
     for figure in figures:
         print(f"{figure.what:32} {figure.value:8.2f} {figure.unit}  spread {figure.spread:.2f}")

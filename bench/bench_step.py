@@ -7,6 +7,7 @@ need a CUDA device are left out without one.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import time
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str]) -> int:
             Figure(f"step: {name}", statistics.median(t), max(t) - min(t), len(t), "s", shape)
             for name, t in times.items()
         ]
-        command = " ".join(["python -m bench.bench_step", *arguments])
+        command = shlex.join(["python", "-m", "bench.bench_step", *arguments])
         print(f"figures appended to {record(figures, device.type, command)}")
     return 0
 
