@@ -30,6 +30,6 @@ def faults(how: str) -> int:
 
 
 def test_large_blocks_are_taken_again_without_page_faults() -> None:
-    # 20 blocks of 48 MB, more than glibc ever keeps by itself: 460 huge pages or 234,375 small ones.
+    # 20 blocks of 48 MB, more than glibc keeps by itself: 460 huge pages or 234,375 small ones.
     assert faults("keep") < 20
     assert faults("default") > 100
