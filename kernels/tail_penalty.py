@@ -90,13 +90,17 @@ def _fixed_part(
     is_tail = labels >= _first_tail_class(len(counts))
     counts = counts.to(softmax.dtype).clamp(min=1)
     values = (counts.sum() / counts).sqrt()[labels]
-    signs = 1 - 2 * (labels[:, None] == labels).to(softmax.dtype)
     scale = coefficient / (is_tail.sum().clamp(min=1) * batch).to(softmax.dtype)
-    weights = is_tail[:, None] * signs * (values[:, None] + values) * scale
-    row_sums = weights.sum(1)
     if form == "official":
-        row_sums = row_sums / width
+        # Its row sums need no pairs: each sample of the row's own class turns +2v into -2v.
+        same_class = torch.zeros_like(counts).scatter_add_(0, labels, torch.ones_like(values))
+        row_sums = values * (batch - 4 * same_class[labels]) + values.sum()
+        row_sums = torch.where(is_tail, row_sums * scale / width, 0.0)
         weights = row_sums[:, None] / batch
+    else:
+        signs = 1 - 2 * (labels[:, None] == labels).to(softmax.dtype)
+        weights = is_tail[:, None] * signs * (values[:, None] + values) * scale
+        row_sums = weights.sum(1)
     anchors = (row_sums * (softmax * (log_softmax - log_softmax[0])).sum(1)).sum()
     with torch.autocast(softmax.device.type, enabled=False):
         mixed = weights.T @ softmax
