@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.records import Figure, record
 from reat_fast.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config
+from reat_fast.frozen import DEFAULT_FORM, Form, FrozenNetwork
 from reat_fast.graph import CapturedStep
 from reat_fast.kernels import triton_support
 from reat_fast.loaders import Batch
@@ -101,11 +102,13 @@ class Ladder:
         yield "eager", self._plain(self._rung(folded=False))
         yield "channels_last", self._plain(self._rung(folded=False, channels_last=True))
         yield "folded", self._plain(self._rung(channels_last=True))
-        yield "folded, compiled", self._plain(self._rung(channels_last=True, compiled=True))
+        yield "folded, compiled", self._plain(self._rung(channels_last=True, form="compiled"))
         if self.device.type == "cuda":
+            yield "folded, cudnn", self._plain(self._rung(channels_last=True, form="cudnn"))
             yield "kernels", self._rung(channels_last=True)
             yield "kernels, bf16", self._rung(channels_last=True, precision="bf16")
-            yield "captured, bf16", self._captured("bf16")
+            for form in get_args(Form):
+                yield f"captured, {form}", self._captured("bf16", form)
             yield "captured, tf32", self._captured("tf32")
 
     def _rung(
@@ -113,23 +116,25 @@ class Ladder:
         reference: bool = False,
         folded: bool = True,
         channels_last: bool = False,
-        compiled: bool = False,
+        form: Form = DEFAULT_FORM,
         precision: Any = "float32",
     ) -> Step:
-        step = self._step(reference, channels_last, precision)
+        step = self._step(reference, channels_last, precision, form)
         if not folded:
             step._frozen = Unfolded(step.model)  # type: ignore[assignment]
-        if compiled and step._frozen is not None:
-            step._frozen._copy = torch.compile(step._frozen._copy)  # type: ignore[assignment]
         return lambda: step.train_on(self.batch)
 
-    def _step(self, reference: bool, channels_last: bool, precision: Any) -> TrainStep:
+    def _step(
+        self, reference: bool, channels_last: bool, precision: Any, form: Form = DEFAULT_FORM
+    ) -> TrainStep:
         torch.manual_seed(0)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         model = create_model(self.options.model, 10).to(self.device, memory_format=layout)  # type: ignore[call-overload]
         config = Config(steps=self.options.steps, precision=precision, lr=1e-3)
         kind = ReferenceStep if reference else TrainStep
-        return kind(model, make_optimizer(model, config), COUNTS, config)
+        step = kind(model, make_optimizer(model, config), COUNTS, config)
+        step._frozen = FrozenNetwork(model, step._low, form)
+        return step
 
     def _plain(self, step: Step) -> Step:
         def call() -> object:
@@ -138,10 +143,10 @@ class Ladder:
 
         return call if self.device.type == "cuda" else step
 
-    def _captured(self, precision: str) -> Step:
+    def _captured(self, precision: str, form: Form = DEFAULT_FORM) -> Step:
         tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        replayed = CapturedStep(self._step(False, True, precision), self.batch)
+        replayed = CapturedStep(self._step(False, True, precision, form), self.batch)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return replayed._graph.replay
 

@@ -216,19 +216,21 @@ def class_loss(
     `logits` [B, C] float32, bfloat16 or float16 (float64 in PyTorch only); `labels` [B] int64 in
     [0, C); `offsets` and `weights` [C]. Computed in float32. "mean" is the weighted mean of
     torch.nn.functional.cross_entropy, which is NaN where all weights of the batch are zero; "sum"
-    and "none" are its too. `histogram` [C] int64 is counted up in place by each row's prediction:
-    the first maximum of the logits without offsets. Only the logits get a gradient, and only once.
+    and "none" are its too, and take B = 0. `histogram` [C] int64 is counted up in place by each
+    row's prediction: the first maximum of the logits without offsets. Only the logits get a
+    gradient, and only once.
     Raises ValueError for arguments of another shape or dtype. Source: REAT (arXiv 2307.10205) for
     the weights, balanced softmax (arXiv 2007.10740) for the offsets.
     """
     _check(logits, labels, offsets, weights, label_smoothing, reduction, histogram)
     fits = logits.dtype != torch.float64 and logits.shape[1] <= MOST_CLASSES
+    empty = logits.numel() == 0  # no grid to launch; a process may have no share of a short batch
     if not fits and backend == "triton":
         raise ValueError(
             f"backend='triton' takes float32, bfloat16 or float16 logits of up to {MOST_CLASSES} "
             f"classes, got {logits.dtype} and {logits.shape[1]}: give backend='torch'"
         )
-    if not (use_triton(backend, logits) and fits):
+    if not (use_triton(backend, logits) and fits) or empty:
         if histogram is not None:
             _count_(histogram, logits.argmax(1))
         return class_loss_torch(
@@ -304,7 +306,8 @@ def _check(
     reduction: str,
     histogram: Tensor | None,
 ) -> None:
-    if logits.ndim != 2 or 0 in logits.shape or not logits.is_floating_point():
+    filled = logits.ndim == 2 and logits.shape[1] and (len(logits) or reduction != "mean")
+    if not filled or not logits.is_floating_point():
         raise ValueError(
             f"logits must be a filled [B, C] tensor of floats, got {logits.dtype} "
             f"{list(logits.shape)}"

@@ -152,7 +152,7 @@ def _prepare(
     dtype: torch.dtype,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    if not kernel_runs_on(images):
+    if not kernel_runs_on(images) or not len(indices):
         return prepare_torch(images, indices, seed, epoch, eps, gather, padding, flip, noise, dtype)
     batch, (height, width, channels) = len(indices), images.shape[1:]
     clean = torch.empty(

@@ -1,17 +1,20 @@
 """Ways to bring long-tailed batches to the device, all with the same protocol.
 
-A loader knows which images to show and in which order. It gives them as uint8 with their positions
-in the training set; augmentation and the random start are the step's, keyed by those positions, so
-every loader trains on the same pixels.
+A loader is made of an image set, an `EpochOrder` and a device, and gives the images as uint8 with
+their positions in the training set; augmentation and the random start are the step's, keyed by
+those positions, so every loader trains on the same pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from reat_fast.loaders.order import EpochOrder
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,21 @@ class Batch:
 class Loader(Protocol):
     """The protocol of every loader."""
 
+    order: EpochOrder
+    batch_size: int  # images of a full batch, this rank's share
+
     def __len__(self) -> int:
-        """Return the batches of an epoch."""
+        """Return the batches of an epoch, the same number on every rank."""
         ...
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Give the batches of one epoch, in the order that (seed, epoch) fixes."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Give the batches of one epoch from batch `first` on; the iterator may be abandoned.
+
+        A batch may be empty where there are more ranks than images left. Raises ValueError where
+        an image cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the processes and threads of the loader; it may be closed twice, not used again."""
         ...

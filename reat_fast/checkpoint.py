@@ -7,9 +7,12 @@ can run code.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +27,9 @@ from reat_fast.models import create_model
 from reat_fast.networks import Network
 
 CHECKPOINT = "checkpoint-last.pt"
+PREVIOUS = "checkpoint-previous.pt"
 WEIGHTS = ("best.safetensors", "last.safetensors")
+EXPORTED = "model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -61,8 +66,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk too, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,8 +109,55 @@ def new_run_dir(run_dir: Path | None, preset: str) -> Path:
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
-    """Write everything a resumed run needs."""
-    write_atomically(run_dir / CHECKPOINT, lambda partial: torch.save(state, partial))
+    """Write everything a resumed run needs; the one before is kept beside it."""
+    newest, previous = run_dir / CHECKPOINT, run_dir / PREVIOUS
+    if newest.exists():
+        # Another name for the same file: at no moment is there no whole checkpoint.
+        write_atomically(previous, lambda partial: _link(newest, partial))
+    write_atomically(newest, lambda partial: torch.save(state, partial))
+
+
+def _link(existing: Path, name: Path) -> None:
+    name.unlink(missing_ok=True)
+    try:
+        os.link(existing, name)
+    except OSError:  # a file system without links
+        shutil.copyfile(existing, name)
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Say whether a folder holds something to go on from."""
+    return any((run_dir / name).is_file() for name in (CHECKPOINT, PREVIOUS))
+
+
+def newest_run(folder: Path) -> Path:
+    """Return the run below `folder` whose checkpoint was written last.
+
+    Errors: CheckpointError where there is none.
+    """
+    found = [file for name in (CHECKPOINT, PREVIOUS) for file in folder.glob(f"*/{name}")]
+    if not found:
+        raise CheckpointError(
+            f"--resume auto: no run with a checkpoint in {folder}; name its folder"
+        )
+    return max(found, key=lambda file: file.stat().st_mtime_ns).parent
+
+
+def load_newest_checkpoint(run_dir: Path) -> tuple[dict[str, Any], Path]:
+    """Read the newest checkpoint of a run that is whole; returns it and its file.
+
+    One that is damaged is named on stderr, and the one before it is taken.
+    Errors: CheckpointError where none is whole.
+    """
+    newest, previous = run_dir / CHECKPOINT, run_dir / PREVIOUS
+    try:
+        return load_checkpoint(newest), newest
+    except CheckpointError as error:
+        if not previous.is_file():
+            raise
+        state = load_checkpoint(previous)
+        print(f"{error}; going on from {previous}", file=sys.stderr, flush=True)
+        return state, previous
 
 
 def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -129,8 +192,9 @@ def _write_bytes(path: Path, blob: bytes) -> None:
 def load_model(run_or_checkpoint: str | Path, map_location: str | torch.device = "cpu") -> Network:
     """Load a trained classifier: an eval-mode module on images [B, C, H, W] in [0, 1].
 
-    run_or_checkpoint: the folder of a run (best.safetensors, else last.safetensors), one
-    .safetensors file, or a checkpoint-last.pt. Returns logits [B, K] when called.
+    run_or_checkpoint: the folder of a run (best.safetensors, else last.safetensors; the other way
+    round in a run with --select last), an exported folder, one .safetensors file, or a
+    checkpoint-last.pt. Returns logits [B, K] when called.
     Errors: CheckpointError naming the file.
     """
     model, _ = load_model_and_spec(Path(run_or_checkpoint), map_location)
@@ -159,7 +223,8 @@ def load_model_and_spec(
 def find_weights(path: Path) -> Path:
     """Name the file that load_model reads for a run folder or a file."""
     if path.is_dir():
-        for name in (*WEIGHTS, CHECKPOINT):
+        weights = WEIGHTS[::-1] if _selects_last(path) else WEIGHTS
+        for name in (*weights, EXPORTED, CHECKPOINT):
             if (path / name).is_file():
                 return path / name
         raise CheckpointError(f"{path}: holds no weights ({', '.join(WEIGHTS)}, {CHECKPOINT})")
@@ -168,6 +233,15 @@ def find_weights(path: Path) -> Path:
     if path.suffix not in (".safetensors", ".pt"):
         raise CheckpointError(f"{path}: give a run folder, a .safetensors file or a {CHECKPOINT}")
     return path
+
+
+def _selects_last(run_dir: Path) -> bool:
+    file = run_dir / "config.json"
+    try:
+        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{file}: damaged or not JSON ({error})") from None
+    return isinstance(values, dict) and values.get("select") == "last"
 
 
 def train_counts(run_dir: Path) -> list[int] | None:

@@ -51,13 +51,17 @@ class Config:
     """Train an image classifier that is robust to adversarial examples on long-tailed data."""
 
     dataset: str = "cifar10"
-    """Data set: cifar10, cifar100, fashion-mnist, npz or folder."""
+    """cifar10, cifar100, fashion-mnist, npz, folder, list, tiny-imagenet or beton."""
     data: Path | None = None
     """Folder, archive or .npz (x_train, y_train, x_test, y_test); unset: the usual places."""
+    image_size: int | None = None
+    """Pixels a side that image files are resized and cut to; unset: images of one size."""
+    skip_bad: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
     imbalance: float = 0.02
     """Smallest over largest class of the training set, in (0, 1]: 0.02 is ratio 50, 1 balanced."""
-    profile: Literal["exp", "step"] = "exp"
-    """How class sizes fall off: exponentially, or in one step after half of the classes."""
+    imbalance_profile: Literal["exp", "step", "as-is"] = "exp"
+    """How class sizes fall off: exponentially, in one step after half of the classes, or as-is."""
     largest: int | None = None
     """Images of the largest class. Left out: all that a balanced class has."""
     held_out: float = 0.05
@@ -75,7 +79,13 @@ class Config:
     epochs: int = 80
     """Passes over the training images."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, over all devices together."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after another, to fit into memory."""
+    sampler: Literal["instance", "class-balanced", "square-root", "effective", "progressive"] = (
+        "instance"
+    )
+    """Which images an epoch shows: each one once, or drawn with replacement by class."""
     lr: float = 0.1
     """Peak learning rate of SGD."""
     momentum: float = 0.9
@@ -116,6 +126,10 @@ class Config:
 
     augment: bool = True
     """Random crop with padding 4 and horizontal flip."""
+    loader: Literal["auto", "resident", "ffcv", "dali", "workers"] = "auto"
+    """What brings images to the device; all give the same. auto: resident where they fit."""
+    workers: int = 2
+    """Threads or processes of a loader that reads files."""
 
     fused: bool = True
     """Train with the fused step; --no-fused is the plain reference, to compare with."""
@@ -123,8 +137,10 @@ class Config:
     """Arithmetic of the network; auto is bf16 on a GPU, float32 on a CPU and with --no-fused."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the whole step as one CUDA graph; auto does on a GPU with --fused."""
+    sync_batchnorm: bool = True
+    """With several devices, normalise by the whole batch and not by each device's share."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N; with several processes each takes a GPU of its own."""
     seed: int = 0
     """Seed of weights, order, augmentation and random starts."""
 
@@ -137,10 +153,20 @@ class Config:
     eval_batch_size: int = 500
     """Images per batch of an evaluation."""
 
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """A loss that is not finite: end the run, or go back to the last checkpoint at half the lr."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time, at some cost in speed."""
+    save_minutes: float = 10.0
+    """Save within an epoch too, whenever so many minutes have passed."""
+    profile: bool = False
+    """Report after each epoch how long the step waited for data."""
+    quiet: bool = False
+    """Print the final table and errors only."""
     run_dir: Path | None = None
     """Folder of the run. Left out: the next free runs/PRESET-N."""
     resume: Path | None = None
-    """Go on with the run in this folder."""
+    """Go on with the run in this folder, or (auto) with the newest one in runs."""
     limit_batches: int | None = None
     """Stop each epoch after so many batches and evaluate on as many: to try things out."""
 
@@ -157,9 +183,14 @@ class Config:
             "largest": (whole(self.largest, 1), "must be at least 1"),
             "held_out": (0 <= self.held_out < 1, unit),
             "split_seed": (whole(self.split_seed, 0), "must be 0 or more"),
+            "image_size": (whole(self.image_size, 1), "must be at least 1"),
             "width": (whole(self.width, 1), "must be at least 1"),
             "epochs": (whole(self.epochs, 1), "must be at least 1"),
             "batch_size": (whole(self.batch_size, 1), "must be at least 1"),
+            "accumulate": (
+                1 <= self.accumulate <= self.batch_size,
+                "must be at least 1, and at most the batch size",
+            ),
             "lr": (finite(self.lr), "must be a finite number, 0 or more"),
             "momentum": (0 <= self.momentum < 1, unit),
             "nesterov": (self.momentum > 0 or not self.nesterov, "needs --momentum above 0"),
@@ -181,6 +212,8 @@ class Config:
                 "the reference of --no-fused computes in float32 or tf32",
             ),
             "graph": (self.fused or self.graph != "on", "the reference of --no-fused has no graph"),
+            "workers": (whole(self.workers, 0), "must be 0 or more"),
+            "save_minutes": (self.save_minutes > 0, "must be above 0"),
             "seed": (0 <= self.seed < 2**63, "must lie in [0, 2^63)"),
             "eval_every": (whole(self.eval_every, 1), "must be at least 1"),
             "eval_batch_size": (whole(self.eval_batch_size, 1), "must be at least 1"),
@@ -211,8 +244,12 @@ QUICKSTART = Config(
 PRESETS: dict[str, Config] = {"reat": Config(), "quickstart": QUICKSTART}
 """reat: the official recipe on CIFAR-10-LT. quickstart: minutes on a CPU, on Fashion-MNIST-LT."""
 
-LOCAL_FIELDS = ("run_dir", "resume", "device", "data")
-"""Fields that say where a run lives, not what it computes: they may differ on resume."""
+LOCAL_FIELDS = (
+    *("run_dir", "resume", "device", "data", "loader", "workers"),
+    *("on_nonfinite", "save_minutes", "profile", "quiet"),
+)
+"""Fields that say where a run lives and how it reports, not what it computes: they may differ on
+resume."""
 
 
 def to_json(config: Config) -> str:

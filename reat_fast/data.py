@@ -19,39 +19,57 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast import download, sources
-from reat_fast.sources import Array
+from reat_fast import download, lists, sources
+from reat_fast.beton_folder import read as read_beton_folder
+from reat_fast.lazy import LazyImages
 from reat_fast.sources import DataError as DataError
+from reat_fast.sources import Source
 
+Images = npt.NDArray[np.uint8] | LazyImages
 Indices = npt.NDArray[np.int64]
 
-DATASETS: dict[str, tuple[str, ...]] = {**download.CLASS_NAMES, "npz": (), "folder": ()}
+OWN = {
+    "npz": "FILE.npz",
+    "folder": "FOLDER of train/CLASS/*.png and test/CLASS/*.png",
+    "list": "FOLDER of train.txt and test.txt, each line `path label`",
+    "tiny-imagenet": "FOLDER of train/, val/ and wnids.txt",
+    "beton": "FOLDER written by `python -m reat_fast.convert`",
+}
+"""Sets that only --data leads to, and what it must be."""
+
+DATASETS: dict[str, tuple[str, ...]] = {**download.CLASS_NAMES, **dict.fromkeys(OWN, ())}
 """Names that `load_dataset` knows, each with its class names where these are fixed."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Hold images, uint8 [N, H, W, C] with C 1 or 3, and labels, int64 [N]."""
+    """Hold images, uint8 [N, H, W, C] with C 1 or 3, and labels, int64 [N].
 
-    images: npt.NDArray[np.uint8]
+    images: an array, or LazyImages, which decode what is indexed.
+    """
+
+    images: Images
     labels: Indices
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Indices) -> ImageSet:
-        """Return a copy of the images and labels at `indices`."""
-        return ImageSet(self.images[indices], self.labels[indices])
+        """Return a copy of the images and labels at `indices`; of lazy images, a view."""
+        lazy = isinstance(self.images, LazyImages)
+        images = self.images.take(indices) if lazy else self.images[indices]
+        return ImageSet(images, self.labels[indices])
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Hold a checked data set; label c is the class `class_names[c]`."""
+    """Hold a checked data set; label c is the class `class_names[c]`, notes are for the user."""
 
     name: str
     train: ImageSet
     test: ImageSet
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -76,75 +94,44 @@ class Splits:
     fingerprint: str
 
 
-def load_dataset(name: str, path: Path | None = None) -> Dataset:
+def load_dataset(
+    name: str, path: Path | None = None, image_size: int | None = None, skip_bad: bool = False
+) -> Dataset:
     """Load and check a data set.
 
-    name: one of DATASETS. path: an .npz file (read as the named set), an image folder for "folder",
-    or where a named set lies, by default in `download.search_folders(name)`. Raises DataError.
+    name: one of DATASETS. path: an .npz file (read as the named set), the folder of one's own set,
+    or where a named set lies, by default in `download.search_folders(name)`. image_size: pixels a
+    side that image files are resized and cut to; such a set is lazy. skip_bad: leave out files that
+    cannot be decoded, with a note, instead of raising. Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}")
     if path is not None and not path.exists():
         raise DataError(f"--data {path}: no such file or folder")
-    if path is not None and path.suffix == ".npz":
-        return _checked(name, sources.read_npz(path))
-    if path is not None and name == "folder":
-        return _checked(name, sources.read_image_folder(path))
-    if name in ("npz", "folder"):
-        what = "FILE.npz" if name == "npz" else "FOLDER of train/CLASS/*.png and test/CLASS/*.png"
-        raise DataError(f"dataset {name} needs --data {what}, got {path}")
+    source = sources.checked(_read(name, path, image_size, skip_bad), DATASETS[name])
+    train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
+    return Dataset(name, train, test, source.class_names or (), source.notes)
+
+
+def _read(name: str, path: Path | None, image_size: int | None, skip_bad: bool) -> Source:
+    is_npz = path is not None and path.suffix == ".npz"
+    if name in OWN and (path is None or (name == "npz" and not is_npz)):
+        raise DataError(f"dataset {name} needs --data {OWN[name]}, got {path}")
+    if path is not None and not is_npz and name in lists.READERS:
+        return lists.READERS[name](path, image_size, skip_bad)
+    if image_size is not None:
+        raise DataError(f"--image-size: the images of {name} have one size already; leave it out")
+    if path is not None and is_npz:
+        return sources.read_npz(path)
+    if path is not None and name == "beton":
+        return read_beton_folder(path)
     folders = download.search_folders(name) if path is None else [path]
     found = download.find(name, folders)
     if found is None:
         where = ", ".join(map(str, folders))
         cure = f"fetch it with `python -m reat_fast.data {name}`, or give --data PATH"
         raise DataError(f"{name} not found in {where} ({download.FILES[name]}): {cure}")
-    return _checked(name, download.read(name, found))
-
-
-def _checked(name: str, source: sources.Source) -> Dataset:
-    """Check everything a file can get wrong; what passes is safe to index and count."""
-    x_train, y_train, x_test, y_test = source.arrays
-    train = _image_set(x_train, y_train, *source.names[:2])
-    test = _image_set(x_test, y_test, *source.names[2:])
-    if train.images.shape[1:] != test.images.shape[1:]:
-        shapes = f"{test.images.shape[1:]}, those for training {train.images.shape[1:]}"
-        raise DataError(f"{source.names[2]}: test images are {shapes}; make them equal")
-    present, class_names = np.unique(train.labels), source.class_names
-    num_classes = len(class_names) if class_names else int(present[-1]) + 1
-    for labels, labels_name in ((train.labels, source.names[1]), (test.labels, source.names[3])):
-        if not 0 <= labels.min() <= labels.max() < num_classes:
-            found = f"got {labels.min()}..{labels.max()}"
-            raise DataError(f"{labels_name}: labels must be in 0..{num_classes - 1}, {found}")
-    if len(present) < num_classes:
-        empty = int(np.setdiff1d(np.arange(len(present) + 1), present)[0])
-        title = f" ({class_names[empty]})" if class_names else ""
-        raise DataError(f"{source.names[1]}: class {empty}{title} has no image; add some")
-    if class_names is None:
-        fits = len(DATASETS[name]) == num_classes
-        class_names = DATASETS[name] if fits else tuple(map(str, range(num_classes)))
-    return Dataset(name, train, test, class_names)
-
-
-def _image_set(images: Array, labels: Array, images_name: str, labels_name: str) -> ImageSet:
-    if images.dtype != np.uint8:
-        raise DataError(f"{images_name}: images must be uint8 0..255, got {_content(images)}")
-    images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        wanted = "[N, H, W, C], none of them 0, C 1 or 3"
-        raise DataError(f"{images_name}: images must be {wanted}, got {_content(images)}")
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{labels_name}: labels must be integers, got {_content(labels)}")
-    labels = labels[:, 0] if labels.shape[1:] == (1,) else labels  # as Keras writes them
-    if labels.shape != images.shape[:1]:
-        raise DataError(f"{labels_name}: {_content(labels)} for {len(images)} images")
-    # torch shares memory with writable arrays only; archives give read-only views of their bytes.
-    return ImageSet(np.require(images, requirements=["C", "W"]), labels.astype(np.int64))
-
-
-def _content(array: Array) -> str:
-    nan = " with NaN" if array.dtype.kind == "f" and np.isnan(array).any() else ""
-    return f"{array.dtype} {list(array.shape)}{nan}"
+    return download.read(name, found)
 
 
 def longtail_counts(
@@ -182,9 +169,8 @@ def longtail_indices(labels: npt.ArrayLike, counts: Sequence[int], seed: int = 0
     """
     labels = np.asarray(labels)
     if labels.size and not 0 <= labels.min() <= labels.max() < len(counts):
-        raise DataError(
-            f"labels go {labels.min()}..{labels.max()}, counts has {len(counts)} classes"
-        )
+        found = f"{labels.min()}..{labels.max()}"
+        raise DataError(f"labels go {found}, counts has {len(counts)} classes")
     generator = _generator(seed)
     chosen = []
     for label, count in enumerate(counts):
@@ -227,13 +213,19 @@ def make_splits(
 ) -> Splits:
     """Draw the long-tailed training set and its held-out part; the test set stays as it is.
 
-    largest: images of class 0 before holding out; by default the size of the smallest class, the
-    official N / C of a balanced set. Raises DataError.
+    profile: of longtail_counts, or "as-is" for a set that is long-tailed already: all its images,
+    whatever the imbalance. largest: images of class 0 before holding out; by default the size of
+    the smallest class, the official N / C of a balanced set. Raises DataError.
     """
     labels = dataset.train.labels
-    largest = int(np.bincount(labels).min()) if largest is None else largest
-    drawn = longtail_counts(largest, dataset.num_classes, imbalance, profile)
-    subset = longtail_indices(labels, drawn, seed)
+    if profile == "as-is":
+        if largest is not None:
+            raise DataError("profile as-is takes every image: leave largest out")
+        subset = np.arange(len(labels), dtype=np.int64)
+    else:
+        largest = _smallest_class(labels, imbalance) if largest is None else largest
+        drawn = longtail_counts(largest, dataset.num_classes, imbalance, profile)
+        subset = longtail_indices(labels, drawn, seed)
     kept, apart = held_out_split(labels[subset], held_out, seed)
     train, held = subset[kept], subset[apart]
     digest = hashlib.sha256()
@@ -242,6 +234,14 @@ def make_splits(
     counts = np.bincount(labels[train], minlength=dataset.num_classes).tolist()
     parts = (dataset.train.take(train), dataset.train.take(held), dataset.test)
     return Splits(*parts, counts, train, held, digest.hexdigest())
+
+
+def _smallest_class(labels: Indices, imbalance: float) -> int:
+    sizes = np.bincount(labels)
+    if imbalance < 1 and sizes.min() <= imbalance * sizes.max():
+        found = f"long-tailed already, {sizes.max()} to {sizes.min()} images a class"
+        raise DataError(f"the training set is {found}: take it with profile as-is, or give largest")
+    return int(sizes.min())
 
 
 def head_body_tail(num_classes: int) -> dict[str, list[int]]:
@@ -271,9 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if not options.list and options.name not in download.CLASS_NAMES:
-            raise DataError(
-                f"NAME must be one of {', '.join(download.CLASS_NAMES)}; or give --list"
-            )
+            names = ", ".join(download.CLASS_NAMES)
+            raise DataError(f"NAME must be one of {names}; or give --list")
         for name in DATASETS if options.list else [options.name]:
             print(_describe(name) if options.list else _obtain(name, options.to))
     except DataError as error:
@@ -282,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _describe(name: str) -> str:
-    if name not in download.CLASS_NAMES:
-        return f"{name:14} your own images: --dataset {name} --data PATH"
+    if name in OWN:
+        return f"{name:14} your own images: --dataset {name} --data {OWN[name]}"
     place = download.find(name, download.search_folders(name))
     return f"{name:14} {len(DATASETS[name])} classes: {place or 'not here; NAME downloads it'}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,48 +13,23 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor
 from tqdm import tqdm
 
-from reat_fast import checkpoint, report
-from reat_fast.attack import ascend, cross_entropy, evaluating
+from reat_fast import checkpoint, guards, report
+from reat_fast.attacks import Attack as Attack
+from reat_fast.class_figures import figures as figures
+from reat_fast.class_figures import tail_by_share
 from reat_fast.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
-from reat_fast.data import ImageSet, head_body_tail, load_dataset
-from reat_fast.frozen import FrozenNetwork
-from reat_fast.kernels.prepare import prepare
+from reat_fast.data import Dataset, ImageSet, load_dataset
 from reat_fast.memory import keep_freed_memory
 from reat_fast.networks import Network
-from reat_fast.precision import full_precision
+from reat_fast.trial import Images, Trial
+from reat_fast.victim import Precision, attacked
 
-ATTACKS = "clean, fgsm, pgd10, pgd20, pgd100 or pgdN"
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One attack of an evaluation: steps of signed gradient ascent on the cross-entropy."""
-
-    name: str
-    steps: int
-    step_size: float
-    random_start: bool
-
-    @classmethod
-    def from_name(cls, name: str, eps: float, step_size: float) -> Attack:
-        """Read an attack by name; eps and step_size in the units of images in [0, 1].
-
-        clean: no attack. fgsm: one step of eps from the clean image (Goodfellow et al., 2015).
-        pgdN: N steps of step_size from a random start (Madry et al., 2018).
-        Errors: ValueError listing the names.
-        """
-        match = re.fullmatch(r"pgd([1-9]\d{0,3})", name)
-        if name == "clean":
-            return cls(name, 0, 0.0, random_start=False)
-        if name == "fgsm":
-            return cls(name, 1, eps, random_start=False)
-        if match:
-            return cls(name, int(match[1]), step_size, random_start=True)
-        raise ValueError(f"unknown attack {name!r}; attacks are {ATTACKS}")
+STATE = "autoattack-state.pt"
+GUARDED_IMAGES = 64
+BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left at most"
 
 
 def evaluate(
@@ -68,80 +42,40 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 500,
     limit_batches: int | None = None,
+    restarts: int = 1,
+    precision: Precision = "float32",
+    train_counts: Sequence[int] | None = None,
+    state: Path | None = None,
     progress: Callable[[int], object] | None = None,
+    bar: tqdm[Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the accuracy of a model on a set, clean and under each attack.
 
-    Computed in true float32, without TF32. The random start of an image depends on (seed, its
-    position) alone, so neither the batch size nor the choice of attacks changes a figure. progress
-    is called with the number of images after each batch and attack. The mode is left as found.
-    Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; figures, in
-    percent: overall, balanced (mean over classes), worst (class), head, body, tail, per_class [C]
-    (None where a class has no image).
+    Judged in true float32, without TF32. The random numbers of an image depend on (seed, its
+    position) alone, so neither the batch size nor the choice of attacks changes a figure.
+    restarts: of attacks with a random start; an image counts if it withstands them all.
+    precision: in which attacks search. train_counts: training images per class, for tail80.
+    state: file from which AutoAttack goes on, and which it keeps. progress is called with the
+    number of images after each batch and attack; bar counts forward passes.
+    The mode is left as found.
+    Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
+    also "after": the accuracy after each of its attacks.
+    Errors: ValueError from AutoAttack, see there.
     """
-    weight = next(model.parameters())
-    device, precision = weight.device, torch.promote_types(weight.dtype, torch.float32)
-    images = torch.from_numpy(image_set.images).to(device)
-    labels = torch.from_numpy(image_set.labels).to(device)
-    count = len(labels) if limit_batches is None else min(len(labels), limit_batches * batch_size)
-    correct = torch.zeros(len(attacks), num_classes, dtype=torch.int64, device=device)
-    with evaluating(model), full_precision():
-        frozen = FrozenNetwork(model)
-        for first in range(0, count, batch_size):
-            rows = torch.arange(first, min(first + batch_size, count), device=device)
-            pair = prepare(images, rows, seed, 0, eps, gather=True, padding=0, flip=False)
-            clean, start = (t.to(precision) for t in pair)
-            targets = labels[rows]
-            for hits, attack in zip(correct, attacks, strict=True):
-                adv = ascend(
-                    frozen,
-                    start if attack.random_start else clean,
-                    clean,
-                    targets,
-                    eps=eps,
-                    step_size=attack.step_size,
-                    steps=attack.steps,
-                    loss=cross_entropy,
-                )
-                hits += _hits(model, adv, targets, num_classes)
-                if progress is not None:
-                    progress(len(rows))
-    samples = labels[:count].bincount(minlength=num_classes).tolist()
-    return {
-        "samples": count,
-        "per_class_samples": samples,
-        "attacks": {
-            attack.name: figures(hits, samples)
-            for attack, hits in zip(attacks, correct.tolist(), strict=True)
-        },
-    }
-
-
-@torch.no_grad()
-def _hits(model: Network, images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count the right predictions per class [C]; may not sync."""
-    right = model(images).argmax(1) == labels
-    return torch.zeros(num_classes, dtype=torch.int64, device=labels.device).scatter_add_(
-        0, labels, right.long()
-    )
-
-
-def figures(correct: Sequence[int], samples: Sequence[int]) -> dict[str, Any]:
-    """Turn right predictions and images per class into percentages; see evaluate."""
-    per_class = [100 * c / n if n else None for c, n in zip(correct, samples, strict=True)]
-
-    def mean(classes: Sequence[int]) -> float | None:
-        present = [value for c in classes if (value := per_class[c]) is not None]
-        return sum(present) / len(present) if present else None
-
-    present = [value for value in per_class if value is not None]
-    return {
-        "overall": 100 * sum(correct) / max(sum(samples), 1),
-        "balanced": mean(range(len(samples))),
-        "worst": min(present) if present else None,
-        **{part: mean(classes) for part, classes in head_body_tail(len(samples)).items()},
-        "per_class": per_class,
-    }
+    count = len(image_set)
+    if limit_batches is not None:
+        count = min(count, limit_batches * batch_size)
+    labels = torch.from_numpy(image_set.labels[:count])
+    samples = labels.bincount(minlength=num_classes).tolist()
+    found = {}
+    with attacked(model, precision, bar) as victim:
+        images = Images(image_set, victim, seed, eps)
+        trial = Trial(victim, images, labels, eps, seed, batch_size, restarts, state, progress)
+        for attack in attacks:
+            right, details = trial.run(attack)
+            correct = labels[right.cpu()].bincount(minlength=num_classes).tolist()
+            found[attack.name] = figures(correct, samples, train_counts) | details
+    return {"samples": count, "per_class_samples": samples, "attacks": found}
 
 
 @dataclass(frozen=True)
@@ -151,28 +85,36 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
     attacks: tuple[str, ...] = ("clean", "pgd20")
-    """clean, fgsm, pgd10, pgd20, pgd100 or any pgdN."""
+    """clean, fgsm, pgd20, pgd100, cw20, lsa20 (any N), aa (AutoAttack) or aa-package."""
     eps: Radius = 8 / 255
     """L-infinity radius, on images in [0, 1]."""
     step_size: Radius = 2 / 255
-    """Step of the PGD attacks."""
+    """Step of the PGD, CW and LSA attacks."""
+    restarts: int = 1
+    """Random starts of these attacks; an image counts if it withstands them all."""
+    precision: Precision = "float32"
+    """Arithmetic in which attacks search (bf16 is for GPUs); verdicts are always in float32."""
     dataset: str | None = None
     """Data set; unset: the one the run was trained on."""
     data: Path | None = None
     """Where the data is; unset: where the run found it."""
     subset: int | None = None
     """Evaluate on so many test images, evenly spread over the set; unset: on all."""
+    train_counts: tuple[int, ...] | None = None
+    """Training images per class, where the folder of the run has no split.json."""
     batch_size: int = 500
     """Images per batch; changes no figure."""
     seed: int = 0
-    """Seed of the random starts."""
+    """Seed of all that is random in the attacks."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """JSON file to write; unset: evaluation.json in the folder of the run."""
+    quiet: bool = False
+    """Show no progress and no table, only warnings and errors."""
 
     def __post_init__(self) -> None:
-        for name in ("subset", "batch_size"):
+        for name in ("subset", "batch_size", "restarts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -190,18 +132,15 @@ def main(arguments: list[str]) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     model, spec = checkpoint.load_model_and_spec(weights, device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     folder = options.run if options.run.is_dir() else options.run.parent
-    config = _run_config(folder)
-    dataset = load_dataset(options.dataset or config.dataset, options.data or config.data)
-    if dataset.num_classes != spec.num_classes:
-        raise ValueError(
-            f"--dataset {dataset.name}: has {dataset.num_classes} classes, "
-            f"{weights} was trained on {spec.num_classes}"
-        )
+    dataset = _dataset(options, folder, spec, weights)
+    counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else evenly(dataset.test, options.subset)
     began = time.perf_counter()
-    total = len(test.labels) * len(attacks)
-    with tqdm(total=total, unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
+    warnings = _guard(model, test, options.seed)
+    hidden = options.quiet or not sys.stderr.isatty()
+    with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
         result = evaluate(
             model,
             test,
@@ -210,25 +149,35 @@ def main(arguments: list[str]) -> int:
             eps=options.eps,
             seed=options.seed,
             batch_size=options.batch_size,
-            progress=bar.update,
+            restarts=options.restarts,
+            precision=options.precision,
+            train_counts=counts,
+            state=folder / STATE,
+            bar=bar,
         )
+    warnings += guards.warnings_for_figures(result["attacks"])
     result |= {
         "weights": weights.name,
         "dataset": dataset.name,
         "class_names": list(dataset.class_names),
         "eps": options.eps,
         "step_size": options.step_size,
+        "restarts": options.restarts,
+        "precision": options.precision,
         "seed": options.seed,
         "device": str(device),
         "seconds": round(time.perf_counter() - began, 3),
+        "warnings": warnings,
     }
-    counts = checkpoint.train_counts(folder)
     if counts is not None:
-        result["train_counts"] = counts
+        result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
     out = options.out or folder / "evaluation.json"
     checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")
-    print(report.accuracy_table(result))
-    print(f"{out} written ({result['seconds']:.1f} s on {device})")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not options.quiet:
+        print(report.accuracy_table(result))
+        print(f"{out} written ({result['seconds']:.1f} s on {device})")
     return 0
 
 
@@ -241,9 +190,39 @@ def evenly(image_set: ImageSet, count: int) -> ImageSet:
     )
 
 
-def _run_config(folder: Path) -> Config:
+def _dataset(options: Options, folder: Path, spec: checkpoint.ModelSpec, weights: Path) -> Dataset:
     file = folder / "config.json"
-    return from_json(file.read_text("utf-8"), str(file)) if file.is_file() else Config()
+    config = from_json(file.read_text("utf-8"), str(file)) if file.is_file() else Config()
+    dataset = load_dataset(options.dataset or config.dataset, options.data or config.data)
+    if dataset.num_classes != spec.num_classes:
+        raise ValueError(
+            f"--dataset {dataset.name}: has {dataset.num_classes} classes, "
+            f"{weights} was trained on {spec.num_classes}"
+        )
+    return dataset
+
+
+def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int] | None:
+    counts = checkpoint.train_counts(folder)
+    if counts is None and options.train_counts is not None:
+        counts = list(options.train_counts)
+        if len(counts) != num_classes or min(counts) < 0:
+            raise ValueError(
+                f"--train-counts: give one number of images for each of the {num_classes} classes, "
+                f"got {len(counts)}"
+            )
+    return counts
+
+
+def _guard(model: Network, image_set: ImageSet, seed: int) -> list[str]:
+    """Refuse what cannot be evaluated; return warnings."""
+    few = evenly(image_set, GUARDED_IMAGES)
+    labels = torch.from_numpy(few.labels)
+    with attacked(model) as victim:
+        images, _ = Images(few, victim, seed, 0.0)(torch.arange(len(few)))
+        labels = labels.to(images.device)
+        guards.refuse(model, images, labels)
+        return guards.warnings_for_model(model, images, labels)
 
 
 if __name__ == "__main__":

@@ -9,72 +9,96 @@ hence a captured step may refresh them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from reat_fast.networks import ConvBN, Network
+from reat_fast.folding import Fold, fold_batchnorms_, fuse_relus
+
+Form = Literal["eager", "compiled", "cudnn"]
+# The fastest where it was timed; the others are there to be compared with it.
+DEFAULT_FORM: Form = "eager"
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class FrozenNetwork:
     """Compute a network's eval-mode logits with BatchNorm folded; refresh() takes up new weights.
 
-    network: any network of reat_fast.models; it is read, never written. Calling the frozen one on
+    network: any module from images to logits; it is read, never written. Calling the frozen one on
     images [B, C, H, W] in [0, 1] returns logits [B, K] that equal those of the network in eval mode
-    up to rounding. A BatchNorm that does not follow a convolution stays as it is. dtype: that of
-    convolutions and linear layers; weights are folded in their own precision and then rounded.
+    up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
+    then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
+    the sum optional, as one op with its own backward.
+
+    unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
+    a network that cannot be traced. fused: number of convolutions that "cudnn" rewrote.
+    input_gradient: with "compiled", forward and gradient in one torch.compile region: a function
+    of (images, labels, loss) that returns the gradient of the scalar loss(logits, labels) with
+    respect to the images; else None, for torch.autograd does it.
     """
 
-    def __init__(self, network: Network, dtype: torch.dtype | None = None) -> None:
-        self._copy = copy.deepcopy(network).eval().requires_grad_(False)
-        self._folds = _fold_(network, self._copy)
-        self._dtype = next(network.parameters()).dtype if dtype is None else dtype
-        for module in self._copy.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(self._dtype)
-        folded = {id(t) for conv, _ in self._folds for t in (conv.weight, conv.bias)}
-        source = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        own = {**dict(self._copy.named_parameters()), **dict(self._copy.named_buffers())}
-        kept = [name for name, tensor in own.items() if id(tensor) not in folded]
-        self._kept_own = [own[name] for name in kept]
-        self._kept_source = [source[name] for name in kept]
+    def __init__(
+        self, network: nn.Module, dtype: torch.dtype | None = None, form: Form = DEFAULT_FORM
+    ) -> None:
+        own = copy.deepcopy(network).eval().requires_grad_(False)
+        precision = next(network.parameters()).dtype
+        self._dtype = precision if dtype is None else dtype
+        self._folds = fold_batchnorms_(own, network)
+        batchnorms = {n: m for n, m in own.named_modules() if isinstance(m, _BatchNorm)}
+        self.unfolded = list(batchnorms)
+        own.to(self._dtype)
+        for batchnorm in batchnorms.values():
+            batchnorm.to(precision)
+        self._kept_own, self._kept_source = _kept(own, network, self._folds)
+        self._copy, self.fused = fuse_relus(own) if form == "cudnn" else (own, 0)
+        self.input_gradient: Callable[[Tensor, Tensor, Loss], Tensor] | None = None
+        if form == "compiled":
+            # fullgraph: a network it cannot take as a whole must raise rather than run in pieces.
+            self.input_gradient = torch.compile(self._gradient, dynamic=False, fullgraph=True)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take up the weights and statistics that the network has now; may not sync."""
-        torch._foreach_copy_(self._kept_own, [tensor.detach() for tensor in self._kept_source])
-        for conv, unit in self._folds:
-            bn = unit.bn
-            assert bn.running_mean is not None and bn.running_var is not None
-            assert conv.bias is not None
-            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-            conv.weight.copy_(unit.conv.weight * scale.view(-1, 1, 1, 1))
-            conv.bias.copy_(bn.bias - bn.running_mean * scale)
+        torch._foreach_copy_(self._kept_own, self._kept_source)
+        if not self._folds:
+            return
+        convs, bns = [fold.conv for fold in self._folds], [fold.bn for fold in self._folds]
+        scales = torch._foreach_add([bn.running_var for bn in bns], [bn.eps for bn in bns])
+        torch._foreach_rsqrt_(scales)
+        torch._foreach_mul_(scales, [bn.weight for bn in bns])
+        means: list[Tensor] = [
+            bn.running_mean if conv.bias is None else bn.running_mean - conv.bias
+            for conv, bn in zip(convs, bns, strict=True)
+        ]
+        biases = torch._foreach_addcmul([bn.bias for bn in bns], means, scales, value=-1)
+        torch._foreach_copy_([fold.bias for fold in self._folds], biases)
+        for fold, scale in zip(self._folds, scales, strict=True):
+            # One pass: multiplied in the precision of the network, rounded as it is written.
+            torch.mul(fold.conv.weight, scale.view(-1, 1, 1, 1), out=fold.weight)
 
     def __call__(self, images: Tensor) -> Tensor:
         logits: Tensor = self._copy(images.to(self._dtype))
         return logits
 
+    def _gradient(self, images: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+        def total(at: Tensor) -> Tensor:
+            return loss(self(at), labels)
 
-def _fold_(source: nn.Module, target: nn.Module) -> list[tuple[nn.Conv2d, ConvBN]]:
-    """Put one convolution with a bias in the place of each ConvBN of the copy."""
-    folds = []
-    for name, unit in source.named_children():
-        if isinstance(unit, ConvBN):
-            conv = unit.conv
-            folded = nn.Conv2d(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size,  # type: ignore[arg-type]
-                conv.stride,  # type: ignore[arg-type]
-                conv.padding,  # type: ignore[arg-type]
-                device=conv.weight.device,
-                dtype=conv.weight.dtype,
-            ).requires_grad_(False)
-            folded.weight.data = torch.empty_like(conv.weight)
-            setattr(target, name, folded)
-            folds.append((folded, unit))
-        else:
-            folds += _fold_(unit, getattr(target, name))
-    return folds
+        gradient: Tensor = torch.func.grad(total)(images)
+        return gradient
+
+
+def _kept(
+    own: nn.Module, source: nn.Module, folds: list[Fold]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Pair the tensors that the copy takes up as they are with those of the network."""
+    folded = {id(tensor) for fold in folds for tensor in (fold.weight, fold.bias)}
+    sources = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    tensors = {**dict(own.named_parameters()), **dict(own.named_buffers())}
+    kept = [name for name, tensor in tensors.items() if id(tensor) not in folded]
+    return [tensors[name] for name in kept], [sources[name] for name in kept]

@@ -25,11 +25,12 @@ class CapturedStep:
 
     step: the step to capture, its optimiser's learning rate a tensor on the device and its state
     loaded before: loading replaces memory that the graph would go on using. batch: any whole
-    batch of the loader, on a CUDA device; its values do not matter. The warm-up is undone.
+    batch of the loader, on a CUDA device; its values do not matter. total: images of the whole
+    batch where each process has a share of it. The warm-up is undone.
     Errors: ValueError for what cannot be captured.
     """
 
-    def __init__(self, step: TrainStep, batch: Batch) -> None:
+    def __init__(self, step: TrainStep, batch: Batch, total: int | None = None) -> None:
         for group in step.optimizer.param_groups:
             if not isinstance(group["lr"], Tensor):
                 raise ValueError("a captured step needs a learning rate that is a tensor")
@@ -37,12 +38,13 @@ class CapturedStep:
         self._images = batch.images if batch.gather else batch.images.clone()
         self._labels = batch.labels.clone()
         self._indices = batch.indices.clone()
+        self._total = len(batch.labels) if total is None else total
         self._static = Batch(self._images, self._labels, self._indices, gather=batch.gather)
         self._settings = self._flags()
         self._graph = torch.cuda.CUDAGraph()
         self._capture()
 
-    def train_on(self, batch: Batch) -> dict[str, Tensor]:
+    def train_on(self, batch: Batch, total: int | None = None) -> dict[str, Tensor]:
         """Take a step, by a replay where the batch has the captured shape.
 
         A shorter batch, as an epoch may end with, takes the same body eagerly: masking it would
@@ -50,8 +52,9 @@ class CapturedStep:
         replay overwrites.
         Errors: ValueError for another shape, dtype, device, loader or setting.
         """
-        if len(batch.labels) < len(self._labels):
-            return self.step.train_on(batch)
+        total = len(batch.labels) if total is None else total
+        if total < self._total:  # not the share: all processes have to agree on a replay
+            return self.step.train_on(batch, total)
         self._refuse_changes(batch)
         if not batch.gather:
             self._images.copy_(batch.images, non_blocking=True)
@@ -87,7 +90,7 @@ class CapturedStep:
         assert places == [tensor.data_ptr() for tensor in state], "state moved during the capture"
 
     def _body(self) -> dict[str, Tensor]:
-        return self.step.train_on(self._static)
+        return self.step.train_on(self._static, self._total)
 
     def _flags(self) -> tuple[object, ...]:
         """Settings that are baked into the graph."""

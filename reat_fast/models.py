@@ -118,8 +118,11 @@ def _create_timm(
 ) -> Network:
     try:
         timm: Any = importlib.import_module("timm")
-    except ImportError:
-        raise ValueError(f"{name} needs timm: pip install 'reat-fast[timm]'") from None
+    except (ImportError, RuntimeError) as error:  # torchvision for another torch: RuntimeError
+        raise ValueError(
+            f"{name} needs timm and the torchvision of this torch ({error}): "
+            "pip install 'reat-fast[timm]'"
+        ) from None
     timm_name = name.removeprefix("timm/")
     if not timm.is_model(timm_name):
         raise ValueError(f"timm has no model {timm_name!r}; timm.list_models() has the names")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError
 from reat_fast.command import choose_device
 from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
+from reat_fast.distributed import World
 
 
 @dataclass
@@ -26,30 +28,65 @@ class Plan:
     run_dir: Path
     state: dict[str, Any] | None
     """The checkpoint to go on from, or None for a new run."""
+    world: World = World()
 
 
-def make_plan(arguments: list[str]) -> Plan:
+def make_plan(arguments: list[str], world: World | None = None) -> Plan:
     """Read the command line; errors: ValueError with one line."""
+    world = world or World()
     cuda = torch.cuda.is_available()
     preset, config = parse(arguments, "reat" if cuda else "quickstart")
     found = "a CUDA device was found" if cuda else "no CUDA device was found"
     named = bool(arguments) and not arguments[0].startswith("-")
     reason = "as asked" if named else f"no preset was named and {found}"
-    state = None
+    resume, state = _folder_to_resume(config, world), None
+    if resume is not None and named and config.resume is not None:
+        raise ValueError(f"--resume {config.resume}: a run keeps its preset; leave out {preset}")
+    if resume is not None:
+        state, source = checkpoint.load_newest_checkpoint(resume)
+        saved = from_json(state["config"], str(source))
+        preset, reason = state["preset"], f"resumed from {source}"
+        flags = arguments[1:] if named else arguments
+        _, config = parse(flags, preset, default=saved)
+        _refuse_changes(saved, config)
+    device = _device(config, world)
+    run_dir = resume or _new_run_dir(config, preset, world)
+    return Plan(preset, reason, config, device, run_dir, state, world)
+
+
+def _folder_to_resume(config: Config, world: World) -> Path | None:
+    """Return the run to go on with: the one named, the newest one, or that of a restarted job."""
     if config.resume is not None:
-        if named:
-            raise ValueError(
-                f"--resume {config.resume}: a run keeps its preset; leave out {preset}"
-            )
+        if str(config.resume) == "auto":
+            return checkpoint.newest_run(Path("runs"))
         if not config.resume.is_dir():
             raise CheckpointError(f"--resume {config.resume}: no such folder")
-        state = checkpoint.load_checkpoint(config.resume / checkpoint.CHECKPOINT)
-        saved = from_json(state["config"], str(config.resume / checkpoint.CHECKPOINT))
-        preset, reason = state["preset"], f"resumed from {config.resume}"
-        _, config = parse(arguments, preset, default=saved)
-        _refuse_changes(saved, config)
-    run_dir = config.resume or checkpoint.new_run_dir(config.run_dir, preset)
-    return Plan(preset, reason, config, choose_device(config.device), run_dir, state)
+        return config.resume
+    # torchrun starts a failed job again with the command line it had.
+    if world.restarts and config.run_dir is not None and checkpoint.has_checkpoint(config.run_dir):
+        return config.run_dir
+    return None
+
+
+def _new_run_dir(config: Config, preset: str, world: World) -> Path:
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if config.run_dir is None and may_restart:
+        raise ValueError(
+            "torchrun --max-restarts: name the folder with --run-dir, so that a restarted job "
+            "finds its checkpoint"
+        )
+    if config.run_dir is not None and (world.restarts or not world.main):
+        return config.run_dir  # the main process looks, and what an earlier attempt left is ours
+    return checkpoint.new_run_dir(config.run_dir, preset)
+
+
+def _device(config: Config, world: World) -> torch.device:
+    device = choose_device(config.device)
+    if world.size == 1 or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise ValueError(f"--device {config.device}: each process takes its own GPU; leave it out")
+    return choose_device(f"cuda:{world.local_rank}")
 
 
 def _refuse_changes(saved: Config, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,10 +21,15 @@ def resolve_precision(config: Config, device: torch.device) -> str:
 def use_precision(config: Config, device: torch.device) -> None:
     """Allow TF32 or forbid it, as the configuration says, and let cuDNN choose by measuring.
 
-    A bfloat16 run allows TF32 for what stays in float32.
+    A bfloat16 run allows TF32 for what stays in float32. With --deterministic only algorithms are
+    allowed whose results do not depend on the order in which threads finish.
     """
     _allow_tf32(resolve_precision(config, device) != "float32")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        # cuBLAS reads this when it starts; without it its products on several streams may differ.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager

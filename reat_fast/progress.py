@@ -43,11 +43,17 @@ class TrainingClock:
         self._timed_steps = 0
         self._timed_images = 0
         self.training_seconds = 0.0
+        self.waiting_seconds = 0.0
         self.warm_up_seconds: float | None = None
 
     def resume(self) -> None:
         """Start counting again after something that is not training."""
         self._mark = self._clock()
+
+    def waited(self) -> None:
+        """Note that the time since the last step went by waiting for a batch."""
+        if self.warm_up_seconds is not None:
+            self.waiting_seconds += self._clock() - self._mark
 
     def step(self, images: int) -> None:
         """Count one step of so many images."""
@@ -92,13 +98,15 @@ class Progress:
         clock: TrainingClock,
         *,
         terminal: bool | None = None,
+        quiet: bool = False,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock = clock
         self._epochs = epochs
         self._now = now
-        self._read_at = self._line_at = now()
-        on_terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._quiet = quiet
+        self._read_at = now()
+        on_terminal = not quiet and (sys.stderr.isatty() if terminal is None else terminal)
         self._bar = (
             tqdm(
                 total=total_steps,
@@ -132,10 +140,10 @@ class Progress:
         self.say(f"epoch {epoch}/{self._epochs}  {self._summary(means)}{note}")
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar where there is one; nothing where all is quiet."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stdout)
-        else:
+        elif not self._quiet:
             print(line, flush=True)
 
     def close(self) -> None:

@@ -26,12 +26,19 @@ class ReferenceStep(TrainStep):
             ("clip_norm", 0),
             ("label_smoothing", 0),
             ("ema", 0),
+            ("accumulate", 1),
         ):
             if getattr(config, field) != plain:
                 raise ValueError(f"--no-fused: the reference has no {flag(field)}; leave it out")
+        if self.world.size > 1:
+            raise ValueError(
+                "--no-fused: the reference runs in one process; start it without torchrun"
+            )
         return super()._make_attack_loss(name)
 
-    def _step(self, images: Tensor, labels: Tensor, adv_start: Tensor) -> dict[str, Tensor]:
+    def _step(
+        self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int
+    ) -> dict[str, Tensor]:
         config, statistics = self.config, self.statistics
         outcome = reference.train_step(
             self.model,
@@ -48,5 +55,5 @@ class ReferenceStep(TrainStep):
         )
         predictions = outcome["logits"].argmax(1)
         statistics.next_ae_counts += predictions.bincount(minlength=len(statistics.counts))
-        self._record(outcome, labels)
+        self._share_and_record(outcome, labels)
         return outcome

@@ -1,4 +1,4 @@
-"""Readers of the data formats: IDX, CIFAR (python and binary), .npz and image folders.
+"""Readers of the binary formats, IDX, CIFAR and .npz, and the check that every set has to pass.
 
 Files come from strangers: archives are read by member name and never extracted, pickles are
 recorded and never run, and whatever damaged bytes make a parser raise reaches the user as one
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-_PARTS = ("training images", "training labels", "test images", "test labels")
+PARTS = ("training images", "training labels", "test images", "test labels")
 
 
 class DataError(ValueError):
@@ -29,11 +29,15 @@ class DataError(ValueError):
 
 
 class Source(NamedTuple):
-    """What a reader found, unchecked: x_train, y_train, x_test, y_test and what to call each."""
+    """What a reader found, unchecked: x_train, y_train, x_test, y_test and what to call each.
 
-    arrays: list[Array]
+    The images may be lazy, see reat_fast.lazy. notes: lines to tell the user.
+    """
+
+    arrays: list[Any]
     names: list[str]
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -142,7 +146,7 @@ def read_cifar(path: Path, num_classes: int) -> Source:
             raise DataError(f"{path}: {batch} is missing (found: {found}); fetch it again")
     with reading(path):
         images, labels = (np.concatenate(arrays) for arrays in zip(*read[:-1], strict=True))
-    return Source([images, labels, *read[-1]], [f"{path} ({part})" for part in _PARTS])
+    return Source([images, labels, *read[-1]], [f"{path} ({part})" for part in PARTS])
 
 
 def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
@@ -243,57 +247,54 @@ def read_npz(path: Path) -> Source:
     return Source(arrays, [f"{path}: {key}" for key in _NPZ_KEYS], class_names)
 
 
-_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel
+def checked(source: Source, usual_names: tuple[str, ...] = ()) -> Source:
+    """Check everything a file can get wrong; what passes is safe to index and count.
 
-
-def read_image_folder(path: Path) -> Source:
-    """Read train/CLASS/*.png|jpg|jpeg and test/CLASS/...; needs pillow.
-
-    Classes are the sorted folder names of train/; images are RGB, or grey where all of them are.
-    Raises DataError.
+    Images become uint8 [N, H, W, C], labels int64 [N]; usual_names, if there is one per class,
+    stand in for class names that the source lacks, else numbers do. Raises DataError.
     """
-    train, test = _image_files(path / "train"), _image_files(path / "test")
-    class_names = sorted({file.parent.name for file in train})
-    for file in test:
-        if file.parent.name not in class_names:
-            raise DataError(f"{file.parent}: there is no such class in {path / 'train'}; add it")
-    images = _decode(train + test)
-    labels = np.array([class_names.index(file.parent.name) for file in train + test], np.int64)
-    cut = len(train)
-    arrays = [images[:cut], labels[:cut], images[cut:], labels[cut:]]
-    return Source(arrays, [f"{path} ({part})" for part in _PARTS], tuple(class_names))
+    x_train, y_train, x_test, y_test = source.arrays
+    x_train, y_train = _checked_pair(x_train, y_train, *source.names[:2])
+    x_test, y_test = _checked_pair(x_test, y_test, *source.names[2:])
+    if x_train.shape[1:] != x_test.shape[1:]:
+        shapes = f"{x_test.shape[1:]}, those for training {x_train.shape[1:]}"
+        raise DataError(f"{source.names[2]}: test images are {shapes}; make them equal")
+    present, class_names = np.unique(y_train), source.class_names
+    num_classes = len(class_names) if class_names else int(present[-1]) + 1
+    for labels, labels_name in ((y_train, source.names[1]), (y_test, source.names[3])):
+        if not 0 <= labels.min() <= labels.max() < num_classes:
+            found = f"got {labels.min()}..{labels.max()}"
+            raise DataError(f"{labels_name}: labels must be in 0..{num_classes - 1}, {found}")
+    if len(present) < num_classes:
+        empty = int(np.setdiff1d(np.arange(len(present) + 1), present)[0])
+        title = f" ({class_names[empty]})" if class_names else ""
+        raise DataError(f"{source.names[1]}: class {empty}{title} has no image; add some")
+    if class_names is None:
+        fits = len(usual_names) == num_classes
+        class_names = usual_names if fits else tuple(map(str, range(num_classes)))
+    return source._replace(arrays=[x_train, y_train, x_test, y_test], class_names=class_names)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    with reading(folder, "make it train/CLASS/*.png and test/CLASS/*.png"):
-        entries = [entry for entry in sorted(folder.iterdir()) if entry.name[0] != "."]
-    files = []
-    for class_folder in filter(Path.is_dir, entries):
-        names = sorted(file.name for file in class_folder.iterdir() if file.name[0] != ".")
-        names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg"))]
-        if not names:
-            raise DataError(f"{class_folder}: no .png, .jpg or .jpeg inside; add some or remove it")
-        files += [class_folder / name for name in names]
-    if not files:
-        raise DataError(f"{folder}: no class folders inside; put images into {folder}/CLASS/")
-    return files
+def _checked_pair(
+    images: Any, labels: Array, images_name: str, labels_name: str
+) -> tuple[Any, npt.NDArray[np.int64]]:
+    if images.dtype != np.uint8:
+        raise DataError(f"{images_name}: images must be uint8 0..255, got {_content(images)}")
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        wanted = "[N, H, W, C], none of them 0, C 1 or 3"
+        raise DataError(f"{images_name}: images must be {wanted}, got {_content(images)}")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{labels_name}: labels must be integers, got {_content(labels)}")
+    labels = labels[:, 0] if labels.shape[1:] == (1,) else labels  # as Keras writes them
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{labels_name}: {_content(labels)} for {len(images)} images")
+    if isinstance(images, np.ndarray):
+        # torch shares memory with writable arrays only; archives give read-only views.
+        images = np.require(images, requirements=["C", "W"])
+    return images, labels.astype(np.int64)
 
 
-def _decode(files: list[Path]) -> Array:
-    """Return uint8 [N, H, W] if every image is grey, else [N, H, W, 3]."""
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise DataError("image folders need pillow: pip install 'reat-fast[images]'") from error
-    decoded: list[Array] = []
-    for file in files:
-        with reading(file, "replace or remove it"), Image.open(file) as image:
-            if image.mode not in _MODES:
-                raise DataError(f"{file}: mode {image.mode} is not 8-bit; save it as RGB or grey")
-            decoded.append(np.asarray(image if image.mode == "L" else image.convert("RGB")))
-        if decoded[-1].shape[:2] != decoded[0].shape[:2]:
-            sizes = "{1}x{0} pixels, but {3}x{2}".format(*decoded[-1].shape[:2], *decoded[0].shape)
-            raise DataError(f"{file}: {sizes} in {files[0]}; resize it, all must be equal")
-    if all(image.ndim == 2 for image in decoded):
-        return np.stack(decoded)
-    return np.stack([np.dstack([image] * 3) if image.ndim == 2 else image for image in decoded])
+def _content(array: Any) -> str:
+    nan = " with NaN" if array.dtype.kind == "f" and np.isnan(array).any() else ""
+    return f"{array.dtype} {list(array.shape)}{nan}"

@@ -21,6 +21,7 @@ from reat_fast.attack import (
 )
 from reat_fast.average import WeightAverage
 from reat_fast.config import Config
+from reat_fast.distributed import SharedGradients, World, split, synchronise_batchnorm_
 from reat_fast.frozen import FrozenNetwork
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.prepare import prepare
@@ -31,6 +32,7 @@ from reat_fast.objective import AttackLossName, ClassStatistics
 from reat_fast.precision import resolve_precision
 
 TOTALS = ("loss", "bsl", "tail", "correct", "samples", "steps")
+COUNTERS = ("epoch", "totals", "nonfinite", "bad_step")
 
 
 def make_optimizer(model: Network, config: Config) -> torch.optim.SGD:
@@ -69,7 +71,8 @@ class TrainStep:
     """Take fused steps of REAT on a model.
 
     model: a network of reat_fast.models on its device; optimizer: any that updates its parameters
-    (make_optimizer for one that can be captured); counts: training images per class.
+    (make_optimizer for one that can be captured); counts: training images per class. world: the
+    processes that train together; each takes its share of every batch.
     """
 
     def __init__(
@@ -78,25 +81,41 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         counts: Sequence[int],
         config: Config,
+        world: World | None = None,
     ) -> None:
         weight = next(model.parameters())
         device = weight.device
         self.model = model
         self.optimizer = optimizer
         self.config = config
+        self.world = world or World()
+        self.world.take_from_main_(model.state_dict().values())
         self.statistics = ClassStatistics(counts, device, weight.dtype)
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64, device=device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
         eval_mode = config.attack_batchnorm == "eval"
         self._frozen = FrozenNetwork(model, self._low) if eval_mode else None
         self._attack_loss = self._make_attack_loss(resolve_attack_loss(config))
+        self._shared: SharedGradients | None = None
+        self._histogram = self.statistics.next_ae_counts
+        if self.world.size > 1:
+            if config.sync_batchnorm:
+                synchronise_batchnorm_(model, self.world)
+            self._histogram = torch.zeros_like(self._histogram)
+            summed = 4 + len(counts)
+            self._shared = SharedGradients(list(model.parameters()), summed, self.world)
 
-    def train_on(self, batch: Batch) -> dict[str, Tensor]:
-        """Augment a batch of a loader, draw its random start and take a step on it."""
+    def train_on(self, batch: Batch, total: int | None = None) -> dict[str, Tensor]:
+        """Augment a batch of a loader, draw its random start and take a step on it.
+
+        total: images of the whole batch where this process has a share of it.
+        """
         config = self.config
+        total = len(batch.labels) if total is None else total
         images, adv_start = prepare(
             batch.images,
             batch.indices,
@@ -107,7 +126,7 @@ class TrainStep:
             padding=4 if config.augment else 0,
             flip=config.augment,
         )
-        return self._step(images, batch.labels, adv_start)
+        return self._step(images, batch.labels, adv_start, total)
 
     def __call__(
         self, images: Tensor, labels: Tensor, start: Tensor | None = None
@@ -119,7 +138,7 @@ class TrainStep:
         (scalars), all detached. Leaves the model in train mode.
         """
         noise = uniform_noise(images, self.config.eps) if start is None else start
-        return self._step(images, labels, images + noise)
+        return self._step(images, labels, images + noise, len(labels))
 
     def end_epoch(self) -> dict[str, float]:
         """Renew the class statistics and return the epoch's means; the one sync of an epoch.
@@ -132,8 +151,14 @@ class TrainStep:
         means["nonfinite"] = int(self.nonfinite)
         self.totals.zero_()
         self.nonfinite.zero_()
+        self.bad_step.fill_(-1)
         self.epoch += 1
         return means
+
+    @property
+    def unfolded(self) -> list[str]:
+        """Names of the BatchNorms that the attack does not fold into a convolution."""
+        return [] if self._frozen is None else self._frozen.unfolded
 
     def evaluated_network(self) -> Network:
         """Return what is evaluated and saved: the averaged network where there is one."""
@@ -148,7 +173,7 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs beside the weights and the optimiser."""
-        own = {"epoch": self.epoch, "totals": self.totals, "nonfinite": self.nonfinite}
+        own = {name: getattr(self, name) for name in COUNTERS}
         average = {} if self.average is None else self.average.state_dict()
         return {**self.statistics.state_dict(), **average, **own}
 
@@ -168,13 +193,41 @@ class TrainStep:
         self.statistics.load_state_dict(state)
         if self.average is not None:
             self.average.load_state_dict(state)
-        for name in ("epoch", "totals", "nonfinite"):
+        for name in COUNTERS:
             getattr(self, name).copy_(state[name])
 
-    def _step(self, images: Tensor, labels: Tensor, adv_start: Tensor) -> dict[str, Tensor]:
+    def _step(
+        self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int
+    ) -> dict[str, Tensor]:
+        """Take one step on this process's share of a batch of `total` images."""
         self.model.train()
-        images_adv = self._attack(images, labels, adv_start)
         self.optimizer.zero_grad(set_to_none=False)
+        if self._frozen is not None:
+            self._frozen.refresh()
+        parts, first = [], 0
+        for sizes in self._part_sizes(total):
+            rows = slice(first, first := first + sizes[self.world.rank])
+            part = self._part(images[rows], labels[rows], adv_start[rows], sizes, total)
+            parts.append(part)
+        outcome = _joined(parts)
+        self._share_and_record(outcome, labels)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_()
+        return outcome
+
+    def _part_sizes(self, total: int) -> list[list[int]]:
+        """Return the rows of each part of a batch, computed one after another, per process."""
+        per_process = [split(n, self.config.accumulate) for n in split(total, self.world.size)]
+        return [list(sizes) for sizes in zip(*per_process, strict=True) if any(sizes)]
+
+    def _part(
+        self, images: Tensor, labels: Tensor, adv_start: Tensor, sizes: list[int], total: int
+    ) -> dict[str, Tensor]:
+        """Attack rows of a batch and add their part of the gradient; values are parts of means."""
+        images_adv = self._attack(images, labels, adv_start)
         with self._autocast():
             features, logits = self.model.forward_features_logits(images_adv)
         bsl = class_loss(
@@ -182,25 +235,19 @@ class TrainStep:
             labels,
             offsets=self.statistics.log_counts,
             label_smoothing=self.config.label_smoothing,
-            histogram=self.statistics.next_ae_counts,
+            histogram=self._histogram,
+            reduction="sum",
         )
-        tail = self._tail(features, labels)
-        loss = bsl + tail
-        loss.backward()
-        if self.config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update_()
-        outcome = {"images_adv": images_adv, "logits": logits, "loss": loss, "bsl": bsl}
-        outcome = {name: value.detach() for name, value in {**outcome, "tail": tail}.items()}
-        self._record(outcome, labels)
-        return outcome
+        bsl = bsl / total
+        # The penalty looks at pairs, so each process computes that of all rows; see World.gather.
+        features, labels = (self.world.gather(rows, sizes) for rows in (features, labels))
+        tail = self._tail(features, labels) * (len(labels) / total)
+        (bsl + tail).backward()
+        outcome = {"images_adv": images_adv, "logits": logits, "bsl": bsl, "tail": tail}
+        return {name: value.detach() for name, value in outcome.items()}
 
     def _attack(self, images: Tensor, labels: Tensor, adv_start: Tensor) -> Tensor:
         config = self.config
-        if self._frozen is not None:
-            self._frozen.refresh()
         return ascend(
             self._frozen or self._on_batch_statistics,
             adv_start,
@@ -245,12 +292,36 @@ class TrainStep:
             coefficient=config.tail_coefficient,
         )
 
-    def _record(self, outcome: dict[str, Tensor], labels: Tensor) -> None:
-        samples = labels.new_full((), labels.numel())
+    def _share_and_record(self, outcome: dict[str, Tensor], labels: Tensor) -> None:
+        """Sum gradients and statistics over the processes; complete the outcome, keep the sums."""
         correct = (outcome["logits"].argmax(1) == labels).sum()
-        sums = [outcome[name] * samples for name in ("loss", "bsl", "tail")]
-        ones = torch.ones_like(samples)
-        self.totals += torch.stack([t.double() for t in (*sums, correct, samples, ones)])
+        # Each process knows its part of bsl, and all of them the whole tail.
+        own = (outcome["bsl"], outcome["tail"] / self.world.size, correct, _count(labels))
+        sums = torch.stack([value.double() for value in own])
+        if self._shared is not None:
+            sums = self._shared.sum_(torch.cat([sums, self._histogram.double()])).double()
+            self.statistics.next_ae_counts += sums[len(own) :].long()
+            self._histogram.zero_()
+            outcome["bsl"], outcome["tail"] = sums[:2].to(outcome["bsl"].dtype)
+        outcome["loss"] = outcome["bsl"] + outcome["tail"]
+        bsl, tail, correct, samples = sums[: len(own)]
+        first_bad = ~outcome["loss"].isfinite() & (self.bad_step < 0)
+        self.bad_step.copy_(torch.where(first_bad, self.totals[-1].long(), self.bad_step))
+        means = torch.stack([bsl + tail, bsl, tail])
+        counts = torch.stack([correct, samples, torch.ones_like(samples)])
+        self.totals += torch.cat([means * samples, counts])
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the outcomes of the parts of a batch together: rows in order, values summed."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in ("images_adv", "logits")}
+    return rows | {name: torch.stack([p[name] for p in parts]).sum(0) for name in ("bsl", "tail")}
+
+
+def _count(labels: Tensor) -> Tensor:
+    return labels.new_full((), labels.numel())
 
 
 def _rbl_sum(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,90 +2,145 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from reat_fast import checkpoint, report
+from reat_fast import report, selection
 from reat_fast.command import run_command
 from reat_fast.config import fraction_text
-from reat_fast.plan import make_plan
-from reat_fast.progress import Progress, TrainingClock
+from reat_fast.distributed import World
+from reat_fast.faults import explained_faults, refuse_nonfinite, roll_back
+from reat_fast.memory import peak_memory
+from reat_fast.plan import Plan, make_plan
+from reat_fast.precision import resolve_precision
+from reat_fast.progress import Progress, TrainingClock, duration
 from reat_fast.run import Run
 from reat_fast.schedule import learning_rate
+from reat_fast.step import resolve_attack_loss
+from reat_fast.stopping import Stopped, StopRequest
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
-    run = Run(make_plan(arguments))
-    run.announce()
-    run.open_folder()
+    world = World.from_environment()
     try:
-        train(run)
-    except KeyboardInterrupt:
-        print(
-            f"stopped after epoch {run.epochs_done}; go on with: "
-            f"python -m reat_fast.train --resume {run.plan.run_dir}",
-            file=sys.stderr,
-        )
-        return 130
-    result = run.test()
-    run_dir = run.plan.run_dir
-    print(f"\n{report.accuracy_table(result)}\n")
-    print(
-        f"{result['weights']} (epoch {result['weights_epoch']}) on {result['samples']:,} of "
-        f"{len(run.splits.test):,} test images, eps {fraction_text(result['eps'])}; figures in "
-        f"{run_dir / 'evaluation.json'}, pictures in {run_dir / 'accuracy.png'} and "
-        f"{run_dir / 'learning.png'}"
-    )
+        plan = make_plan(arguments, world)
+    except (ValueError, OSError):
+        if world.main:
+            raise
+        return 2  # all processes were given the same; one says so
+    with StopRequest(world) as stop:
+        try:
+            with world.joined(plan.device):
+                return run_plan(plan, stop)
+        except Stopped as stopped:
+            if world.main:
+                print(f"stopped; {_go_on(plan)}", file=sys.stderr)
+            return stopped.code
+        except ConnectionError as error:
+            if world.main or not stop.asked:
+                print(f"error: {error}; {_go_on(plan)}", file=sys.stderr)
+            return stop.stopped().code if stop.asked else 1
+
+
+def run_plan(plan: Plan, stop: StopRequest) -> int:
+    """Train and test as planned; returns the exit code."""
+    run = Run(plan)
+    try:
+        with explained_faults(run):
+            if run.world.main and not run.config.quiet:
+                announce(run)
+            run.open_folder()
+            train(run, stop)
+            if run.world.main:
+                test(run, stop)
+    finally:
+        run.close()
     return 0
 
 
-def train(run: Run) -> None:
-    """Run the epochs that are left, saving after each."""
-    steps = (run.config.epochs - run.epochs_done) * run.batches
+def train(run: Run, stop: StopRequest | None = None) -> None:
+    """Run what is left, saving after each epoch and every --save-minutes."""
+    stop = stop or StopRequest()
+    steps = (run.config.epochs - run.epoch) * run.batches - run.batch
     clock = TrainingClock(steps)
-    progress = Progress(steps, run.config.epochs, clock)
+    quiet = run.config.quiet or not run.world.main
+    progress = Progress(steps, run.config.epochs, clock, quiet=quiet)
     try:
-        for epoch in range(run.epochs_done, run.config.epochs):
-            train_epoch(run, epoch, clock, progress)
+        while run.epoch < run.config.epochs:
+            try:
+                train_epoch(run, clock, progress, stop)
+            except FloatingPointError as error:
+                progress.say(f"{error}; {roll_back(run, error)}")
     finally:
         progress.close()
 
 
-def train_epoch(run: Run, epoch: int, clock: TrainingClock, progress: Progress) -> None:
-    """Take the steps of one epoch, evaluate where it is due, and save."""
-    before, began = clock.training_seconds, time.perf_counter()
-    clock.resume()
-    lr = 0.0
-    for number, batch in zip(range(run.batches), run.loader.epoch(epoch), strict=False):
-        lr = learning_rate(run.config, epoch + number / run.batches)
-        set_learning_rate(run.optimizer, lr)
-        run.take_step(batch)
-        means = None
-        if clock.warm_up_seconds is None or progress.due():
-            means = run.step.running_means()  # waits for the device, so the clock is honest
-            _refuse_nonfinite(means["loss"], epoch, number, run.plan.run_dir)
-        clock.step(len(batch.labels))
-        progress.step(epoch + 1, means if progress.due() else None)
+def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRequest) -> None:
+    """Take the steps that are left of an epoch, evaluate where it is due, and save."""
+    epoch, began = run.epoch, time.perf_counter()
+    before, waited = clock.training_seconds, clock.waiting_seconds
+    take_steps(run, clock, progress, stop)
+    if selection.evaluation_is_due(run, epoch):
+        save(run)  # an evaluation takes long enough to be interrupted
+    lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
+    refuse_nonfinite(run)
     means = run.step.end_epoch()
     clock.catch_up()
-    _refuse_nonfinite(means["loss"], epoch, run.batches - 1, run.plan.run_dir)
-    evaluation = run.evaluate_epoch(epoch)
+    evaluation = selection.evaluate_epoch(run, epoch, _tick(stop))
+    training = clock.training_seconds - before
+    waiting = 100 * (clock.waiting_seconds - waited) / training if training else 0.0
     timing = {
         "epoch": epoch + 1,
         "seconds": round(time.perf_counter() - began, 3),
-        "training_seconds": round(clock.training_seconds - before, 3),
+        "training_seconds": round(training, 3),
         "images_per_second": round(clock.images_per_second, 1),
+        "waiting_for_data_percent": round(waiting, 2),
         "warm_up_seconds": round(clock.warm_up_seconds or 0.0, 3),
+        "peak_memory_mib": round(peak_memory(run.device) / 2**20),
     }
-    run.save({"epoch": epoch + 1, "lr": lr, **means, **evaluation}, timing)
+    run.finish_epoch({"epoch": epoch + 1, "lr": lr, **means, **evaluation}, timing)
     shown = {name[5:]: value for name, value in evaluation.items() if value != ""}
     note = "".join(f"  {name} {value:.1f} %" for name, value in shown.items())
+    if run.config.profile:
+        note += f"  waited for data {waiting:.2f} % of {training:.1f} s"
     progress.epoch(epoch + 1, means, note)
+
+
+def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopRequest) -> None:
+    """Take the steps of the running epoch from where the run stands.
+
+    Errors: Stopped, with everything saved, where the run was asked to end.
+    """
+    saved = time.perf_counter()
+    clock.resume()
+    batches = run.loader.epoch(run.epoch, run.batch)
+    while run.batch < run.batches:
+        batch = next(batches)
+        clock.waited()
+        progressed = run.epoch + run.batch / run.batches
+        set_learning_rate(run.optimizer, learning_rate(run.config, progressed) * run.lr_scale)
+        run.take_step(batch)
+        means = None
+        if clock.warm_up_seconds is None or progress.due():
+            means = run.step.running_means()  # waits for the device: the clock is honest
+            refuse_nonfinite(run)
+        clock.step(run.images_in(run.batch - 1))
+        progress.step(run.epoch + 1, means if progress.due() else None)
+        if stop.agreed(run.epoch * run.batches + run.batch):
+            save(run)
+            raise stop.stopped()
+        if time.perf_counter() - saved > 60 * run.config.save_minutes:
+            save(run)
+            saved = time.perf_counter()
+
+
+def save(run: Run) -> None:
+    """Save where the run stands; a state that is not finite never takes the place of a good one."""
+    refuse_nonfinite(run)
+    run.save()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -97,14 +152,70 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
             group["lr"] = value
 
 
-def _refuse_nonfinite(loss: float, epoch: int, batch: int, run_dir: Path) -> None:
-    if math.isfinite(loss):
-        return
-    kept = run_dir / checkpoint.CHECKPOINT
-    advice = f"; the state after epoch {epoch} is in {kept}" if kept.exists() else ""
-    raise FloatingPointError(
-        f"the loss is not finite in epoch {epoch + 1}, by batch {batch + 1}: lower --lr{advice}"
+def announce(run: Run) -> None:
+    """Print what will run, why, and how long it should take."""
+    config, plan, counts = run.config, run.plan, run.splits.counts
+    print(
+        f"preset {plan.preset} ({plan.reason}); "
+        f"expected time {duration(selection.expected_seconds(run))} on {run_place(run)}, "
+        "from one timed pass"
     )
+    print(
+        f"{run.dataset.name}: {sum(counts):,} training images in {len(counts)} classes of "
+        f"{max(counts):,} to {min(counts):,} (ratio {max(counts) / min(counts):.0f}), "
+        f"{len(run.splits.held_out):,} held out, {len(run.splits.test):,} test images; "
+        f"{config.model}, {sum(p.numel() for p in run.model.parameters()):,} parameters"
+    )
+    if run.changed_code:
+        print(f"changed since the run was begun: {run.changed_code}")
+    for note in run.dataset.notes:
+        print(note)
+    if config.fused and resolve_attack_loss(config) == "ce" and config.attack_loss == "auto":
+        print(
+            "attack: plain cross-entropy; REAT's RBL weights cannot change an adversarial "
+            "example while BatchNorm is in eval mode"
+        )
+    if run.step.unfolded:
+        print(f"BatchNorm that stays beside its convolution: {', '.join(run.step.unfolded)}")
+    how = "one CUDA graph" if run.captures else "eager"
+    print(f"step: {resolve_precision(config, run.device)}, {how}; {run.loader_reason}")
+    if config.graph == "on" and not run.captures:
+        print(f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly")
+    print(f"run folder {run.folder}", flush=True)
+
+
+def run_place(run: Run) -> str:
+    """Name where a run computes: the GPU's name or the CPU's threads, and how many processes."""
+    place = f"{torch.get_num_threads()} CPU threads"
+    if run.device.type == "cuda":
+        place = torch.cuda.get_device_name(run.device)
+    return place if run.world.size == 1 else f"{run.world.size} x {place}"
+
+
+def test(run: Run, stop: StopRequest) -> None:
+    """Test the chosen weights and print the table."""
+    result = selection.test(run, _tick(stop))
+    print(f"\n{report.accuracy_table(result)}\n")
+    print(
+        f"{result['weights']} (epoch {result['weights_epoch']}) on {result['samples']:,} of "
+        f"{len(run.splits.test):,} test images, eps {fraction_text(result['eps'])}; peak memory "
+        f"{peak_memory(run.device) / 2**30:.1f} GiB; figures in {run.folder / 'evaluation.json'}, "
+        f"pictures in {run.folder / 'accuracy.png'} and {run.folder / 'learning.png'}"
+    )
+
+
+def _tick(stop: StopRequest) -> selection.Tick:
+    """Let an evaluation end where the run was asked to; the checkpoint before it is there."""
+
+    def tick(_: int) -> None:
+        if stop.asked:
+            raise stop.stopped()
+
+    return tick
+
+
+def _go_on(plan: Plan) -> str:
+    return f"go on with: python -m reat_fast.train --resume {plan.run_dir}"
 
 
 if __name__ == "__main__":

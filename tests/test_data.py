@@ -24,6 +24,7 @@ from reat_fast.data import (
     longtail_indices,
     make_splits,
 )
+from reat_fast.lazy import LazyImages
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,6 +266,52 @@ def test_a_known_split_keeps_its_fingerprint() -> None:
     assert splits.fingerprint == "3f4e1eeb6371171ddb0ba5d6b1f57b72733f931dc268bfa6a649ea040c1eb5e5"
 
 
+def test_a_set_that_is_long_tailed_already_is_taken_as_it_is() -> None:
+    dataset = made_dataset([30, 12, 3])
+    splits = make_splits(dataset, imbalance=0.5, profile="as-is", held_out=0)
+    assert splits.train_indices.tolist() == list(range(45)) and splits.counts == [30, 12, 3]
+    assert (
+        splits.fingerprint
+        == make_splits(dataset, imbalance=0.01, profile="as-is", held_out=0, seed=4).fingerprint
+    )
+    held = make_splits(dataset, imbalance=0.5, profile="as-is", held_out=0.2)
+    assert held.counts == [24, 10, 2]
+    assert sorted([*held.train_indices, *held.held_out_indices]) == list(range(45))
+    with pytest.raises(DataError, match="profile as-is takes every image: leave largest out"):
+        make_splits(dataset, imbalance=0.5, profile="as-is", largest=30)
+    with pytest.raises(
+        DataError, match="long-tailed already, 30 to 3 images a class: take it with"
+    ):
+        make_splits(dataset, imbalance=0.1)
+    assert make_splits(dataset, imbalance=0.25, largest=12, held_out=0).counts == [12, 6, 3]
+
+
+class Kept(LazyImages):
+    """Give the images of an array and keep which were read."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        super().__init__(pixels.shape)
+        self.pixels = pixels
+        self.seen: list[int] = []
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        self.seen += indices.tolist()
+        return self.pixels[indices]
+
+
+def test_lazy_images_are_split_like_an_array_and_none_is_read() -> None:
+    dataset = made_dataset([40] * 5)
+    pixels = np.asarray(dataset.train.images)
+    images = Kept(pixels)
+    lazy = Dataset("made", ImageSet(images, dataset.train.labels), dataset.test, ("a",) * 5)
+    expected, found = (make_splits(which, imbalance=0.1, seed=3) for which in (dataset, lazy))
+    assert found.fingerprint == expected.fingerprint
+    assert isinstance(found.train.images, LazyImages) and not images.seen
+    assert np.array_equal(found.train.images[:], expected.train.images[:])
+    assert np.array_equal(found.held_out.images[3:5], expected.held_out.images[3:5])
+    assert images.seen == [*found.train_indices, *found.held_out_indices[3:5]]
+
+
 @given(st.integers(1, 1000))
 def test_head_body_and_tail_tile_the_classes_with_the_official_tail(num_classes: int) -> None:
     parts = head_body_tail(num_classes)
@@ -365,6 +412,12 @@ def test_names_and_paths_that_cannot_be_say_what_could(tmp_path: Path) -> None:
         load_dataset("npz", tmp_path)
     with pytest.raises(DataError, match="dataset folder needs --data FOLDER"):
         load_dataset("folder")
+    with pytest.raises(DataError, match="dataset beton needs --data FOLDER written by"):
+        load_dataset("beton")
+    with pytest.raises(DataError, match="--image-size: the images of cifar10 have one size"):
+        load_dataset("cifar10", image_size=16)
+    with pytest.raises(DataError, match="--image-size: the images of npz have one size"):
+        load_dataset("npz", save(tmp_path / "set.npz", arrays()), image_size=16)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
@@ -438,7 +491,7 @@ def test_command_lists_what_is_here_and_what_is_not(capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(data.DATASETS)
     assert "10 classes: data/cifar-10-batches-bin" in lines[0]
-    assert "not here" in lines[1] and "--data PATH" in lines[3]
+    assert "not here" in lines[1] and "--dataset npz --data FILE.npz" in lines[3]
 
 
 @pytest.mark.parametrize("arguments", [[], ["mnist"], ["npz"], ["cifar10"]])

@@ -1,68 +1,139 @@
-"""The folded network equals the one it came from and follows its weights."""
+"""The frozen network equals the one it came from in every form, and follows its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from reat_fast.frozen import FrozenNetwork
-from reat_fast.models import create_model
-from reat_fast.networks import ConvBN, Network
-
-NAMES = ["resnet8", "resnet18", "resnet50", "preact_resnet18", "wrn28_10"]
+from reat_fast.attack import cross_entropy
+from reat_fast.frozen import Form, FrozenNetwork
+from reat_fast.models import NAMES, create_model
+from reat_fast.networks import Network
 
 
 def trained(name: str, dtype: torch.dtype = torch.float64) -> Network:
     """Make a narrow network whose BatchNorms have seen data."""
     torch.manual_seed(1)
     model = create_model(name, 6, width=8).to(dtype)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, -1.5, 1.5)
-            nn.init.normal_(module.bias)
-            module.running_mean.normal_()  # type: ignore[union-attr]
-            module.running_var.uniform_(0.2, 3)  # type: ignore[union-attr]
+    with_statistics(model)
     return model
 
 
-def logits_and_gradient(network: object, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def with_statistics(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.5, 1.5)
+                nn.init.normal_(module.bias)
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.2, 3)  # type: ignore[union-attr]
+
+
+def logits_and_gradient(network: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, ...]:
     images = images.clone().requires_grad_()
-    logits = network(images)  # type: ignore[operator]
+    logits = network(images)
     (gradient,) = torch.autograd.grad(logits.square().sum(), images)
     return logits.detach(), gradient
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_folding_changes_nothing_but_rounding(name: str) -> None:
-    model = trained(name)
-    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
-    frozen = FrozenNetwork(model)
+def assert_equal_to_rounding(frozen: FrozenNetwork, model: nn.Module, images: Tensor) -> None:
     expected = logits_and_gradient(model.eval(), images)
     for found, wanted in zip(logits_and_gradient(frozen, images), expected, strict=True):
-        scale = float(wanted.abs().max())
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10 * scale)
+        # Up to a hundred layers round float64 by 1e-16 of their largest values.
+        atol = 1e-10 * float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=atol)
 
 
+@contextmanager
+def conv_gradient_masks() -> Iterator[list[list[bool]]]:
+    """Collect which gradients (input, weight, bias) each backward of a convolution computes."""
+    masks: list[list[bool]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func is torch.ops.aten.convolution_backward.default:
+                masks.append(list(args[10]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        yield masks
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """Let torch.compile run what it traced without generating code, and collect the graphs."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=keep)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    yield graphs
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
+@pytest.mark.parametrize("name", NAMES)
+def test_folding_changes_nothing_but_rounding(name: str, form: Form) -> None:
+    model = trained(name)
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    assert_equal_to_rounding(FrozenNetwork(model, form=form), model, images)
+
+
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "preact_resnet18"])
+def test_float32_is_no_further_from_float64_than_the_unfolded_network(
+    name: str, form: Form
+) -> None:
+    truth = trained(name)
+    model = trained(name, torch.float32).eval()
+    model.load_state_dict(truth.state_dict())
+    images = torch.rand(8, 3, 16, 16)
+    wanted = logits_and_gradient(truth.eval(), images.double())
+    unfolded = logits_and_gradient(model, images)
+    folded = logits_and_gradient(FrozenNetwork(model, form=form), images)
+    for right, a, b in zip(wanted, unfolded, folded, strict=True):
+        # Both round as often; which of the two comes nearer is chance, by a small factor.
+        assert float((b - right).norm()) < 4 * float((a - right).norm())
+
+
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
-def test_bfloat16_rounds_folded_weights_and_keeps_batchnorm(name: str) -> None:
+def test_bfloat16_rounds_folded_weights_and_keeps_batchnorm(name: str, form: Form) -> None:
+    torch.manual_seed(0)
     model = create_model(name, 6, width=8)
     images = torch.rand(8, 3, 16, 16)
     for _ in range(30):
         model(images)
-    frozen = FrozenNetwork(model, torch.bfloat16)
+    frozen = FrozenNetwork(model, torch.bfloat16, form)
     expected = model.eval()(images)
     error = ((frozen(images).float() - expected).abs().max() / expected.abs().max()).detach()
     # Some twenty layers, each rounding weights and maps by 2^-9 relative, mostly averaging out.
     assert 0 < float(error) < 0.05
     kinds = {type(m): m.weight.dtype for m in frozen._copy.modules() if hasattr(m, "weight")}
-    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16
+    assert kinds[nn.Linear] == torch.bfloat16
+    assert kinds.get(nn.Conv2d, torch.bfloat16) == torch.bfloat16
     assert kinds.get(nn.BatchNorm2d, torch.float32) == torch.float32
 
 
-def test_refresh_takes_up_new_weights_and_statistics_in_the_same_memory() -> None:
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
+def test_refresh_takes_up_new_weights_and_statistics_in_the_same_memory(form: Form) -> None:
     model = trained("preact_resnet18")
-    frozen = FrozenNetwork(model)
+    frozen = FrozenNetwork(model, form=form)
     images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     before = {name: t.data_ptr() for name, t in frozen._copy.state_dict().items()}
     with torch.no_grad():
@@ -73,19 +144,250 @@ def test_refresh_takes_up_new_weights_and_statistics_in_the_same_memory() -> Non
     frozen.refresh()
     wanted = model.eval()(images)
     assert not torch.allclose(stale, wanted, rtol=1e-3)
-    torch.testing.assert_close(frozen(images), wanted, rtol=1e-9, atol=1e-9)
+    # Float64 through some twenty layers, as above.
+    torch.testing.assert_close(frozen(images), wanted, rtol=1e-10, atol=1e-10)
     assert {name: t.data_ptr() for name, t in frozen._copy.state_dict().items()} == before
 
 
-def test_no_weight_can_ask_for_a_gradient_and_the_source_is_left_alone() -> None:
-    model = trained("resnet8").train()
-    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    frozen = FrozenNetwork(model)
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
+def test_nothing_waits_for_the_device(form: Form, forbid_syncs: None) -> None:
+    frozen = FrozenNetwork(trained("preact_resnet18"), form=form)
+    frozen.refresh()
+    logits_and_gradient(frozen, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
+@pytest.mark.parametrize("name", ["resnet8", "preact_resnet18"])
+def test_no_weight_gets_a_gradient_and_the_source_is_left_alone(name: str, form: Form) -> None:
+    model = trained(name).train()
+    saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    frozen = FrozenNetwork(model, form=form)
+    convs = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    frozen(images).sum().backward()
+    with conv_gradient_masks() as masks:
+        frozen(images).sum().backward()
+    assert masks == [[True, False, False]] * convs
     assert images.grad is not None
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(parameter.requires_grad for parameter in frozen._copy.parameters())
     assert model.training
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
-    assert not any(isinstance(module, ConvBN) for module in frozen._copy.modules())
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "unfolded", "fused"),
+    [
+        # Every convolution that ReLU follows: all but the three of the shortcuts.
+        ("resnet18", [], 17),
+        ("resnet50", [], 49),
+        # What normalises a sum stays; the first BatchNorm of a wide network reads the stem alone.
+        ("preact_resnet18", [f"stages.{k // 2}.{k % 2}.bn" for k in range(8)] + ["bn"], 8),
+        ("wrn28_10", [f"stages.{k // 4}.{k % 4}.bn" for k in range(1, 12)] + ["bn"], 13),
+    ],
+)
+def test_what_stays_is_named_and_what_is_fused_is_counted(
+    name: str, unfolded: list[str], fused: int
+) -> None:
+    frozen = FrozenNetwork(trained(name), form="cudnn")
+    assert frozen.unfolded == unfolded
+    assert frozen.fused == fused
+
+
+class ScaledConv(nn.Conv2d):
+    """A convolution whose weights are not what it convolves with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """The layout of timm: an activation inside the BatchNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))  # type: ignore[no-any-return]
+
+
+class Varied(nn.Module):
+    """Pairs that can be folded beside pairs that look like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = partial(nn.Conv2d, 8, 8, 1)
+        self.stem, self.stem_bn = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.grouped, self.grouped_bn = nn.Conv2d(8, 8, 3, groups=4), BatchNormAct2d(8)
+        self.shared, self.first_bn, self.second_bn = conv(), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.read_twice, self.read_twice_bn = conv(), nn.BatchNorm2d(8)
+        self.scaled, self.scaled_bn = ScaledConv(8, 8, 1), nn.BatchNorm2d(8)
+        self.plain, self.plain_bn = conv(), nn.BatchNorm2d(8, affine=False)
+        self.last, self.last_bn = nn.ModuleList([conv(bias=False)]), nn.BatchNorm2d(8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem_bn(self.stem(images))
+        maps = self.grouped_bn(self.grouped(maps))
+        maps = self.second_bn(self.shared(self.first_bn(self.shared(maps))))
+        read = self.read_twice(maps)
+        maps = self.read_twice_bn(read) + read
+        maps = self.scaled_bn(self.scaled(maps))
+        maps = self.plain_bn(self.plain(maps))
+        maps = F.relu(self.last_bn(self.last[0](maps)))
+        return maps.mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
+def test_only_a_batchnorm_with_a_convolution_of_its_own_is_folded(form: Form) -> None:
+    torch.manual_seed(0)
+    model = Varied().double()
+    with_statistics(model)
+    frozen = FrozenNetwork(model, form=form)
+    kept = ["first_bn", "second_bn", "read_twice_bn", "scaled_bn", "plain_bn"]
+    assert frozen.unfolded == kept
+    images = torch.rand(2, 3, 12, 12, dtype=torch.float64)
+    assert_equal_to_rounding(frozen, model, images)
+
+
+class Sums(nn.Module):
+    """Sums before ReLU, one of which may be fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        one, twice, into, grows, fused = self.convs
+        doubled = twice(images)
+        maps = F.relu(doubled + doubled)
+        total = maps * 2
+        total += into(maps)  # fused, `total` would lack what is added here
+        maps = torch.relu(total) + total
+        maps = F.relu(torch.add(grows(maps), maps, alpha=2))
+        maps = F.relu(F.relu(one(maps)) + 0.5)
+        out: Tensor = F.relu(maps + fused(maps))
+        return out.mean((2, 3))
+
+
+def test_fusing_sums_changes_nothing_whatever_is_written_in_place() -> None:
+    torch.manual_seed(0)
+    model = Sums().double()
+    frozen = FrozenNetwork(model, form="cudnn")
+    assert frozen.fused == 2
+    assert_equal_to_rounding(frozen, model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
+class DataDependent(nn.Module):
+    """Take another path for bright images, which no trace can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.bn(self.conv(images))
+        return (maps if images.mean() > 0.5 else -maps).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
+def test_a_network_that_cannot_be_traced_stays_as_it_is(form: Form) -> None:
+    torch.manual_seed(0)
+    model = DataDependent().double()
+    with_statistics(model)
+    frozen = FrozenNetwork(model, form=form)
+    assert frozen.unfolded == ["bn"]
+    assert frozen.fused == 0
+    for brightness in (0.1, 0.9):
+        images = torch.rand(2, 3, 6, 6, dtype=torch.float64) * 0.1 + brightness
+        assert_equal_to_rounding(frozen, model, images)
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    frozen.refresh()
+    assert_equal_to_rounding(frozen, model, images)
+
+
+def test_the_compiled_gradient_follows_the_weights_without_compiling_again(
+    compiled_graphs: list[torch.fx.GraphModule],
+) -> None:
+    model = trained("resnet8")
+    frozen = FrozenNetwork(model, form="compiled")
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    labels = torch.tensor([1, 4])
+    assert frozen.input_gradient is not None
+    for _ in range(3):
+        at = images.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(cross_entropy(model.eval()(at), labels), at)
+        found = frozen.input_gradient(images, labels, cross_entropy)
+        # As above: float64 through some ten layers.
+        torch.testing.assert_close(
+            found, wanted, rtol=1e-10, atol=1e-10 * float(wanted.abs().max())
+        )
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.mul_(1.1)
+        frozen.refresh()
+    (graph,) = compiled_graphs
+    backward = torch.ops.aten.convolution_backward.default
+    masks = [node.args[10] for node in graph.graph.nodes if node.target is backward]
+    convs = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert masks == [[True, False, False]] * convs
+
+
+def test_other_forms_leave_the_gradient_to_autograd() -> None:
+    model = trained("resnet8")
+    assert FrozenNetwork(model, form="eager").input_gradient is None
+    assert FrozenNetwork(model, form="cudnn").input_gradient is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["eager", "compiled", "cudnn"])
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+def test_forms_agree_with_float64_on_a_gpu(name: str, form: Form) -> None:
+    truth = trained(name).cuda().eval()
+    model = trained(name, torch.float32).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.load_state_dict(truth.state_dict())
+    torch.backends.cudnn.allow_tf32 = False
+    frozen = FrozenNetwork(model, form=form)
+    images, labels = torch.rand(16, 3, 32, 32, device="cuda"), torch.arange(16, device="cuda") % 6
+    at, low = images.double().requires_grad_(), images.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(cross_entropy(truth(at), labels), at)
+    if frozen.input_gradient is not None:
+        found = frozen.input_gradient(images, labels, cross_entropy)
+    else:
+        (found,) = torch.autograd.grad(cross_entropy(frozen(low), labels), low)
+    # A ReLU whose input is zero up to float32 rounding may take the other side: few do, so the
+    # bound is on the norm.
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["eager", "compiled", "cudnn"])
+def test_every_form_can_be_captured_with_its_refresh(form: Form) -> None:
+    model = trained("resnet18", torch.float32).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = FrozenNetwork(model, torch.bfloat16, form)
+    images, labels = torch.rand(16, 3, 32, 32, device="cuda"), torch.arange(16, device="cuda") % 6
+
+    def gradient() -> Tensor:
+        frozen.refresh()
+        if frozen.input_gradient is not None:
+            return frozen.input_gradient(images, labels, cross_entropy)
+        at = images.clone().requires_grad_()
+        return torch.autograd.grad(cross_entropy(frozen(at), labels), at)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            gradient()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = gradient()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    graph.replay()
+    wanted = gradient()
+    # The same kernels on the same numbers, but for the algorithms cuDNN may choose anew.
+    assert float((captured - wanted).norm() / wanted.norm()) < 1e-2

@@ -5,22 +5,20 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
-import sys
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from damage import MUTATIONS, mutated, refused_or_valid
 
 from reat_fast import sources
 from reat_fast.sources import DataError
 
 RANDOM = np.random.default_rng(0)
-MUTATIONS = 300
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -88,39 +86,6 @@ def write_tar(path: Path, files: dict[str, bytes], prefix: str = "cifar-10-batch
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
-
-
-def mutated(content: bytes, count: int = MUTATIONS, reach: int | None = None) -> Iterator[bytes]:
-    """Yield damaged copies: bytes changed, cut out or put in, and the end cut off.
-
-    reach: how many of the first bytes to damage, where the rest is nothing but pixels.
-    """
-    random = np.random.default_rng(1)
-    end = min(reach or len(content), len(content))
-    for _ in range(count):
-        damaged = bytearray(content)
-        for _ in range(random.integers(1, 4)):
-            at = int(random.integers(end))
-            match random.integers(4):
-                case 0 | 1:
-                    damaged[at : at + 1] = random.bytes(1)
-                case 2:
-                    del damaged[at : at + int(random.integers(1, 9))]
-                case 3:
-                    damaged[at:at] = random.bytes(int(random.integers(1, 9)))
-        yield bytes(
-            damaged[: int(random.integers(len(damaged)))] if random.random() < 0.1 else damaged
-        )
-
-
-def refused_or_valid(read: Callable[[], object]) -> bool:
-    """Read, and return whether it was refused; anything but DataError fails the test."""
-    try:
-        read()
-    except DataError as error:
-        assert "\n" not in str(error)
-        return True
-    return False
 
 
 # IDX
@@ -469,99 +434,4 @@ def test_no_damage_to_an_npy_header_gives_anything_but_an_error(tmp_path: Path) 
         with zipfile.ZipFile(tmp_path / "set.npz", "a") as archive:
             archive.writestr("y_train.npy", damaged)
         refused += refused_or_valid(lambda: sources.read_npz(tmp_path / "set.npz"))
-    assert refused > MUTATIONS // 2
-
-
-# image folder
-
-
-def write_images(folder: Path, mode: str = "RGB", suffix: str = ".png") -> Path:
-    for part, classes in (("train", "ba"), ("test", "a")):
-        for name in classes:
-            (folder / part / name).mkdir(parents=True)
-            for number in range(2):
-                pixels = RANDOM.integers(0, 256, (4, 6, 3), np.uint8)
-                image = Image.fromarray(pixels).convert(mode)
-                image.save(folder / part / name / f"{number}{suffix}")
-    return folder
-
-
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg"])
-def test_image_folder_is_read_in_sorted_order(tmp_path: Path, suffix: str) -> None:
-    write_images(tmp_path, suffix=suffix)
-    (tmp_path / "train" / "a" / "notes.txt").write_text("not an image")
-    (tmp_path / "train" / "a" / "._0.png").write_text("not an image")
-    (tmp_path / "train" / ".cache").mkdir()
-    source = sources.read_image_folder(tmp_path)
-    x_train, y_train, x_test, y_test = source.arrays
-    assert source.class_names == ("a", "b")
-    assert x_train.shape == (4, 4, 6, 3) and x_train.dtype == np.uint8
-    assert y_train.tolist() == [0, 0, 1, 1] and y_test.tolist() == [0, 0]
-    expected = np.asarray(Image.open(tmp_path / "train" / "b" / f"1{suffix}"))
-    assert np.array_equal(x_train[3], expected)
-    assert np.array_equal(x_test[0], np.asarray(Image.open(tmp_path / "test" / "a" / f"0{suffix}")))
-
-
-def test_image_folder_is_grey_only_if_every_image_is(tmp_path: Path) -> None:
-    write_images(tmp_path, "L")
-    grey = sources.read_image_folder(tmp_path).arrays[0]
-    assert grey.shape == (4, 4, 6)
-    Image.new("RGB", (6, 4), (1, 2, 3)).save(tmp_path / "test" / "a" / "0.png")
-    x_train, _, x_test, _ = sources.read_image_folder(tmp_path).arrays
-    assert np.array_equal(x_train, np.repeat(grey[..., None], 3, 3))
-    assert x_test[0, 0, 0].tolist() == [1, 2, 3]
-
-
-@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1"])
-def test_other_8_bit_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    arrays = sources.read_image_folder(write_images(tmp_path, mode)).arrays
-    assert arrays[0].shape == (4, 4, 6, 3)
-    expected = np.asarray(Image.open(tmp_path / "train" / "a" / "0.png").convert("RGB"))
-    assert np.array_equal(arrays[0][0], expected)
-
-
-def test_image_folder_faults_name_the_file(tmp_path: Path) -> None:
-    def read_after(change: Callable[[Path], object]) -> str:
-        folder = write_images(tmp_path / str(len(list(tmp_path.iterdir()))))
-        change(folder)
-        with pytest.raises(DataError) as caught:
-            sources.read_image_folder(folder)
-        message = str(caught.value)
-        assert message.startswith(str(folder)) and "\n" not in message
-        return message.removeprefix(f"{folder}/")
-
-    large = Image.new("RGB", (8, 8))
-    deep = Image.fromarray(np.full((4, 6), 60_000, np.uint16))
-    message = read_after(lambda folder: large.save(folder / "train/b/0.png"))
-    assert message.startswith("train/b/0.png: 8x8 pixels, but 6x4 in ")
-    message = read_after(lambda folder: (folder / "test/a/1.png").write_bytes(b"\x89PNG\r\n"))
-    assert message.startswith("test/a/1.png: cannot be read")
-    message = read_after(lambda folder: deep.save(folder / "train/a/0.png"))
-    assert message.startswith("train/a/0.png: mode I;16 is not 8-bit")
-    message = read_after(lambda folder: (folder / "train/empty").mkdir())
-    assert message.startswith("train/empty: no .png")
-    message = read_after(lambda folder: (folder / "test/a").rename(folder / "test/z"))
-    assert message.startswith("test/z: there is no such class in ")
-    message = read_after(lambda folder: (folder / "test").rename(folder / "val"))
-    assert message.startswith("test: not found; make it train/CLASS/*.png")
-    message = read_after(lambda folder: (folder / "test/a").rename(folder / "a"))
-    assert message.startswith("test: no class folders inside")
-
-
-def test_without_pillow_the_pip_line_is_given(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    write_images(tmp_path)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(DataError, match=r"pip install 'reat-fast\[images\]'"):
-        sources.read_image_folder(tmp_path)
-
-
-def test_no_damage_to_an_image_gives_anything_but_an_error(tmp_path: Path) -> None:
-    write_images(tmp_path)
-    path = tmp_path / "train" / "a" / "0.png"
-    refused = 0
-    for damaged in mutated(path.read_bytes()):
-        path.write_bytes(damaged)
-        refused += refused_or_valid(lambda: sources.read_image_folder(tmp_path))
     assert refused > MUTATIONS // 2

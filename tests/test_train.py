@@ -14,6 +14,7 @@ from made_data import made_images, made_npz
 
 from reat_fast import checkpoint, train
 from reat_fast.command import run_command
+from reat_fast.run import Run
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
 SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-batch-size", "32"]
@@ -51,6 +52,7 @@ def test_a_run_learns_and_leaves_everything_behind(
         "metrics.csv",
         "timing.csv",
         "checkpoint-last.pt",
+        "checkpoint-previous.pt",
         "best.safetensors",
         "last.safetensors",
         "evaluation.json",
@@ -84,10 +86,10 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
     assert run(*arguments, whole) == 0
     train_epoch = train.train_epoch
 
-    def stop_in_the_second(this: train.Run, epoch: int, *others: object) -> None:
-        if epoch == 1:
+    def stop_in_the_second(this: Run, *others: object) -> None:
+        if this.epoch == 1:
             raise KeyboardInterrupt
-        train_epoch(this, epoch, *others)  # type: ignore[arg-type]
+        train_epoch(this, *others)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_epoch", stop_in_the_second)

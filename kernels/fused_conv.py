@@ -1,0 +1,130 @@
+"""Convolution, bias, residual sum and ReLU in one op, with a backward for the input alone.
+
+    y = relu(conv(x, w) + b + r)
+    d loss / d r = m = (d loss / d y) [y > 0]        d loss / d x = conv^T(m, w)
+
+For networks whose weights are constant, as during an attack: w and b get no gradient. On a GPU the
+forward is one cuDNN call, whose sums are in float32 and rounded once. The mask is read off the
+output, so neither the sum before the ReLU nor the convolution's own output is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def conv_relu_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute the forward with PyTorch's own operators: the definition, and the path on the CPU."""
+    output = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    if residual is None:
+        return F.relu(output)
+    if residual.shape != output.shape:  # as cuDNN demands: the backward does not sum what is spread
+        raise ValueError(f"residual is {list(residual.shape)}, the output {list(output.shape)}")
+    return F.relu(output + residual)
+
+
+def _conv_relu_cudnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, groups)
+    output: Tensor
+    if residual is None:
+        output = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
+    else:
+        add_relu = torch.ops.aten.cudnn_convolution_add_relu
+        output = add_relu(x, weight, residual, 1.0, bias, *geometry)
+    return output
+
+
+@torch.library.custom_op("reat_fast::conv_relu", mutates_args=())
+def _conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    # cuDNN has no such engine for float64.
+    form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
+    return form(x, weight, bias, residual, stride, padding, dilation, groups)
+
+
+_conv_relu.register_fake(conv_relu_torch)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, residual, *ctx.geometry = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, weight, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, output = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    masked = torch.ops.aten.threshold_backward(grad, output, 0)
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            masked,
+            x,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            [True, False, False],
+        )
+    return grad_x, None, None, masked if ctx.has_residual else None, None, None, None, None
+
+
+_conv_relu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Return relu(conv2d(x, weight) + bias + residual); only x and residual get a gradient.
+
+    x [B, C, H, W] and weight [K, C / groups, R, S] of one dtype, bias [K], residual shaped like the
+    output [B, K, H', W']; the rest as in torch.nn.functional.conv2d. The gradient of ReLU at 0 is
+    0, as in PyTorch. float64 and CPU tensors take PyTorch's operators.
+    Raises ValueError for a weight or bias that asks for a gradient, or a residual of another shape.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("conv_relu has no gradient for weight and bias: give them detached")
+    output: Tensor = _conv_relu(x, weight, bias, residual, stride, padding, dilation, groups)
+    return output

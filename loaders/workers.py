@@ -1,0 +1,99 @@
+"""torch's DataLoader over the common order: worker processes read the batches, the baseline.
+
+Each item of the DataLoader is a whole batch of bytes, gathered or decoded in a worker; nothing but
+uint8 crosses processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from reat_fast.data import ImageSet
+from reat_fast.lazy import LazyImages
+from reat_fast.loaders import Batch
+from reat_fast.loaders.order import EpochOrder
+from reat_fast.loaders.prefetch import to_device
+
+PREFETCH = 4  # batches that each worker reads ahead
+
+
+class WorkersLoader:
+    """Give batches that worker processes read ahead; they live from the first epoch to `close`.
+
+    workers: processes; 0 reads in this one. Raises ValueError in one line where an image cannot be
+    read or a worker dies.
+    """
+
+    def __init__(
+        self, image_set: ImageSet, order: EpochOrder, device: torch.device, *, workers: int = 2
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"--workers {workers}: must be 0 or more")
+        self.order = order.to(torch.device("cpu"))
+        self.batch_size = order.share
+        self.device = device
+        self._labels = torch.from_numpy(image_set.labels)
+        self._rows: list[npt.NDArray[np.int64]] = []  # the sampler: what the next epoch reads
+        self._loader: DataLoader[Tensor | str] | None = DataLoader(
+            _Batches(image_set.images),
+            batch_size=None,
+            sampler=self._rows,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # or each epoch would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Give the batches of one epoch, from batch `first` on."""
+        return to_device(self._read(epoch, first), self.device)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = None
+
+    def _read(self, epoch: int, first: int) -> Iterator[Batch]:
+        if self._loader is None:
+            raise ValueError("the workers loader is closed: make another")
+        batches = list(self.order.batches(epoch, first))
+        self._rows[:] = [rows.numpy() for rows in batches]
+        read = iter(self._loader)
+        for rows in batches:
+            yield Batch(self._next(read), self._labels[rows], rows, gather=False)
+
+    def _next(self, read: Iterator[Tensor | str]) -> Tensor:
+        try:
+            images = next(read)
+        except RuntimeError as error:  # raised by torch where a worker is gone
+            reason = str(error).splitlines()[0]
+            self.close()
+            raise ValueError(
+                f"--loader workers: a worker process died ({reason}), as happens when memory runs "
+                "out; lower --workers or --batch-size"
+            ) from error
+        if isinstance(images, str):
+            raise ValueError(f"--loader workers: {images}")
+        return images
+
+
+class _Batches(Dataset["Tensor | str"]):
+    """Read a batch at a time; what goes wrong in a worker comes back as one line of text."""
+
+    def __init__(self, images: npt.NDArray[np.uint8] | LazyImages) -> None:
+        self.images = images
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> Tensor | str:
+        try:
+            return torch.from_numpy(self.images[rows])
+        except Exception as error:  # a decoder of damaged bytes raises nearly anything
+            return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,253 @@
+"""AutoAttack, standard version, in L-infinity: four attacks in turn on the images that still stand.
+
+APGD on the cross-entropy, APGD on the targeted DLR loss, FAB-T and Square, as in Croce and Hein,
+ICML 2020 (arXiv 2003.01690). An image leaves as soon as the model itself, in float32, gets it
+wrong; the next run gets full batches of what is left. Random numbers belong to (seed, image), so
+neither the batch size nor a break changes a figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reat_fast import apgd, guards
+from reat_fast.checkpoint import write_atomically
+from reat_fast.fab import fab
+from reat_fast.kernels import philox
+from reat_fast.networks import Network
+from reat_fast.square import square
+from reat_fast.victim import FORWARD, WITH_GRADIENT, Precision, Victim, attacked
+
+MOST_TARGETS = 9
+SAVE_EVERY_SECONDS = 10.0
+
+Images = Callable[[Tensor], Tensor]
+"""Give the images [B, C, H, W] in [0, 1] at rows, int64 [B] on the CPU, on the victim's device."""
+
+
+@dataclass
+class Standing:
+    """Which images stand, and how far the search is: what a broken-off search needs to go on."""
+
+    robust: Tensor  # bool [N]
+    run: int = 0
+    pending: Tensor | None = None  # int64, images that the current run has not seen
+    after: dict[str, float] = field(default_factory=dict)  # robust accuracy in % after each stage
+
+
+def autoattack(
+    model: Network,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float = 8 / 255,
+    seed: int = 0,
+    precision: Precision = "float32",
+    batch_size: int = 500,
+) -> Tensor:
+    """Return which images the model classifies right whatever AutoAttack does to them, bool [N].
+
+    images [N, C, H, W] in [0, 1] and labels int64 [N], on the device of the model, which is in eval
+    mode. The mean of the result is the robust accuracy. precision: see AutoAttack.
+    Errors: ValueError for fewer than four classes, and for what guards.refuse finds.
+    """
+    guards.refuse(model, images[:batch_size], labels[:batch_size])
+    with attacked(model, precision) as victim:
+        search = AutoAttack(
+            victim,
+            lambda rows: images[rows.to(images.device)],
+            labels.cpu(),
+            eps=eps,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return search.run().robust.to(labels.device)
+
+
+class AutoAttack:
+    """A search for fooling images that may be broken off and gone on with.
+
+    labels: int64 [N] on the CPU. Of a victim that searches in bf16 or tf32, some successes may be
+    missed but none is counted that its model in float32 does not confirm. steps, queries: of the
+    gradient attacks and of Square; the standard is the default. state: a file to go on from, if it
+    was written by the same search, and to keep up to date.
+    Errors: ValueError for fewer than four classes, where the DLR loss is not defined.
+    """
+
+    def __init__(
+        self,
+        victim: Victim,
+        images: Images,
+        labels: Tensor,
+        *,
+        eps: float,
+        seed: int,
+        batch_size: int,
+        steps: int = 100,
+        queries: int = 5000,
+        state: Path | None = None,
+    ) -> None:
+        self.victim, self.images, self.labels = victim, images, labels
+        self.eps, self.seed, self.batch_size = eps, seed, batch_size
+        self.steps, self.queries = steps, queries
+        classes = victim.true_logits(images(torch.arange(1))).shape[1]
+        if classes < 4:
+            raise ValueError(
+                f"--attacks aa: AutoAttack's targeted loss needs 4 classes, the model has "
+                f"{classes}; use pgd100 and cw100"
+            )
+        ranks = range(1, min(MOST_TARGETS, classes - 1) + 1)
+        self.runs = [
+            ("clean", 0),
+            ("apgd-ce", 0),
+            *(("apgd-t", rank) for rank in ranks),
+            *(("fab-t", rank) for rank in ranks),
+            ("square", 0),
+        ]
+        """Each with the rank of the class it aims at, among the logits of the clean image."""
+        self._state = state
+        self._key = self._fingerprint() if state else ""
+        self._saved_at = time.monotonic()
+        self.standing = self._read() or Standing(torch.ones(len(labels), dtype=torch.bool))
+
+    def run(self) -> Standing:
+        """Search to the end and remove the state file; returns which images stand."""
+        standing = self.standing
+        while standing.run < len(self.runs):
+            stage, rank = self.runs[standing.run]
+            if standing.pending is None:
+                standing.pending = standing.robust.nonzero().squeeze(1)
+            while len(standing.pending):
+                self._announce(stage, rank)
+                rows = standing.pending[: self.batch_size]
+                standing.robust[rows] = self._survive(stage, rank, rows)
+                standing.pending = standing.pending[self.batch_size :]
+                self._write()
+            standing.run, standing.pending = standing.run + 1, None
+            standing.after[stage] = 100 * float(standing.robust.double().mean())
+        if self._state:
+            self._state.unlink(missing_ok=True)
+        return standing
+
+    def _survive(self, stage: str, rank: int, rows: Tensor) -> Tensor:
+        """Attack the images at rows once; returns which of them stand, bool [B] on the CPU."""
+        clean = self.images(rows).to(self.victim.dtype)
+        samples, labels = (t.to(clean.device) for t in (rows, self.labels[rows]))
+        adv = self._perturb(stage, rank, clean, labels, samples)
+        # Rounding of clean + eps: two units in the last place of 1.
+        assert float((adv - clean).abs().max()) <= self.eps + 2.0**-22
+        return ~self.victim.fooled(adv, labels).cpu()
+
+    def _perturb(
+        self, stage: str, rank: int, clean: Tensor, labels: Tensor, samples: Tensor
+    ) -> Tensor:
+        victim, eps = self.victim, self.eps
+        if stage == "clean":
+            return clean
+        if stage == "square":
+            return square(
+                victim, clean, labels, samples, eps=eps, seed=self.seed, queries=self.queries
+            )
+        targets = victim.true_logits(clean).argsort(1, descending=True)[:, rank]
+        if stage == "fab-t":
+            return fab(victim, clean, labels, targets, eps=eps, steps=self.steps)
+        objective = apgd.targeted_dlr if stage == "apgd-t" else apgd.cross_entropy
+        noise = eps * _unit_noise(clean, self.seed, rank, samples)
+        return apgd.apgd(
+            victim, clean, labels, targets, noise, objective, eps=eps, steps=self.steps
+        )
+
+    def _announce(self, stage: str, rank: int) -> None:
+        """Tell the progress bar what runs and how many passes are left if nothing more falls."""
+        cost = {
+            "clean": FORWARD,
+            "apgd-ce": WITH_GRADIENT * self.steps,
+            "apgd-t": WITH_GRADIENT * self.steps,
+            "fab-t": (WITH_GRADIENT + FORWARD) * self.steps,
+            "square": FORWARD * self.queries,
+        }
+        standing = self.standing
+        assert standing.pending is not None
+        left = int(standing.robust.sum())
+        later = sum(cost[name] for name, _ in self.runs[standing.run + 1 :])
+        passes = len(standing.pending) * cost[stage] + left * later
+        target = f" {rank}" if rank else ""
+        self.victim.expect(f"aa {stage}{target}, {left} images stand", passes)
+
+    def _fingerprint(self) -> str:
+        """Name the search: its weights, settings, labels and first images."""
+        victim = self.victim
+        settings = self.eps, self.seed, self.steps, self.queries, victim.precision
+        digest = hashlib.sha256(repr(settings).encode())
+        few = self.images(torch.arange(min(len(self.labels), 8)))
+        for tensor in (*victim.model.state_dict().values(), self.labels, few):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _read(self) -> Standing | None:
+        if self._state is None or not self._state.is_file():
+            return None
+        try:
+            saved: dict[str, Any] = torch.load(self._state, weights_only=True)
+            return Standing(**saved["standing"]) if saved["key"] == self._key else None
+        except Exception:  # torch.load has no base class for what a damaged file raises
+            return None
+
+    def _write(self) -> None:
+        now = time.monotonic()
+        if self._state is None or now - self._saved_at < SAVE_EVERY_SECONDS:
+            return
+        saved = {"key": self._key, "standing": asdict(self.standing)}
+        write_atomically(self._state, lambda partial: torch.save(saved, partial))
+        self._saved_at = now
+
+
+def _unit_noise(clean: Tensor, seed: int, run: int, samples: Tensor) -> Tensor:
+    """Draw noise like clean, uniform, and stretch it so that its largest pixel is 1 or -1."""
+    words = philox.random_bits(seed, run, samples, philox.EVALUATION, clean[0].numel())
+    noise = (2 * philox.uniform(words) - 1).to(clean.dtype)
+    return (noise / noise.abs().amax(1, keepdim=True)).view_as(clean)
+
+
+def package_autoattack(
+    model: Network, images: Tensor, labels: Tensor, *, eps: float, seed: int, batch_size: int
+) -> Tensor:
+    """Return which images [N, C, H, W] stand against pyautoattack's standard version, bool [N].
+
+    Nothing of ours but the model takes part: this is what our AutoAttack is held against.
+    Errors: ValueError with the pip line where the package is missing.
+    """
+    try:
+        import pyautoattack
+    except ImportError:
+        raise ValueError(
+            '--attacks aa-package: needs pyautoattack; pip install "reat-fast[eval]"'
+        ) from None
+    attack = pyautoattack.AutoAttack(
+        model, device=images.device, eps=eps, norm="Linf", seed=seed, version="standard"
+    )
+    with torch.no_grad():
+        targets = min(MOST_TARGETS, model(images[:1]).shape[1] - 1)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+    trace = sys.gettrace()  # the package ends tracing, and with it debuggers and coverage
+    devices = [images.device] if images.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):  # it seeds the global generators
+            # It views images as rows of pixels, which channels_last memory does not allow.
+            adv, _ = attack.run_standard_evaluation(
+                images.contiguous(), labels, batch_size=batch_size
+            )
+    finally:
+        sys.settrace(trace)
+    with torch.no_grad():
+        predicted = torch.cat([model(batch).argmax(1) for batch in adv.split(batch_size)])
+    return predicted == labels

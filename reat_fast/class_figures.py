@@ -1,0 +1,50 @@
+"""Accuracy overall, on head, body and tail, and per class, from counts of right predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from reat_fast.data import head_body_tail
+
+
+def figures(
+    correct: Sequence[int], samples: Sequence[int], train_counts: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Turn right predictions and images per class into percentages.
+
+    Returns overall, balanced (mean over classes), worst (class), head, body, tail (REAT's thirds),
+    tail80 (see tail_by_share; None without train_counts) and per_class [C] (None where a class has
+    no image).
+    """
+    per_class = [100 * c / n if n else None for c, n in zip(correct, samples, strict=True)]
+
+    def mean(classes: Sequence[int]) -> float | None:
+        present = [value for c in classes if (value := per_class[c]) is not None]
+        return sum(present) / len(present) if present else None
+
+    present = [value for value in per_class if value is not None]
+    return {
+        "overall": 100 * sum(correct) / max(sum(samples), 1),
+        "balanced": mean(range(len(samples))),
+        "worst": min(present) if present else None,
+        **{part: mean(classes) for part, classes in head_body_tail(len(samples)).items()},
+        "tail80": mean(tail_by_share(train_counts)) if train_counts else None,
+        "per_class": per_class,
+    }
+
+
+def tail_by_share(train_counts: Sequence[int], share: float = 0.8) -> list[int]:
+    """Return the classes beyond the largest ones that together hold a share of all images.
+
+    train_counts: training images per class, in any order. The tail that RobustLT (CVPR 2026) looks
+    at, read this way: classes by falling size, from the largest on until they hold at least 80 % of
+    the images; the others, which may be none, are the tail. Ascending.
+    """
+    order = sorted(range(len(train_counts)), key=lambda c: -train_counts[c])
+    held, wanted = 0.0, share * sum(train_counts)
+    for place, c in enumerate(order):
+        if held >= wanted:
+            return sorted(order[place:])
+        held += train_counts[c]
+    return []

@@ -1,0 +1,119 @@
+"""The pictures of runs side by side: one colour a group, one line a run, bands over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reat_fast.data import head_body_tail
+from reat_fast.picture_style import (
+    FEW,
+    INK,
+    NARROW,
+    PART_COLOURS,
+    SERIES,
+    WIDE,
+    Floats,
+    new_figure,
+    style,
+    whole_numbers,
+)
+from reat_fast.pictures import column, label_classes
+from reat_fast.report_tables import Group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = (INK, *SERIES)
+LINES = ("-", "--", ":", "-.")
+
+
+def looks(index: int) -> tuple[str, str]:
+    """Return colour and line of a group: a colour of its own, then colours with other lines."""
+    return COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
+
+
+@style()
+def compared_curves(groups: Sequence[Group], name: str) -> Figure | None:
+    """Draw a column of metrics.csv over epochs, a line for each run; None where no run has it."""
+    figure = new_figure(NARROW, 3.0)
+    axes = figure.subplots()
+    for k, group in enumerate(groups):
+        colour, line = looks(k)
+        label: str | None = group.short_label
+        for run in group.runs:
+            epochs, values = column(run.metrics, name)
+            if epochs:
+                mark = "." if len(epochs) <= FEW else ""
+                axes.plot(epochs, values, line, marker=mark, color=colour, label=label, alpha=0.8)
+                label = None
+    if not axes.lines:
+        return None
+    axes.set_xlabel("epoch")
+    whole_numbers(axes.xaxis)
+    if len(groups) > 1:
+        axes.legend()
+    return figure
+
+
+def class_means(group: Group, attack: str) -> tuple[Floats, Floats] | None:
+    """Return mean and sample standard deviation [C] per class over the runs of a group.
+
+    NaN where no run has an image of the class; deviation 0 with a single run. None where no run
+    was evaluated under the attack.
+    """
+    evaluations = [run.evaluation["attacks"] for run in group.runs if run.evaluation]
+    rows = [attacks[attack]["per_class"] for attacks in evaluations if attack in attacks]
+    if not rows:
+        return None
+    values = np.array(rows, dtype=float)  # [runs, C]; None becomes NaN
+    spread = values.std(0, ddof=1) if len(rows) > 1 else np.zeros(values.shape[1])
+    return values.mean(0), spread
+
+
+@style()
+def compared_classes(groups: Sequence[Group], attack: str, class_names: Sequence[str]) -> Figure:
+    """Draw accuracy per class under an attack: mean and standard deviation of each group.
+
+    A single group has the colours of head, body and tail.
+    """
+    figure = new_figure(WIDE, 3.4)
+    axes = figure.subplots()
+    found = [(group.short_label, class_means(group, attack)) for group in groups]
+    shown = [(label, means) for label, means in found if means is not None]
+    parts, few = head_body_tail(len(class_names)).items(), len(class_names) <= FEW
+    for k, (label, (mean, spread)) in enumerate(shown):
+        if len(shown) == 1:
+            for part, classes in parts:
+                how = {"color": PART_COLOURS[part], "label": part}
+                _draw_means(axes, np.array(classes, int), mean[classes], spread[classes], how, few)
+        else:
+            colour, line = looks(k)
+            aside = 0.3 * (k / (len(shown) - 1) - 0.5) if few else 0.0
+            how = {"color": colour, "ls": line, "label": label}
+            _draw_means(axes, np.arange(len(mean)) + aside, mean, spread, how, few)
+    axes.set_title("accuracy in %")
+    axes.set_ylim(0, 100)
+    label_classes(axes, class_names)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_means(
+    axes: Axes,
+    places: npt.NDArray[Any],
+    mean: Floats,
+    spread: Floats,
+    how: dict[str, Any],
+    few: bool,
+) -> None:
+    if few:
+        dots: Any = {"color": how["color"], "label": how["label"], "fmt": "o", "ms": 4.5, "lw": 1.2}
+        axes.errorbar(places, mean, spread, **dots)
+    else:
+        axes.fill_between(places, mean - spread, mean + spread, color=how["color"], alpha=0.2, lw=0)
+        axes.plot(places, mean, lw=1, **how)

@@ -1,0 +1,236 @@
+"""python -m reat_fast.export RUN --to FOLDER: a trained classifier in a form that others can read.
+
+Each form is a folder with a config.json that says what the classifier is, what it was trained on
+and what was measured of it: model.safetensors, which load_model reads; model.onnx, compared with
+PyTorch before it is kept; or the safetensors folder with a model card, as the Hugging Face Hub has
+it. The network is used only where --push asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from reat_fast import checkpoint
+from reat_fast.checkpoint import ModelSpec
+from reat_fast.command import parse_flags, run_command
+from reat_fast.config import LOCAL_FIELDS, Config
+from reat_fast.extras import import_extra
+from reat_fast.model_card import model_card
+from reat_fast.networks import Network
+from reat_fast.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+
+ONNX, DESCRIPTION, CARD = "model.onnx", "config.json", "README.md"
+LIBRARY = "reat_fast"
+
+MEASURED = (
+    "dataset",
+    "samples",
+    "eps",
+    "step_size",
+    "seed",
+    "weights_epoch",
+    "per_class_samples",
+    "train_counts",
+    "attacks",
+)
+"""What is taken over from evaluation.json: figures and their conditions, nothing of the machine."""
+
+
+def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
+    """Say in values for JSON what a classifier is, how it was trained and what was measured.
+
+    run: folder of the run. The evaluation is None unless it was of these very weights.
+    Errors: ValueError naming a damaged file.
+    """
+    training = _read_json(run / "config.json")
+    split = _read_json(run / "split.json")
+    evaluation = _read_json(run / "evaluation.json")
+    if evaluation.get("weights") != weights.name:
+        evaluation = {}
+    fields = {field.name for field in dataclasses.fields(Config)} - set(LOCAL_FIELDS)
+    return {
+        "library_name": LIBRARY,
+        "architecture": spec.name,
+        "width": spec.width,
+        "stem_stride": spec.stem_stride,
+        "num_classes": spec.num_classes,
+        "class_names": list(spec.class_names),
+        "channels": spec.in_channels,
+        "image_size": split.get("image_shape", [None, None])[:2],
+        "input": "float32 [batch, channels, height, width] in [0, 1], not normalised further",
+        "output": "logits, float32 [batch, num_classes]",
+        "preset": split.get("preset"),
+        "dataset": split.get("dataset"),
+        "train_counts": split.get("train_counts"),
+        "eps": training.get("eps"),
+        "training": {name: value for name, value in training.items() if name in fields},
+        "weights": weights.name,
+        "evaluation": {name: evaluation[name] for name in MEASURED if name in evaluation} or None,
+    }
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged or not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: damaged, holds no object")
+    return values
+
+
+def push(folder: Path, repository: str, *, public: bool = False) -> str:
+    """Upload a folder to a model repository of the Hugging Face Hub; return its address.
+
+    The token is the one that `hf auth login` stored, or HF_TOKEN. A new repository is private
+    unless public.
+    Errors: ValueError with one line, from which the token is struck out.
+    """
+    hub = import_extra("huggingface_hub", "--push", "hub")
+    try:
+        api = hub.HfApi()
+        api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
+        message = f"Upload from {LIBRARY}"
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except Exception as error:  # OSError, ValueError or, where no network is, one of httpx
+        line = " ".join(str(error).split()) or type(error).__name__
+        token = hub.get_token()
+        line = line.replace(token, "***") if token else line
+        raise ValueError(
+            f"--push {repository}: {line[:300]}; {folder} is whole, so export again with --force "
+            "once `hf auth login` or HF_TOKEN gives a token that may write there"
+        ) from None
+    return f"https://huggingface.co/{repository}"
+
+
+@contextmanager
+def _new_folder(to: Path, force: bool) -> Iterator[Path]:
+    """Give a folder to fill, which takes the place of `to` once it is whole."""
+    refuse_to_overwrite(to, force)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (to.with_name(f".{to.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    partial.mkdir()
+    try:
+        yield partial
+        if to.exists():
+            to.rename(old)
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_to_overwrite(to: Path, force: bool) -> None:
+    """Raise ValueError unless `to` is free, or force is given and it is an earlier export."""
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    earlier = to.is_dir() and _read_json(to / DESCRIPTION).get("library_name") == LIBRARY
+    if not earlier:
+        raise ValueError(f"--to {to}: holds something else than an export; name a new folder")
+    if not force:
+        raise ValueError(f"--to {to}: already holds an export; replace it with --force")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a trained classifier as safetensors, ONNX or a Hugging Face Hub folder."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
+    to: Path
+    """Folder to write."""
+    format: Literal["safetensors", "onnx", "hub"] = "safetensors"
+    """Weights, an ONNX graph, or weights with a model card."""
+    image_size: int | None = None
+    """Height and width of the images; unset: those of the run."""
+    push: str | None = None
+    """Upload the hub folder to this model repository of the Hugging Face Hub: OWNER/NAME."""
+    public: bool = False
+    """Make a repository that --push creates public."""
+    force: bool = False
+    """Replace an earlier export."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"--image-size {self.image_size}: must be at least 1")
+        if self.push is not None and self.format != "hub":
+            raise ValueError(f"--push {self.push}: needs --format hub")
+        if self.push is not None and self.push.count("/") != 1:
+            raise ValueError(f"--push {self.push}: write OWNER/NAME")
+        if self.public and self.push is None:
+            raise ValueError("--public: says who may see what --push uploads; add --push")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    options = parse_flags(Options, arguments, "python -m reat_fast.export")
+    if options.push is not None:
+        import_extra("huggingface_hub", "--push", "hub")
+    weights = checkpoint.find_weights(options.run)
+    model, spec = checkpoint.load_model_and_spec(weights)
+    description = describe(weights.parent, spec, weights)
+    if options.image_size is not None:
+        description["image_size"] = [options.image_size] * 2
+    if None in description["image_size"]:
+        raise ValueError(f"--image-size: {weights.parent} does not say how large its images are")
+    with _new_folder(options.to, options.force) as folder:
+        note = _write(folder, model, spec, description, options)
+    print(f"{options.to} written: {note}")
+    if description["evaluation"] is None:
+        print(
+            f"no figures in it: {weights.parent} has no evaluation of {weights.name}; "
+            f"measure with: python -m reat_fast.evaluate {weights}"
+        )
+    if options.push is not None:
+        print(f"uploaded to {push(options.to, options.push, public=options.public)}")
+    return 0
+
+
+def _write(
+    folder: Path, model: Network, spec: ModelSpec, description: dict[str, Any], options: Options
+) -> str:
+    """Fill the folder; return what to tell of it."""
+    checkpoint.write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+    if options.format == "onnx":
+        height, width = description["image_size"]
+        return _write_onnx(folder / ONNX, model, (spec.in_channels, height, width))
+    checkpoint.save_weights(folder / checkpoint.EXPORTED, model, spec)
+    if options.format == "hub":
+        name = (options.push or options.to.resolve().name).rpartition("/")[2]
+        checkpoint.write_text(folder / CARD, model_card(name, description, options.push))
+    return ", ".join(sorted(path.name for path in folder.iterdir()))
+
+
+def _write_onnx(file: Path, model: Network, image_shape: tuple[int, int, int]) -> str:
+    write_onnx(model, file, image_shape)
+    if importlib.util.find_spec("onnxruntime") is None:
+        return f'{ONNX}, not compared with PyTorch: pip install "reat-fast[onnx]"'
+    generator = torch.Generator().manual_seed(0)
+    # Neither batch has the size the graph was traced with.
+    batches = [torch.rand(size, *image_shape, generator=generator) for size in (1, 5)]
+    difference = max(compare_onnx(model, file, images) for images in batches)
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"--format onnx: onnxruntime's logits differ from PyTorch's by {difference:.1e} of the "
+            f"largest, more than float32 explains ({TOLERANCE:.0e}); nothing was written"
+        )
+    return f"{ONNX}, whose logits in onnxruntime differ by {difference:.1e} of the largest"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""What a run says when the device's memory or its numbers give out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from reat_fast import checkpoint
+from reat_fast.run import Run
+
+SMALLEST_SCALE = 1 / 32
+"""How far --on-nonfinite rollback lowers the learning rate before it gives up."""
+
+
+def refuse_nonfinite(run: Run) -> None:
+    """Stop the run where a loss was NaN or infinite; waits for the device.
+
+    Errors: FloatingPointError naming the step and the last good checkpoint.
+    """
+    step = int(run.step.bad_step)
+    if step < 0:
+        return
+    good = checkpoint.has_checkpoint(run.folder)
+    advice = f"; the state before it is in {run.folder / checkpoint.CHECKPOINT}" if good else ""
+    raise FloatingPointError(
+        f"the loss is not finite in epoch {run.epoch + 1}, step {step + 1}: lower --lr{advice}"
+    )
+
+
+def roll_back(run: Run, fault: FloatingPointError) -> str:
+    """Go back to the last checkpoint at half the learning rate; returns what was done.
+
+    Raises the fault again where the run should stop, has no checkpoint, or was halved too often.
+    """
+    halved = run.lr_scale / 2
+    saved = checkpoint.has_checkpoint(run.folder)
+    if run.config.on_nonfinite == "stop" or not saved or halved < SMALLEST_SCALE:
+        raise fault
+    state, file = checkpoint.load_newest_checkpoint(run.folder)
+    run.load_state(state)
+    run.lr_scale = halved
+    return f"back to {file} with the learning rate times {halved:g}"
+
+
+@contextmanager
+def explained_faults(run: Run) -> Iterator[None]:
+    """Turn running out of memory, and losing another process, into a line with the cure."""
+    config = run.config
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        device = "GPU memory" if run.device.type == "cuda" else "memory"
+        raise ValueError(
+            f"out of {device} in epoch {run.epoch + 1}: lower --batch-size (now "
+            f"{config.batch_size}) or --eval-batch-size (now {config.eval_batch_size}), or raise "
+            f"--accumulate (now {config.accumulate}) to compute a batch in parts"
+        ) from error
+
+
+def _is_memory(error: BaseException) -> bool:
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    text = str(error).lower()
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return memory or any(sign in text for sign in signs)

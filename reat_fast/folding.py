@@ -1,0 +1,200 @@
+"""Find, by tracing a network, what can be merged with a convolution, and merge it.
+
+In eval mode BatchNorm is a constant scale and shift per channel. Where it reads a convolution whose
+output nothing else reads, both are one convolution. The same trace shows which convolutions end in
+ReLU, alone or after a residual sum.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from reat_fast.kernels.fused_conv import conv_relu
+
+# By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
+# other padding or an activation behind; any other subclass may treat its weights in its own way.
+_CONVS = ("Conv2d", "Conv2dSame")
+_BATCHNORMS = (
+    "BatchNorm2d",
+    "BatchNormAct2d",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "SyncedBatchNorm",  # of reat_fast.distributed
+)
+
+_RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
+_ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A convolution and the BatchNorm behind it; weight and bias of what stands for both."""
+
+    conv: nn.Conv2d
+    bn: Any  # a BatchNorm; that its weight and statistics are there is seen to
+    weight: Tensor
+    bias: Tensor
+
+
+def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
+    """Take out of a copy in eval mode each BatchNorm that can be folded into a convolution.
+
+    That convolution gets a bias, and an activation that the BatchNorm held stays; the values of
+    weight and bias are the caller's. source: the network that `own` is a copy of.
+    Returns where the values come from and go to; nothing for a network that cannot be traced.
+    """
+    folds = []
+    for conv_name, bn_name in _find_folds(own):
+        conv, target = source.get_submodule(conv_name), own.get_submodule(conv_name)
+        assert isinstance(conv, nn.Conv2d) and isinstance(target, nn.Conv2d)
+        if target.bias is None:
+            target.bias = nn.Parameter(target.weight.new_zeros(len(target.weight)), False)
+        activation = getattr(own.get_submodule(bn_name), "act", nn.Identity())
+        own.set_submodule(bn_name, activation)
+        folds.append(Fold(conv, source.get_submodule(bn_name), target.weight, target.bias))
+    return folds
+
+
+def fuse_relus(network: nn.Module) -> tuple[nn.Module, int]:
+    """Rewrite relu(conv(x)) and relu(conv(x) + y) of a network in eval mode as conv_relu.
+
+    Returns a network on the same weights and the number of fused convolutions; the given network
+    itself and 0 where it cannot be traced.
+    """
+    graph = _trace(network)
+    if graph is None:
+        return network, 0
+    for node in list(graph.nodes):
+        if _calls(network, node, lambda module: type(module) is nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    relus = [node for node in graph.nodes if _is_relu(network, node)]
+    fused = sum(_fuse(network, graph, relu) for relu in relus)
+    return (fx.GraphModule(network, graph) if fused else network), fused
+
+
+def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
+    """Name each convolution and the BatchNorm that can be folded into it."""
+    graph = _trace(network)
+    if graph is None:
+        return []
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    folds = []
+    for node in graph.nodes:
+        source: Any = node.args[0] if node.args else None
+        if (
+            _calls(network, node, _is_plain_batchnorm)
+            and _calls(network, source, _is_plain_conv)
+            and len(source.users) == 1
+            # A module in two places has one weight for both.
+            and calls[source.target] == calls[node.target] == 1
+        ):
+            folds.append((source.target, node.target))
+    return folds
+
+
+def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node) -> bool:
+    """Put one conv_relu in the place of a ReLU and what it reads, if that allows it."""
+    end: Any = relu.args[0] if relu.args else None
+    if not isinstance(end, fx.Node) or len(end.users) != 1:
+        return False
+    conv, residual = _summands(network, end)
+    if conv is None or len(conv.users) != 1:
+        return False
+    module: Any = network.get_submodule(conv.target)
+    with graph.inserting_before(end):
+        weight = graph.get_attr(f"{conv.target}.weight")
+        bias = None if module.bias is None else graph.get_attr(f"{conv.target}.bias")
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        output = graph.call_function(conv_relu, (conv.args[0], weight, bias, residual, *geometry))
+    relu.replace_all_uses_with(output)
+    for node in dict.fromkeys((relu, end, conv)):
+        graph.erase_node(node)
+    return True
+
+
+def _summands(network: nn.Module, end: fx.Node) -> tuple[Any, fx.Node | None]:
+    """Return the convolution and the other summand that a ReLU reads; None for what is not there.
+
+    A convolution added into another tensor, in place, is none: that tensor may be read later.
+    """
+    if _calls(network, end, _is_dense_conv):
+        return end, None
+    if not _is_add(end) or end.kwargs or len(end.args) != 2:
+        return None, None
+    first, second = end.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
+        return None, None
+    if _calls(network, first, _is_dense_conv):
+        return first, second
+    in_place = end.target in (operator.iadd, "add_")
+    return (
+        (second, first)
+        if _calls(network, second, _is_dense_conv) and not in_place
+        else (None, None)
+    )
+
+
+def _calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    return kind(network.get_submodule(str(node.target)))
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and type(module).__name__ in _CONVS
+
+
+def _is_plain_batchnorm(module: nn.Module) -> bool:
+    if not isinstance(module, _BatchNorm) or type(module).__name__ not in _BATCHNORMS:
+        return False
+    return module.affine and module.running_mean is not None
+
+
+def _is_dense_conv(module: nn.Module) -> bool:
+    # Grouped ones have kernels of their own in PyTorch.
+    if type(module) is not nn.Conv2d or module.groups != 1:
+        return False
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _is_relu(network: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    if node.op == "call_function":
+        return node.target in _RELU_FUNCTIONS
+    return _calls(network, node, lambda module: type(module) is nn.ReLU)
+
+
+def _is_add(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("add", "add_")
+    return node.op == "call_function" and node.target in _ADD_FUNCTIONS
+
+
+def _trace(network: nn.Module) -> fx.Graph | None:
+    """Trace what a network in eval mode does with its convolutions and BatchNorms.
+
+    All that holds neither is one node. Returns None for a network that cannot be traced, as one
+    whose path depends on the values or the shape of the images.
+    """
+    try:
+        return _Tracer().trace(network)
+    except Exception:  # the network's own code meets stand-ins for tensors: anything can come of it
+        return None
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if isinstance(module, (nn.Conv2d, _BatchNorm)):
+            return True
+        return not any(isinstance(m, (nn.Conv2d, _BatchNorm)) for m in module.modules())

@@ -1,0 +1,123 @@
+"""Guards against figures that mean nothing: wrong inputs, wrong mode, hidden or random gradients.
+
+What makes an evaluation wrong is refused; what makes it doubtful is a warning. They follow the
+checks of AutoAttack and RobustBench (arXiv 2010.09670), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reat_fast.attack import cross_entropy, evaluating
+from reat_fast.attacks import margin
+
+SQUARE_POINTS = 0.2
+"""Square lowering the robust accuracy by more, in percentage points, is AutoAttack's own alarm."""
+
+
+class GuardError(ValueError):
+    """A model or images that cannot be evaluated; the message is one line for the user."""
+
+
+def refuse(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Refuse what would make every figure wrong, judged on a batch.
+
+    images [B, C, H, W], labels int64 [B]. Errors: GuardError for pixels outside [0, 1] or squeezed
+    into a sliver of it, a module in train mode, logits that are NaN, infinite or probabilities, and
+    labels beyond the classes.
+    """
+    low, high = float(images.amin()), float(images.amax())
+    if not (low >= 0 and high <= 1):
+        raise GuardError(
+            f"images: pixels reach from {low:.3g} to {high:.3g}, as bytes or normalised images do; "
+            "give images in [0, 1] and normalise inside the model, or eps is another radius"
+        )
+    if high <= 2 / 255:
+        raise GuardError(
+            f"images: the brightest pixel is {high:.3g}, as if divided by 255 twice; eps would "
+            "swallow them whole"
+        )
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        raise GuardError(
+            f"model: {training[0] or type(model).__name__} is in train mode, so images change each "
+            "other's logits; call model.eval()"
+        )
+    with torch.no_grad():
+        logits = model(images)
+    if not bool(logits.isfinite().all()):
+        raise GuardError("model: some logits are NaN or infinite; check the weights")
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
+        raise GuardError(
+            "model: gives probabilities, whose gradients vanish; take the softmax off and give "
+            "logits"
+        )
+    if int(labels.amin()) < 0 or int(labels.amax()) >= logits.shape[1]:
+        raise GuardError(
+            f"labels: reach from {int(labels.amin())} to {int(labels.amax())}, the model has "
+            f"{logits.shape[1]} classes"
+        )
+
+
+def warnings_for_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[str]:
+    """Say what makes attacks on a model unreliable, judged on a batch: one line each.
+
+    Logits that differ between two equal calls, and gradients of the margin or of the cross-entropy
+    that are zero everywhere.
+    """
+    found = []
+    with evaluating(model):
+        with torch.no_grad():
+            first, second = model(images), model(images)
+        # A GPU may sum in another order each time: float32 rounding, far below 1e-4.
+        if bool(((first - second).abs() > 1e-4 * first.abs().amax().clamp_min(1)).any()):
+            found.append(
+                "the model gives other logits for the same images: accuracies are one draw of a "
+                "random defence, and attacks must average over its randomness"
+            )
+        for name, loss in (
+            ("margin", lambda logits: margin(logits, labels).sum()),
+            ("cross-entropy", lambda logits: cross_entropy(logits, labels)),
+        ):
+            zero = _zero_gradients(model, images, loss)
+            if zero:
+                found.append(
+                    f"{zero} of {len(images)} images have no gradient of the {name} at all: "
+                    "gradient attacks pass them by, so trust aa (its Square needs none)"
+                )
+    return found
+
+
+def _zero_gradients(model: nn.Module, images: Tensor, loss: Any) -> int:
+    leaf = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss(model(leaf)), leaf)
+    return int((gradient.flatten(1) == 0).all(1).sum())
+
+
+def warnings_for_figures(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say which accuracies contradict each other; attacks: what evaluate returns under that name.
+
+    One step that fools more than many steps, and Square finding what gradients did not, are signs
+    of hidden gradients.
+    """
+    found = []
+    overall = {name: result["overall"] for name, result in attacks.items()}
+    iterated = {name: value for name, value in overall.items() if name.startswith("pgd")}
+    for name, value in iterated.items():
+        if "fgsm" in overall and value > overall["fgsm"] + 1:
+            found.append(
+                f"{name} leaves {value:.2f} % and fgsm {overall['fgsm']:.2f} %: one step fools "
+                "more than many, a sign of hidden gradients; trust aa"
+            )
+    after = attacks.get("aa", {}).get("after", {})
+    if after and after["fab-t"] - after["square"] > SQUARE_POINTS:
+        found.append(
+            f"Square lowered aa from {after['fab-t']:.2f} % to {after['square']:.2f} %: it needs no "
+            "gradients, so the gradients may be hidden and the true figure lower still"
+        )
+    return found

@@ -1,0 +1,202 @@
+"""What a report knows of a run: the files of its folder, read once and checked.
+
+A folder may lack anything but config.json, for a run may still be going on. A file that is there
+and cannot be read is named.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reat_fast.config import Config, fraction_text, from_json
+
+PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
+"""The figures of an attack, in the order tables show them."""
+
+TAIL80 = "tail80"
+"""The figure beyond them that evaluations have where they know the class sizes."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Hold what the folder of a run tells.
+
+    metrics and timing: a row per epoch, numbers by column, None where a cell is empty. ae_counts
+    [E, C]: adversarial examples predicted as each class, where every epoch tells. counts [C]:
+    training images. evaluation: as reat_fast.evaluate writes it.
+    """
+
+    folder: Path
+    config: Config
+    environment: dict[str, Any]
+    class_names: list[str]
+    counts: list[int] | None
+    metrics: list[dict[str, float | None]]
+    ae_counts: list[list[int]]
+    timing: list[dict[str, float | None]]
+    evaluation: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Name the run as its folder is named."""
+        return self.folder.resolve().name
+
+    @property
+    def weights_epoch(self) -> int | None:
+        """Return the epoch whose weights were evaluated, where that can be told."""
+        evaluation = self.evaluation or {}
+        if "weights_epoch" in evaluation:
+            return int(evaluation["weights_epoch"])
+        if evaluation.get("weights") == "last.safetensors" and self.metrics:
+            return len(self.metrics)
+        return None
+
+    @property
+    def device(self) -> str:
+        """Name the device as people do: the GPU's name, or the CPU's model."""
+        gpus = self.environment.get("gpus") or []
+        if gpus and self.config.device != "cpu":
+            return str(gpus[0].get("name"))
+        return str(self.environment.get("cpu") or "unknown device")
+
+    @property
+    def protocol(self) -> str:
+        """Say under which conditions the figures of the evaluation hold."""
+        if self.evaluation is None:
+            return "not evaluated yet"
+        told = self.evaluation
+        epoch = "" if self.weights_epoch is None else f" of epoch {self.weights_epoch}"
+        return (
+            f"{told.get('dataset', self.config.dataset)}, {told['samples']:,} test images, "
+            f"L-infinity eps {fraction_text(told['eps'])}, "
+            f"step {fraction_text(told.get('step_size', self.config.step_size))}, "
+            f"{told.get('weights', 'weights')}{epoch}, {told.get('device', 'unknown device')}"
+        )
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read the folder of a run.
+
+    Errors: ValueError naming the folder that is not one of a run, or the file that is damaged.
+    """
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise ValueError(f"{folder}: holds no config.json; give the folder of a run")
+    with _reading(settings):
+        config = from_json(settings.read_text("utf-8"), "settings")
+    split = _read_json(folder / "split.json") or {}
+    with _reading(folder / "split.json"):
+        counts = [int(n) for n in split["train_counts"]] if split else None
+        class_names = [str(name) for name in split["class_names"]] if split else []
+        if counts is not None and len(counts) != len(class_names):
+            raise ValueError("as many counts as classes are needed")
+    evaluation = _read_evaluation(folder / "evaluation.json")
+    if evaluation is not None:
+        class_names = class_names or evaluation["class_names"]
+        counts = counts or evaluation.get("train_counts")
+    metrics, predicted = read_metrics(folder / "metrics.csv")
+    return RunRecord(
+        folder=folder,
+        config=config,
+        environment=_read_json(folder / "env.json") or {},
+        class_names=class_names,
+        counts=counts,
+        metrics=metrics,
+        ae_counts=predicted,
+        timing=_read_timing(folder / "timing.csv"),
+        evaluation=evaluation,
+    )
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn whatever a damaged file raises into one line that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:200]
+        cure = "restore it" if file.name == "config.json" else "restore it, or move it away"
+        raise ValueError(f"{file}: damaged or not of reat_fast ({reason}); {cure}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    with _reading(file):
+        values = json.loads(file.read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no object of fields")
+    return values
+
+
+def _read_evaluation(file: Path) -> dict[str, Any] | None:
+    evaluation = _read_json(file)
+    if evaluation is None:
+        return None
+    with _reading(file):
+        classes = len(evaluation["class_names"])
+        evaluation["class_names"] = [str(name) for name in evaluation["class_names"]]
+        float(evaluation["eps"])
+        int(evaluation["samples"])
+        if len(evaluation.get("train_counts") or evaluation["class_names"]) != classes:
+            raise ValueError("as many train_counts as classes are needed")
+        if not evaluation["attacks"]:
+            raise ValueError("no attack")
+        for name, figures in evaluation["attacks"].items():
+            if len(figures["per_class"]) != classes:
+                raise ValueError(f"{name}: {len(figures['per_class'])} figures, {classes} classes")
+            overall = [figures[part] for part in PARTS] + [figures.get(TAIL80)]
+            for value in (*overall, *figures["per_class"]):
+                if value is not None and not 0 <= value <= 100:
+                    raise ValueError(f"{name}: {value} is not a percentage")
+    return evaluation
+
+
+def read_metrics(file: Path) -> tuple[list[dict[str, float | None]], list[list[int]]]:
+    """Read metrics.csv: numbers per epoch, and AE predictions [E, C], none where a row lacks them.
+
+    Errors: ValueError naming the file.
+    """
+    rows, predicted = [], []
+    for cells in _read_csv(file):
+        with _reading(file):
+            words = cells.pop("ae_counts", "").split()
+            predicted.append([int(word) for word in words])
+            rows.append(_numbers(cells, ("epoch", "loss", "adv_accuracy")))
+    if len({len(row) for row in predicted}) > 1 or not all(predicted):
+        predicted = []
+    return rows, predicted
+
+
+def _read_timing(file: Path) -> list[dict[str, float | None]]:
+    columns = ("epoch", "seconds", "training_seconds", "images_per_second", "warm_up_seconds")
+    rows = []
+    for cells in _read_csv(file):
+        with _reading(file):
+            rows.append(_numbers(cells, columns))
+    return rows
+
+
+def _read_csv(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        return []
+    with _reading(file), file.open(newline="", encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+        for number, row in enumerate(rows, start=1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number} has not as many cells as the heading")
+    return rows
+
+
+def _numbers(cells: dict[str, str], needed: tuple[str, ...]) -> dict[str, float | None]:
+    numbers = {name: float(text) if text else None for name, text in cells.items()}
+    for name in needed:
+        if numbers.get(name) is None:
+            raise ValueError(f"no {name} in a row")
+    return numbers

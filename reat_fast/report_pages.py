@@ -1,0 +1,291 @@
+"""What stands on the page of one run: its sections, their pictures and the words about them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from reat_fast import env, pictures, probe_pictures, report_html
+from reat_fast.config import LOCAL_FIELDS, Config
+from reat_fast.picture_style import FEW, Picture
+from reat_fast.progress import duration
+from reat_fast.report_data import RunRecord
+from reat_fast.report_probe import Probe
+from reat_fast.report_tables import (
+    Table,
+    attack_title,
+    group_runs,
+    main_attack,
+    mean_text,
+    paper_table,
+    part_of_class,
+    setting_text,
+    time_split,
+)
+
+THIRDS = (
+    "Head, body and tail are the thirds of the classes by size, as REAT's code takes them; tail80, "
+    "where it stands, the classes beyond the largest ones that hold 80 % of the images."
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Hold a finished report: the page, its pictures, and the table for papers as Markdown rows."""
+
+    page: str
+    pictures: list[Picture]
+    table: Table
+    table_note: str
+
+
+def run_report(run: RunRecord, probe: Probe | None, missing: str = "") -> Report:
+    """Write the report of one run; missing says why there is no probe."""
+    made = {
+        "Accuracy": _accuracy_pictures(run),
+        "Learning": _learning_pictures(run),
+        "Class statistics": _statistics_pictures(run),
+        "Under attack": _probe_pictures(run, probe) if probe is not None else [],
+        "Time": _time_pictures(run),
+    }
+    shown = {heading: report_html.pictures(drawn) for heading, drawn in made.items()}
+    table = paper_table(group_runs([run]))
+    shown["Accuracy"] = _accuracy_tables(run, table) + shown["Accuracy"]
+    if probe is None and missing:
+        shown["Under attack"] = report_html.note(missing)
+    if run.timing:
+        shown["Time"] = _time_table(run) + shown["Time"]
+    shown["Settings and machine"] = _settings(run)
+    page = report_html.page(run.name, "reat_fast run", _lead(run), _tiles(run), shown.items())
+    drawn = [picture for group in made.values() for picture in group]
+    return Report(page, drawn, table, f"Accuracy in %: {run.protocol}. {THIRDS}")
+
+
+def _lead(run: RunRecord) -> str:
+    config, done = run.config, len(run.metrics)
+    epochs = f"{done} of {config.epochs} epochs"
+    text = f"{config.model} on {config.dataset}, {epochs}, seed {config.seed}, {run.device}."
+    if run.counts:
+        largest, smallest = max(run.counts), max(min(run.counts), 1)
+        text += (
+            f" Trained on {sum(run.counts):,} images in {len(run.counts)} classes of "
+            f"{largest:,} to {min(run.counts):,} (ratio {largest / smallest:.0f})."
+        )
+    tested = "Not evaluated yet." if run.evaluation is None else f"Evaluated on {run.protocol}."
+    return f"{text} {tested}"
+
+
+def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
+    tiles = []
+    if run.evaluation is not None:
+        attacks, main = run.evaluation["attacks"], main_attack(run.evaluation)
+        names = dict.fromkeys([*(["clean"] if "clean" in attacks else []), main])
+        tiles += [(attack_title(n), _percent(attacks[n]["overall"]), "overall") for n in names]
+        for part, detail in (("balanced", "mean of classes"), ("tail", "tail classes")):
+            tiles.append((attack_title(main), _percent(attacks[main][part]), detail))
+        tiles.append((attack_title(main), _percent(attacks[main]["worst"]), "worst class"))
+    elif run.metrics:
+        tiles.append(("Training AEs", _percent(run.metrics[-1]["adv_accuracy"]), "last epoch"))
+    if run.timing:
+        seconds = sum(time_split(run.timing).values())
+        speed = run.timing[-1]["images_per_second"] or 0.0
+        spent = duration(seconds).replace(" ", "\N{NO-BREAK SPACE}")
+        detail = f"training images/s, {spent} in all"
+        tiles.append(("Throughput", f"{speed:,.0f}", detail))
+    return tiles
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def _accuracy_tables(run: RunRecord, table: Table) -> str:
+    if run.evaluation is None:
+        return report_html.note(
+            "No evaluation.json: the run is still going on, or ended early. "
+            f"Evaluate it with: python -m reat_fast.evaluate {run.folder}"
+        )
+    caption = f"Accuracy in %: {run.protocol}. {THIRDS}"
+    warnings = "".join(report_html.note(str(line)) for line in run.evaluation.get("warnings", []))
+    return (
+        warnings
+        + report_html.table(table, caption)
+        + report_html.table(
+            class_table(run),
+            f"Accuracy in % and images per class; {run.protocol}.",
+            words=2,
+            folded=f"All {len(run.evaluation['class_names'])} classes in figures",
+        )
+    )
+
+
+def class_table(run: RunRecord) -> Table:
+    """Lay out the classes of an evaluated run: part, images, accuracy under each attack."""
+    evaluation = run.evaluation or {}
+    attacks, names = evaluation["attacks"], evaluation["class_names"]
+    counts, tested = run.counts, evaluation.get("per_class_samples")
+    rows = [["class", "part", "training images", "test images", *map(attack_title, attacks)]]
+    for c, (name, part) in enumerate(zip(names, part_of_class(len(names)), strict=True)):
+        images = [f"{numbers[c]:,}" if numbers else "–" for numbers in (counts, tested)]
+        cells = [mean_text([figures["per_class"][c]]) for figures in attacks.values()]
+        rows.append([name, part, *images, *cells])
+    return rows
+
+
+def _accuracy_pictures(run: RunRecord) -> list[Picture]:
+    if run.evaluation is None:
+        return []
+    attacks, main = run.evaluation["attacks"], main_attack(run.evaluation)
+    evaluation = {**run.evaluation, "train_counts": run.counts}
+    others = ""
+    if set(attacks) - {"clean", main}:
+        few = len(run.class_names) <= FEW
+        others = "; marks: other attacks" if few else "; other attacks: in the tables"
+    said = ", ".join(
+        f"{part} {mean_text([attacks[main][part]])} %" for part in ("head", "body", "tail")
+    )
+    return [
+        Picture(
+            "accuracy",
+            "Accuracy per class, beside class sizes",
+            f"Pale: clean; solid: {attack_title(main)}{others}. {run.protocol}.",
+            f"Accuracy per class under {attack_title(main)}: {said}.",
+            pictures.class_accuracy(evaluation),
+        )
+    ]
+
+
+def _learning_pictures(run: RunRecord) -> list[Picture]:
+    if not run.metrics:
+        return []
+    last = run.metrics[-1]
+    evaluated = {
+        "held-out": "PGD-10 on held-out training images, mean of classes",
+        "official": "PGD-20 on the test set, overall",
+    }.get(run.config.evaluation, run.config.evaluation)
+    return [
+        Picture(
+            "loss",
+            "Loss",
+            "Means over the adversarial examples of each epoch.",
+            f"Training loss over {len(run.metrics)} epochs, {last['loss']:.3f} in the last.",
+            pictures.loss_curves(run.metrics),
+        ),
+        Picture(
+            "learning",
+            "Accuracy while learning",
+            f"Training AEs before each update; evaluations: {evaluated}.",
+            f"Accuracy over {len(run.metrics)} epochs; on training AEs "
+            f"{last['adv_accuracy']:.1f} % in the last.",
+            pictures.accuracy_curves(run.metrics),
+        ),
+    ]
+
+
+def _statistics_pictures(run: RunRecord) -> list[Picture]:
+    fits = run.counts and run.ae_counts and len(run.ae_counts[0]) == len(run.counts)
+    if not fits or run.counts is None:
+        return []
+    from reat_fast.step import resolve_attack_loss
+
+    used = resolve_attack_loss(run.config)
+    acts = (
+        f"This run's attack used them (attack loss {used})."
+        if used != "ce"
+        else "This run's attack used plain cross-entropy: with BatchNorm in eval mode these "
+        "weights cannot change an adversarial example."
+    )
+    arguments = (run.counts, run.ae_counts, run.class_names)
+    few = len(run.counts) <= FEW
+    before, after = ("Hollow", "solid") if few else ("Line", "dots")
+    never = sum(n == 0 for n in run.ae_counts[-1])
+    return [
+        Picture(
+            "predictions",
+            "What training AEs are predicted as",
+            "Share of predictions over share of training images: orange, a class predicted more "
+            "rarely than its size suggests; purple, more often.",
+            f"Heat map of classes over {len(run.ae_counts)} epochs; in the last, {never} of "
+            f"{len(run.counts)} classes were never predicted.",
+            pictures.prediction_histogram(*arguments),
+        ),
+        Picture(
+            "weights",
+            "RBL weights",
+            f"{before}: from class sizes alone; {after}: after the last epoch. {acts}",
+            "RBL weight of each class before the first and after the last epoch.",
+            pictures.weight_chart(*arguments),
+        ),
+    ]
+
+
+def _probe_pictures(run: RunRecord, probe: Probe) -> list[Picture]:
+    names = run.class_names
+    right = 100 * float((probe.labels == probe.predictions).mean())
+    return [
+        Picture(
+            "examples",
+            "Clean, attacked, and what changed",
+            "Largest head and smallest tail classes; below each image what it is taken for. "
+            f"Perturbation: grey is no change, the ends are ±eps. {probe.conditions}.",
+            f"{len(probe.examples)} test images, clean, attacked and their difference.",
+            probe_pictures.example_grid(probe, names),
+        ),
+        Picture(
+            "confusion",
+            "Confusion, clean and under attack",
+            f"In % of each true class, classes from largest to smallest. {probe.conditions}.",
+            f"Confusion matrices of {len(names)} classes; {right:.1f} % of the images are "
+            "classified right under attack.",
+            probe_pictures.confusion_maps(probe, names),
+        ),
+        Picture(
+            "features",
+            "Features",
+            "Last-layer features in the plane of the largest variance of clean images. "
+            f"{probe.conditions}.",
+            "Scatter plot of features by class, clean and under attack.",
+            probe_pictures.feature_map(probe, names),
+        ),
+    ]
+
+
+def _time_pictures(run: RunRecord) -> list[Picture]:
+    if not run.timing:
+        return []
+    caption = f"On {run.device}. Throughput counts training alone, without the first step."
+    words = f"Seconds and throughput of {len(run.timing)} epochs."
+    return [Picture("time", "Epoch by epoch", caption, words, pictures.time_chart(run.timing))]
+
+
+def _time_table(run: RunRecord) -> str:
+    split = time_split(run.timing)
+    total = max(sum(split.values()), 1e-9)
+    rows = [["", "time", "share"]]
+    rows += [[name, _seconds(s), f"{100 * s / total:.1f} %"] for name, s in split.items()]
+    rows.append(["all", _seconds(sum(split.values())), "100.0 %"])
+    return report_html.table(rows, f"Where the time went, on {run.device}.")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+
+
+def _settings(run: RunRecord) -> str:
+    default = dataclasses.asdict(Config())
+    rows = [["setting", "value"]]
+    changed = [["setting", "value", "default"]]
+    for name, value in dataclasses.asdict(run.config).items():
+        if name in LOCAL_FIELDS:
+            continue  # paths name people and machines
+        rows.append([name, setting_text(name, value)])
+        if value != default[name]:
+            changed.append([name, setting_text(name, value), setting_text(name, default[name])])
+    machine = report_html.preformatted("Machine and versions", env.table(run.environment))
+    return (
+        '<div class="cards">'
+        + report_html.table(changed, "Settings that differ from the defaults.", words=3)
+        + (machine if run.environment else "")
+        + "</div>"
+        + report_html.table(rows, "All settings.", words=2, folded="All settings")
+    )

@@ -1,0 +1,183 @@
+"""What a report asks the trained model: predictions, images and features under PGD-20.
+
+The images are those that `python -m reat_fast.evaluate --subset N` takes, with the same random
+starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reat_fast import checkpoint
+from reat_fast.attack import ascend, cross_entropy, evaluating
+from reat_fast.data import ImageSet, head_body_tail, load_dataset
+from reat_fast.frozen import FrozenNetwork
+from reat_fast.kernels.prepare import prepare
+from reat_fast.networks import Network
+from reat_fast.precision import full_precision
+from reat_fast.report_data import RunRecord
+
+STEPS = 20
+EXAMPLES_PER_PART = 3
+BATCH = 250
+
+Points = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Hold what a model did with N test images, clean and under attack.
+
+    labels, clean_predictions, predictions (under attack) int64 [N]; points and attacked_points
+    [N, 2]: features on the two directions of largest variance of the clean ones, of which
+    `explained` is the share of each. examples: positions of a few images of head and tail classes,
+    shown in clean and attacked, float32 [K, H, W, C] in [0, 1].
+    """
+
+    labels: Labels
+    clean_predictions: Labels
+    predictions: Labels
+    points: Points
+    attacked_points: Points
+    explained: tuple[float, float]
+    examples: list[int]
+    clean: Points
+    attacked: Points
+    eps: float
+    conditions: str
+
+
+def probe_run(run: RunRecord, images: int, data: Path | None, device: torch.device) -> Probe:
+    """Attack a run's model on `images` test images, evenly spread over the set.
+
+    data: where the data is; None: where the run found it. Weights are those that were evaluated,
+    else those that load_model takes.
+    Errors: ValueError naming the weights or the data that are missing or damaged.
+    """
+    told = run.evaluation or {}
+    weights = run.folder / str(told.get("weights", ""))
+    weights = weights if weights.is_file() else checkpoint.find_weights(run.folder)
+    model, spec = checkpoint.load_model_and_spec(weights, device)
+    dataset = load_dataset(run.config.dataset, data or run.config.data)
+    if dataset.num_classes != spec.num_classes:
+        raise ValueError(
+            f"{dataset.name} has {dataset.num_classes} classes, {weights} was trained on "
+            f"{spec.num_classes}; name the data of the run with --data"
+        )
+    eps = float(told.get("eps", run.config.eps))
+    return probe(
+        model,
+        _evenly(dataset.test, images),
+        spec.num_classes,
+        eps=eps,
+        step_size=float(told.get("step_size", run.config.step_size)),
+        seed=int(told.get("seed", run.config.seed)),
+        source=f"{dataset.name}, {weights.name}",
+    )
+
+
+def _evenly(image_set: ImageSet, count: int) -> ImageSet:
+    total = len(image_set)
+    return image_set.take(np.arange(min(count, total)) * total // min(count, total))
+
+
+def probe(
+    model: Network,
+    image_set: ImageSet,
+    num_classes: int,
+    *,
+    eps: float,
+    step_size: float,
+    seed: int,
+    source: str = "",
+) -> Probe:
+    """Attack a model with PGD-20 in float32; source names data and weights. See Probe."""
+    device = next(model.parameters()).device
+    images = torch.from_numpy(np.ascontiguousarray(image_set.images)).to(device)
+    labels = torch.from_numpy(image_set.labels).to(device)
+    parts = []
+    with evaluating(model), full_precision():
+        frozen = FrozenNetwork(model)
+        for first in range(0, len(labels), BATCH):
+            rows = torch.arange(first, min(first + BATCH, len(labels)), device=device)
+            clean, start = prepare(images, rows, seed, 0, eps, padding=0, flip=False)
+            attacked = ascend(
+                frozen,
+                start,
+                clean,
+                labels[rows],
+                eps=eps,
+                step_size=step_size,
+                steps=STEPS,
+                loss=cross_entropy,
+            )
+            parts.append((clean, attacked, *_features(model, clean), *_features(model, attacked)))
+    clean, attacked, features, logits, attacked_features, attacked_logits = (
+        torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)
+    )
+    clean_predictions = logits.argmax(1).numpy()
+    points, attacked_points, explained = principal_points(features, attacked_features)
+    shown = choose_examples(image_set.labels, clean_predictions, num_classes)
+    return Probe(
+        labels=image_set.labels,
+        clean_predictions=clean_predictions,
+        predictions=attacked_logits.argmax(1).numpy(),
+        points=points,
+        attacked_points=attacked_points,
+        explained=explained,
+        examples=shown,
+        clean=clean[shown].permute(0, 2, 3, 1).numpy(),
+        attacked=attacked[shown].permute(0, 2, 3, 1).numpy(),
+        eps=eps,
+        conditions=f"PGD-{STEPS}, {len(labels):,} test images, {source}, {device}",
+    )
+
+
+@torch.no_grad()
+def _features(model: Network, images: Tensor) -> tuple[Tensor, Tensor]:
+    return model.forward_features_logits(images)
+
+
+def principal_points(
+    features: Tensor, others: Tensor
+) -> tuple[Points, Points, tuple[float, float]]:
+    """Project features [N, D] and others [M, D] on the first two principal directions of features.
+
+    Returns both as [N, 2] and [M, 2], and the share of the variance that each direction holds. The
+    largest component of a direction is positive, so that a picture does not flip between machines.
+    """
+    middle = features.double().mean(0)
+    centred = features.double() - middle
+    _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
+    directions, scales = directions[:2], scales.square()
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    directions = directions * largest.sign()
+    share = (scales / scales.sum().clamp(min=1e-30)).tolist()
+    points, other_points = (
+        torch.nn.functional.pad(p, (0, 2 - p.shape[1])).float().numpy()
+        for p in (centred @ directions.T, (others.double() - middle) @ directions.T)
+    )
+    return points, other_points, (share[0], share[1] if len(share) > 1 else 0.0)
+
+
+def choose_examples(labels: Labels, clean_predictions: Labels, num_classes: int) -> list[int]:
+    """Choose an image each of the largest head and the smallest tail classes.
+
+    The first image of the class that the model gets right while it is clean, else the first.
+    """
+    parts, present = head_body_tail(num_classes), set(labels.tolist())
+    head = [c for c in parts["head"] if c in present][:EXAMPLES_PER_PART]
+    tail = [c for c in parts["tail"] if c in present][-EXAMPLES_PER_PART:]
+    chosen = []
+    for c in head + tail:
+        members = np.flatnonzero(labels == c)
+        right = members[clean_predictions[members] == c]
+        chosen.append(int(right[0] if len(right) else members[0]))
+    return chosen

@@ -1,0 +1,237 @@
+"""The tables of a report: accuracies of a run, of runs side by side, and where the time went."""
+
+from __future__ import annotations
+
+import html
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reat_fast.config import LOCAL_FIELDS, fraction_text
+from reat_fast.data import head_body_tail
+from reat_fast.report_data import PARTS, TAIL80, RunRecord
+
+Table = list[list[str]]
+"""A heading and rows of equal length, as text."""
+
+PROTOCOL = {"dataset": None, "eps": None, "step_size": None, "samples": None, "restarts": 1}
+"""What two evaluations must have in common for their figures to be averaged, and what they mean
+where they do not say it."""
+
+
+def accuracy_table(evaluation: dict[str, Any]) -> str:
+    """Write the figures of reat_fast.evaluate.evaluate as a table: overall, thirds, classes.
+
+    evaluation: what evaluate returns with class_names and, where known, train_counts [C].
+    """
+    names = list(evaluation["attacks"])
+    counts = evaluation.get("train_counts")
+    class_names = evaluation["class_names"]
+    part_of = part_of_class(len(class_names))
+    parts = _parts(evaluation["attacks"].values())
+    rows: list[Sequence[str]] = [("accuracy in %", "", "images", *names)]
+    for part in parts:
+        values = [evaluation["attacks"][name][part] for name in names]
+        rows.append((part, "", "", *map(_percent, values)))
+    for c, class_name in enumerate(class_names):
+        values = [evaluation["attacks"][name]["per_class"][c] for name in names]
+        images = str(counts[c]) if counts else ""
+        rows.append((f"  {class_name}", part_of[c], images, *map(_percent, values)))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if k < 2 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1 : 1 + len(parts)], rule, *lines[1 + len(parts) :]])
+
+
+def _parts(attacks: Iterable[dict[str, Any]]) -> list[str]:
+    known = any(figures.get(TAIL80) is not None for figures in attacks)
+    return [*PARTS, *([TAIL80] if known else [])]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def part_of_class(num_classes: int) -> list[str]:
+    """Say of each class whether it is head, body or tail."""
+    part_of = [""] * num_classes
+    for part, classes in head_body_tail(num_classes).items():
+        for c in classes:
+            part_of[c] = part
+    return part_of
+
+
+def attack_title(name: str) -> str:
+    """Write an attack's name as papers do: pgd20 is PGD-20, aa AutoAttack."""
+    known = {"clean": "Clean", "aa": "AutoAttack"}
+    return known.get(name) or re.sub(r"^([A-Z]+)(\d+)$", r"\1-\2", name.upper())
+
+
+def main_attack(evaluation: dict[str, Any]) -> str:
+    """Choose the attack that stands for robustness: PGD-20, else the last, clean if alone."""
+    names = list(evaluation["attacks"])
+    return "pgd20" if "pgd20" in names else names[-1]
+
+
+def mean_text(values: Sequence[float | None]) -> str:
+    """Write the mean and, over two or more values, the sample standard deviation."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return "–"
+    if len(present) == 1:
+        return f"{present[0]:.2f}"
+    return f"{statistics.mean(present):.2f} ± {statistics.stdev(present):.2f}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Hold runs of one configuration, which differ in their seed at most.
+
+    differs: the settings in which the groups of a report differ, as text.
+    """
+
+    letter: str
+    differs: dict[str, str]
+    runs: list[RunRecord]
+
+    @property
+    def label(self) -> str:
+        """Name the group in a table: its letter, and how it differs where it does."""
+        settings = ", ".join(f"{name}={value}" for name, value in self.differs.items())
+        return f"{self.letter}: {settings}" if settings else self.letter
+
+    @property
+    def short_label(self) -> str:
+        """Name the group in a picture, where there is little room."""
+        return self.label if len(self.label) <= 40 else self.letter
+
+    @property
+    def evaluated(self) -> list[RunRecord]:
+        """Return the runs that have been evaluated."""
+        return [run for run in self.runs if run.evaluation is not None]
+
+    def attack_names(self) -> list[str]:
+        """Return the attacks that any of the runs was evaluated under, in order."""
+        names = (name for run in self.evaluated for name in (run.evaluation or {})["attacks"])
+        return list(dict.fromkeys(names))
+
+    def values(self, attack: str, part: str) -> list[float | None]:
+        """Return a figure of each run that was evaluated under an attack."""
+        evaluations = [run.evaluation["attacks"] for run in self.runs if run.evaluation]
+        return [attacks[attack].get(part) for attacks in evaluations if attack in attacks]
+
+
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
+    """Put runs together whose configurations differ in the seed alone, in the order given.
+
+    Runs that were evaluated under other conditions (PROTOCOL) stand apart.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    settings: dict[str, dict[str, str]] = {}
+    for run in runs:
+        told = _settings(run)
+        groups.setdefault(repr(told), []).append(run)
+        settings[repr(told)] = told
+    names = list(dict.fromkeys(name for told in settings.values() for name in told))
+    differing = [n for n in names if len({told.get(n) for told in settings.values()}) > 1]
+    return [
+        Group(_letter(k), {n: settings[key].get(n, "unset") for n in differing}, members)
+        for k, (key, members) in enumerate(groups.items())
+    ]
+
+
+def _settings(run: RunRecord) -> dict[str, str]:
+    values = {
+        name: setting_text(name, value)
+        for name, value in asdict(run.config).items()
+        if name not in ("seed", *LOCAL_FIELDS)
+    }
+    evaluation = run.evaluation or {}
+    tested = {
+        f"test {name}": setting_text(name, evaluation.get(name, default))
+        for name, default in PROTOCOL.items()
+        if evaluation
+    }
+    return values | tested
+
+
+def setting_text(name: str, value: object) -> str:
+    """Write the value of a setting for people."""
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name in ("eps", "step_size") and isinstance(value, float):
+        return fraction_text(value)
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _letter(index: int) -> str:
+    tens, one = divmod(index, 26)
+    return (_letter(tens - 1) if tens else "") + chr(ord("A") + one)
+
+
+def paper_table(groups: Sequence[Group]) -> Table:
+    """Lay out accuracies in %: a row per group and attack, a column per part.
+
+    Cells hold the mean and the sample standard deviation over the runs of the group.
+    """
+    several = len(groups) > 1
+    evaluations = [run.evaluation for group in groups for run in group.runs if run.evaluation]
+    parts = _parts(figures for told in evaluations for figures in told["attacks"].values())
+    rows: Table = [[*(["group"] if several else []), "attack", *parts, "runs"]]
+    for group in groups:
+        for attack in group.attack_names():
+            cells = [mean_text(group.values(attack, part)) for part in parts]
+            head = [*([group.short_label] if several else []), attack_title(attack)]
+            rows.append([*head, *cells, str(len(group.values(attack, "overall")))])
+    return rows
+
+
+def markdown(table: Table) -> str:
+    """Write a table as Markdown; what a cell holds is shown, never interpreted."""
+    heading, *rows = [[_markdown_cell(cell) for cell in row] for row in table]
+    columns = len(heading)
+    text_columns = sum(name in ("group", "attack") for name in table[0])
+    rule = [":--" if k < text_columns else "--:" for k in range(columns)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *rows))
+
+
+def _markdown_cell(text: str) -> str:
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\|*_`\[\]])", r"\\\1", escaped)
+
+
+def time_split(timing: Sequence[dict[str, float | None]]) -> dict[str, float]:
+    """Say where the seconds of a run went: warm-up, training, evaluation and saving.
+
+    timing: rows of timing.csv. Each row repeats the warm-up of its process, which was spent in
+    that process's first epoch, once.
+    """
+    split = {"warm-up": 0.0, "training": 0.0, "evaluation and saving": 0.0}
+    for row in epoch_times(timing):
+        for name, seconds in row.items():
+            split[name] += seconds
+    return split
+
+
+def epoch_times(timing: Sequence[dict[str, float | None]]) -> list[dict[str, float]]:
+    """Split the seconds of each epoch; see time_split."""
+    rows, before = [], None
+    for row in timing:
+        warm_up = row["warm_up_seconds"] or 0.0
+        first, before = warm_up != before, warm_up
+        spent = {"warm-up": warm_up if first else 0.0, "training": row["training_seconds"] or 0.0}
+        rest = (row["seconds"] or 0.0) - sum(spent.values())
+        rows.append({**spent, "evaluation and saving": max(rest, 0.0)})
+    return rows

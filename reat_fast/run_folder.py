@@ -1,0 +1,64 @@
+"""The folder of a run: who may write it, what describes it, and its tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from reat_fast.checkpoint import CheckpointError, write_text
+from reat_fast.config import Config, to_json
+from reat_fast.data import Dataset, Splits
+from reat_fast.env import environment
+
+
+class FolderLock:
+    """Hold a run folder for this process alone, until it ends or lets go; leaves no file behind.
+
+    Errors: CheckpointError where another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            import fcntl
+
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise CheckpointError(
+                f"{folder}: another process is training in this folder; wait for it, or give "
+                "another --run-dir"
+            ) from None
+        except (ImportError, OSError):
+            pass  # a system or file system without locks
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        os.close(self._descriptor)
+
+
+def describe_run(folder: Path, config: Config, dataset: Dataset, splits: Splits) -> None:
+    """Write what a run is made of: configuration, environment and split, before its first step."""
+    write_text(folder / "config.json", to_json(config) + "\n")
+    write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+    split = {
+        "dataset": dataset.name,
+        "class_names": list(dataset.class_names),
+        "train_counts": splits.counts,
+        "held_out": len(splits.held_out),
+        "fingerprint": splits.fingerprint,
+    }
+    write_text(folder / "split.json", json.dumps(split, indent=2) + "\n")
+
+
+def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of equal columns as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, text.getvalue())

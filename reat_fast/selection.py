@@ -1,0 +1,124 @@
+"""Choosing the best epoch of a run, and testing the chosen weights once."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from reat_fast import checkpoint, report
+from reat_fast.data import ImageSet
+from reat_fast.evaluate import Attack, evaluate
+from reat_fast.run import Run
+
+SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
+"""The attack and the figure that choose the best epoch."""
+
+Tick = Callable[[int], object]
+"""Called with the number of images after each batch of an evaluation; may raise to end it."""
+
+
+def evaluation_is_due(run: Run, epoch: int) -> bool:
+    """Say whether the weights after epoch number `epoch`, from 0 on, are evaluated."""
+    config = run.config
+    if config.evaluation == "none" or not len(_candidates(run)):
+        return False
+    return epoch + 1 == config.epochs or (epoch + 1) % _every(run) == 0
+
+
+def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, Any]:
+    """Evaluate the weights where it is due and keep them if they are the best so far.
+
+    Returns the columns eval_clean, eval_robust and eval_robust_tail, empty where nothing was done.
+    """
+    if not evaluation_is_due(run, epoch) or not run.world.main:
+        return {"eval_clean": "", "eval_robust": "", "eval_robust_tail": ""}
+    config = run.config
+    name, figure = SELECTION[config.evaluation]
+    network = run.step.evaluated_network()
+    result = evaluate(
+        network,
+        _selection_set(run),
+        [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", name)],
+        run.dataset.num_classes,
+        eps=config.eps,
+        seed=config.seed,
+        batch_size=config.eval_batch_size,
+        progress=tick,
+    )["attacks"]
+    robust, tail = result[name][figure], result[name]["tail"]
+    if run.best is None or robust >= run.best["robust"]:
+        run.best = {"epoch": epoch + 1, "robust": robust}
+        checkpoint.save_weights(run.folder / "best.safetensors", network, run.spec)
+    return {
+        "eval_clean": result["clean"][figure],
+        "eval_robust": robust,
+        "eval_robust_tail": "" if tail is None else tail,
+    }
+
+
+def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
+    """Evaluate the chosen weights on the test set, once; write the figures and pictures."""
+    config, folder = run.config, run.folder
+    best = config.select == "best" and run.best is not None
+    weights = folder / ("best.safetensors" if best else "last.safetensors")
+    model = checkpoint.load_model(weights, run.device)
+    began = time.perf_counter()
+    result = evaluate(
+        model,
+        run.limited(run.splits.test),
+        [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", "pgd20")],
+        run.dataset.num_classes,
+        eps=config.eps,
+        seed=config.seed,
+        batch_size=config.eval_batch_size,
+        progress=tick,
+    )
+    result |= {
+        "weights": weights.name,
+        "weights_epoch": int(run.best["epoch"]) if best and run.best else config.epochs,
+        "dataset": run.dataset.name,
+        "class_names": list(run.dataset.class_names),
+        "train_counts": run.splits.counts,
+        "eps": config.eps,
+        "step_size": config.step_size,
+        "seed": config.seed,
+        "device": str(run.device),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    checkpoint.write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
+    report.draw_accuracy(result, folder / "accuracy.png", title)
+    report.draw_learning(folder / "metrics.csv", folder / "learning.png")
+    return result
+
+
+def expected_seconds(run: Run) -> float:
+    """Guess the seconds that are left from one attack step on a few images.
+
+    Counted in such passes, forward plus gradient: an image costs `steps` in the attack and 1.5
+    in the update, and one per step of an evaluation.
+    """
+    config = run.config
+    epochs = config.epochs - run.epoch
+    per_epoch = min(run.batches * config.batch_size, len(run.splits.train))
+    training = epochs * per_epoch * (config.steps + 1.5) / run.world.size
+    evaluation = len(run.limited(run.splits.test)) * 20.5
+    if config.evaluation != "none":
+        attack, _ = SELECTION[config.evaluation]
+        evaluation += math.ceil(epochs / _every(run)) * len(_selection_set(run)) * int(attack[3:])
+    return (training + evaluation) * run.seconds_per_pass()
+
+
+def _every(run: Run) -> int:
+    return 1 if run.config.evaluation == "official" else run.config.eval_every
+
+
+def _candidates(run: Run) -> ImageSet:
+    return run.splits.test if run.config.evaluation == "official" else run.splits.held_out
+
+
+def _selection_set(run: Run) -> ImageSet:
+    return run.limited(_candidates(run))

@@ -1,0 +1,69 @@
+"""Ending a run between two steps: what Ctrl-C and a scheduler's SIGTERM turn into."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from reat_fast.distributed import World
+
+# Processes must agree on the step after which they stop; asking costs one small collective.
+AGREE_EVERY_STEPS = 10
+
+
+class Stopped(Exception):
+    """The run was asked to stop and everything it needs to go on is saved; code: exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"stopped by signal {code - 128}")
+        self.code = code
+
+
+class StopRequest:
+    """Notice SIGINT and SIGTERM while the block runs; a second SIGINT ends the program at once."""
+
+    def __init__(self, world: World | None = None) -> None:
+        self._world = world or World()
+        self._signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._signal != 0
+
+    def agreed(self, step: int) -> bool:
+        """Say after step number `step` whether all processes stop here."""
+        if self._world.size > 1 and step % AGREE_EVERY_STEPS:
+            return False
+        return self._world.any(self.asked)
+
+    def stopped(self) -> Stopped:
+        """Make the exception that ends the run."""
+        return Stopped(128 + (self._signal or signal.SIGTERM))
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self._signal and self._world.main:
+            again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+            print(f"stopping after this step{again}", file=sys.stderr, flush=True)
+        self._signal = number

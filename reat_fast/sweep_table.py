@@ -1,0 +1,148 @@
+"""The table of a sweep: mean and sample standard deviation over the seeds of each line.
+
+A figure enters with its attack, radius and number of test images; runs that differ in these are not
+averaged. Seconds are those of all epochs, evaluations on held-out images included.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reat_fast.config import fraction_text
+
+COLUMNS = {
+    "clean": ("clean", "overall"),
+    "clean tail": ("clean", "tail"),
+    "PGD-20": ("pgd20", "overall"),
+    "PGD-20 tail": ("pgd20", "tail"),
+}
+"""Attack and part of evaluation.json behind each column, in percent."""
+
+CONDITIONS = ("dataset", "samples", "eps")
+"""What runs of one line must share for a mean to mean anything."""
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """The finished runs of one line: their conditions and, by column, a value for each."""
+
+    name: str
+    planned: int
+    conditions: dict[str, Any]
+    values: dict[str, list[float]]
+
+    @property
+    def finished(self) -> int:
+        """Runs that the row is made of."""
+        return len(self.values["seconds"])
+
+
+def summarise(name: str, folders: Sequence[Path]) -> SummaryRow:
+    """Gather the figures of a line's runs from their evaluation.json and timing.csv.
+
+    Errors: ValueError naming a damaged file, and a run evaluated under other conditions.
+    """
+    conditions: dict[str, Any] = {}
+    values: dict[str, list[float]] = {column: [] for column in (*COLUMNS, "seconds")}
+    for folder in folders:
+        file = folder / "evaluation.json"
+        if not file.is_file():
+            continue
+        try:
+            evaluation = json.loads(file.read_text("utf-8"))
+            found = {condition: evaluation[condition] for condition in CONDITIONS}
+            for column, (attack, part) in COLUMNS.items():
+                value = evaluation["attacks"].get(attack, {}).get(part)
+                if value is not None:
+                    values[column].append(float(value))
+            values["seconds"].append(_seconds(folder / "timing.csv"))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
+        if conditions not in ({}, found):
+            raise ValueError(
+                f"{file}: evaluated on {found}, the other seeds on {conditions}; evaluate it again"
+            )
+        conditions = found
+    return SummaryRow(name, len(folders), conditions, values)
+
+
+def _seconds(timing: Path) -> float:
+    with timing.open(newline="", encoding="utf-8") as file:
+        return sum(float(row["seconds"]) for row in csv.DictReader(file))
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Write values as mean ± sample standard deviation, or the one there is, or a dash."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(rows: Sequence[SummaryRow]) -> str:
+    """Write the rows as a Markdown table whose columns also line up in a terminal."""
+    head = ["run", "seeds", "data set", "test images", "eps", *COLUMNS, "seconds"]
+    cells = [head]
+    for row in rows:
+        eps = row.conditions.get("eps")
+        cells.append(
+            [
+                row.name,
+                f"{row.finished} of {row.planned}",
+                str(row.conditions.get("dataset", "-")).replace("|", "\\|"),
+                str(row.conditions.get("samples", "-")),
+                "-" if eps is None else fraction_text(eps),
+                *(_cell(row, column) for column in COLUMNS),
+                spread(row.values["seconds"], digits=0),
+            ]
+        )
+    widths = [max(len(line[k]) for line in cells) for k in range(len(head))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    )
+
+
+def _cell(row: SummaryRow, column: str) -> str:
+    values = row.values[column]
+    missing = values and len(values) < row.finished
+    return f"{spread(values)} (n = {len(values)})" if missing else spread(values)
+
+
+def document(table: str, commands: Mapping[str, str]) -> str:
+    """Write summary.md: the table, what its figures are, and the flags behind each name."""
+    listed = "\n".join(
+        f"    {name}: python -m reat_fast.train {command}" for name, command in commands.items()
+    )
+    return (
+        f"{table}\n\nAccuracies in percent on the test set, mean ± sample standard deviation over "
+        f"the seeds; seconds of all epochs.\n\n{listed}\n"
+    )
+
+
+def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> str:
+    """Write summary.csv: means and sample standard deviations, empty where there are none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [*COLUMNS, "seconds"]
+    names = [column.lower().replace("-", "").replace(" ", "_") for column in columns]
+    figures = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
+    writer.writerow(["run", "command", "finished", "planned", *CONDITIONS, *figures])
+    for row in rows:
+        figure: list[float | str] = []
+        for column in columns:
+            values = row.values[column]
+            figure.append(statistics.fmean(values) if values else "")
+            figure.append(statistics.stdev(values) if len(values) > 1 else "")
+        conditions = [row.conditions.get(condition, "") for condition in CONDITIONS]
+        command = f"python -m reat_fast.train {commands[row.name]}"
+        writer.writerow([row.name, command, row.finished, row.planned, *conditions, *figure])
+    return text.getvalue()

@@ -1,0 +1,114 @@
+"""One model, one set of images, one attack after the other: which images does it get right?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reat_fast.attacks import AUTOATTACKS, Attack
+from reat_fast.autoattack import AutoAttack, package_autoattack
+from reat_fast.data import ImageSet
+from reat_fast.kernels.prepare import prepare
+from reat_fast.precision import full_precision
+from reat_fast.victim import Victim
+
+
+@dataclass(frozen=True)
+class Images:
+    """Clean images and random starts at rows of a set, which may decode them on demand."""
+
+    image_set: ImageSet
+    victim: Victim
+    seed: int
+    eps: float
+
+    def __call__(self, rows: Tensor, restart: int = 0) -> tuple[Tensor, Tensor]:
+        pixels = np.ascontiguousarray(self.image_set.images[rows.numpy()])
+        device, dtype = self.victim.device, self.victim.dtype
+        pair = prepare(
+            torch.from_numpy(pixels).to(device),
+            rows.to(device),
+            self.seed,
+            restart,
+            self.eps,
+            gather=False,
+            padding=0,
+            flip=False,
+        )
+        clean, start = (t.to(dtype) for t in pair)
+        return clean, start
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model on one set of images, attacked in one way after the other."""
+
+    victim: Victim
+    images: Images
+    labels: Tensor  # int64 [N] on the CPU
+    eps: float
+    seed: int
+    batch_size: int
+    restarts: int
+    state: Path | None
+    progress: Callable[[int], object] | None
+
+    def run(self, attack: Attack) -> tuple[Tensor, dict[str, Any]]:
+        """Return which images the model gets right, bool [N], and what else there is to report."""
+        if attack.name not in AUTOATTACKS:
+            return self._ascent(attack), {}
+        right, details = self._autoattack() if attack.name == "aa" else (self._package(), {})
+        self._done(len(self.labels))
+        return right, details
+
+    def _done(self, images: int) -> None:
+        if self.progress is not None:
+            self.progress(images)
+
+    def _ascent(self, attack: Attack) -> Tensor:
+        right = torch.ones(len(self.labels), dtype=torch.bool)
+        for restart in range(self.restarts if attack.random_start else 1):
+            standing = right.nonzero().squeeze(1)  # what fell to an earlier start need not again
+            left = len(standing) * attack.passes
+            for rows in standing.split(self.batch_size):
+                self.victim.expect(attack.name, left)
+                clean, start = self.images(rows, restart)
+                labels = self.labels[rows].to(clean.device)
+                adv = attack.perturb(self.victim, clean, start, labels, self.eps)
+                right[rows] = ~self.victim.fooled(adv, labels).cpu()
+                left -= len(rows) * attack.passes
+                self._done(len(rows))
+        return right
+
+    def _autoattack(self) -> tuple[Tensor, dict[str, Any]]:
+        search = AutoAttack(
+            self.victim,
+            lambda rows: self.images(rows)[0],
+            self.labels,
+            eps=self.eps,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            state=self.state,
+        )
+        standing = search.run()
+        return standing.robust, {"after": standing.after}
+
+    def _package(self) -> Tensor:
+        self.victim.expect("aa-package", 0)
+        clean, _ = self.images(torch.arange(len(self.labels)))
+        labels = self.labels.to(clean.device)
+        with full_precision():
+            return package_autoattack(
+                self.victim.model,
+                clean,
+                labels,
+                eps=self.eps,
+                seed=self.seed,
+                batch_size=self.batch_size,
+            )

@@ -1,0 +1,108 @@
+"""The network under attack: quick logits to search with, the model's own in float32 to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reat_fast.attack import evaluating
+from reat_fast.frozen import FrozenNetwork
+from reat_fast.networks import Network
+from reat_fast.precision import full_precision
+
+Precision = Literal["float32", "tf32", "bf16"]
+
+FORWARD, WITH_GRADIENT = 1, 2
+"""What an image costs, in forward passes; weights are constant, so a gradient is one pass more."""
+
+
+class Victim:
+    """Give an attack its logits and gradients, and say in float32 which images are fooled.
+
+    Made by `attacked`. Calling it on images [B, C, H, W] in [0, 1] returns logits [B, K] of the
+    network with BatchNorm folded, in at least float32. dtype, device: those of images and verdicts.
+    """
+
+    def __init__(self, model: Network, precision: Precision, bar: tqdm[Any] | None) -> None:
+        weight = next(model.parameters())
+        self.model = model
+        self.precision = precision
+        self.device = weight.device
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._frozen = FrozenNetwork(model, torch.bfloat16 if precision == "bf16" else None)
+        self._bar = tqdm(disable=True) if bar is None else bar
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self._bar.update(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))
+        return self._frozen(images).to(self.dtype)
+
+    def gradient(
+        self, images: Tensor, objective: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [B, K], objective(logits) [B] and its gradient by the images."""
+        images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self(images)
+            values = objective(logits)
+        (gradient,) = torch.autograd.grad(values.sum(), images)
+        return logits.detach(), values.detach(), gradient
+
+    @torch.no_grad()
+    def true_logits(self, images: Tensor) -> Tensor:
+        """Return the logits of the model itself, in float32 without TF32."""
+        self._bar.update(len(images))
+        with full_precision():
+            logits: Tensor = self.model(images)
+        return logits
+
+    def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return which images [B] the model itself gets wrong, bool [B]; may not sync."""
+        return self.true_logits(images).argmax(1) != labels
+
+    def confirmed(self, suspected: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Return which of the images that the quick logits get wrong are fooled, bool [B]."""
+        rows = suspected.nonzero().squeeze(1)
+        found = torch.zeros_like(suspected)
+        if len(rows):
+            found[rows] = self.fooled(images[rows], labels[rows])
+        return found
+
+    def expect(self, what: str, passes: int) -> None:
+        """Tell the progress bar what is running and how many passes are left at most."""
+        self._bar.set_description_str(what, refresh=False)
+        self._bar.total = self._bar.n + passes
+        self._bar.refresh()
+
+
+class PerImage:
+    """The state of a search; a dataclass whose tensors each have one row per image left."""
+
+    def keep(self, kept: Tensor) -> None:
+        """Keep the images where kept, bool [B], is true; the others have left the search."""
+        for field in fields(self):  # type: ignore[arg-type]
+            setattr(self, field.name, getattr(self, field.name)[kept])
+
+
+@contextmanager
+def attacked(
+    model: Network, precision: Precision = "float32", bar: tqdm[Any] | None = None
+) -> Iterator[Victim]:
+    """Put a model into eval mode and open it to attacks; its modes are given back after.
+
+    precision: arithmetic of the search; the verdict is float32, without TF32, or float64 where the
+    model is. bar: a progress bar in forward passes of one image.
+    """
+    conv, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = conv.allow_tf32, matmul.allow_tf32
+    with evaluating(model):
+        try:
+            conv.allow_tf32 = matmul.allow_tf32 = precision != "float32"
+            yield Victim(model, precision, bar)
+        finally:
+            conv.allow_tf32, matmul.allow_tf32 = before

@@ -1,0 +1,339 @@
+"""Our AutoAttack: each attack against the package's, and what makes it fast, beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_data import made_images
+from torch import Tensor, nn
+
+from reat_fast import apgd, autoattack
+from reat_fast.autoattack import AutoAttack, package_autoattack
+from reat_fast.fab import fab, hyperplane_step
+from reat_fast.square import _squares, square
+from reat_fast.victim import Victim, attacked
+
+EPS = 0.12
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """Return a network trained on made images until about half of its answers stand."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        network = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(128, CLASSES))
+        optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+        images, labels = made(240, seed=1)
+        for _ in range(60):
+            noisy = (images + 0.1 * torch.randn_like(images)).clamp(0, 1)
+            loss = nn.functional.cross_entropy(network(noisy), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.eval()
+
+
+def made(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    labels = np.arange(count, dtype=np.int64) % CLASSES
+    images = torch.from_numpy(made_images(labels, 3, seed=seed))
+    return images.permute(0, 3, 1, 2).contiguous() / 255, torch.from_numpy(labels)
+
+
+@pytest.fixture(scope="module")
+def test_set() -> tuple[Tensor, Tensor]:
+    return made(60, seed=2)
+
+
+def search(victim: Victim, images: Tensor, labels: Tensor, **settings: object) -> AutoAttack:
+    quick = {"eps": EPS, "seed": 0, "batch_size": 64, "steps": 12, "queries": 60}
+    return AutoAttack(victim, lambda rows: images[rows], labels, **{**quick, **settings})
+
+
+Find = Callable[[Victim, Tensor, Tensor, Tensor], Tensor]
+NOISE = 2 * torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 1
+FINDERS: dict[str, Find] = {
+    "apgd-ce": lambda v, x, y, t: apgd.apgd(
+        v, x, y, t, EPS * NOISE, apgd.cross_entropy, eps=EPS, steps=20
+    ),
+    "apgd-t": lambda v, x, y, t: apgd.apgd(
+        v, x, y, t, EPS * NOISE, apgd.targeted_dlr, eps=EPS, steps=20
+    ),
+    "fab-t": lambda v, x, y, t: fab(v, x, y, t, eps=EPS, steps=20),
+    "square": lambda v, x, y, t: square(v, x, y, torch.arange(len(x)), eps=EPS, queries=200),
+}
+
+
+@pytest.mark.parametrize("name", FINDERS)
+def test_what_is_found_fools_the_model_within_the_ball(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], name: str
+) -> None:
+    images, labels = test_set
+    with attacked(model) as victim:
+        targets = victim.true_logits(images).argsort(1, descending=True)[:, 1]
+        found = FINDERS[name](victim, images, labels, targets)
+    moved = (found != images).flatten(1).any(1)
+    wrong = model(found).argmax(1) != labels
+    assert torch.equal(moved | (model(images).argmax(1) != labels), wrong)
+    assert 0 < moved.sum() < len(images)
+    assert found.min() >= 0 and found.max() <= 1
+    # clean + eps is rounded once: half a unit in the last place of a number up to 2.
+    assert (found - images).abs().max() <= EPS + 2**-23
+
+
+@pytest.fixture(scope="module")
+def ours_and_package(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    pytest.importorskip("pyautoattack")
+    images, labels = test_set
+    with attacked(model) as victim:
+        standing = search(victim, images, labels, steps=100, queries=5000).run()
+    theirs = package_autoattack(model, images, labels, eps=EPS, seed=0, batch_size=64)
+    return standing.after, standing.robust, theirs
+
+
+def test_the_robust_accuracy_is_that_of_the_package(
+    ours_and_package: tuple[dict[str, float], Tensor, Tensor],
+) -> None:
+    after, ours, theirs = ours_and_package
+    assert after["clean"] > 90 and 20 < after["square"] < 80
+    assert after["square"] == pytest.approx(100 * ours.double().mean())
+    assert int(ours.sum()) == int(theirs.sum())
+
+
+def test_every_attack_takes_its_part(model: nn.Module, test_set: tuple[Tensor, Tensor]) -> None:
+    with attacked(model) as victim:
+        run = search(victim, *test_set)
+        standing = run.run()
+    assert [stage for stage, _ in run.runs] == (
+        ["clean", "apgd-ce"] + ["apgd-t"] * 5 + ["fab-t"] * 5 + ["square"]
+    )
+    accuracies = list(standing.after.values())
+    assert list(standing.after) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert accuracies == sorted(accuracies, reverse=True) and accuracies[1] < accuracies[0]
+
+
+def test_fab_stands_where_the_package_stands(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    pyautoattack = pytest.importorskip("pyautoattack")
+    images, labels = test_set
+    package = pyautoattack.AutoAttack(model, eps=EPS, seed=0, version="custom", attacks=["fab-t"])
+    package.fab.n_target_classes = CLASSES - 1
+    adv, _ = package.run_standard_evaluation(images, labels, batch_size=64)
+    expected = model(adv).argmax(1) == labels
+    right = model(images).argmax(1) == labels
+    with attacked(model) as victim:
+        order = victim.true_logits(images).argsort(1, descending=True)
+        for rank in range(1, CLASSES):
+            found = fab(victim, images, labels, order[:, rank], eps=EPS, steps=100)
+            right &= ~victim.fooled(found, labels)
+    # No random numbers: the same images, but for one that rounding may leave on the other side.
+    assert int((right != expected).sum()) <= 1
+    assert 0 < int(right.sum()) < 60
+
+
+def test_square_and_apgd_find_as_much_as_the_packages(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    pyautoattack = pytest.importorskip("pyautoattack")
+    images, labels = test_set
+    for name in ("apgd-ce", "square"):
+        package = pyautoattack.AutoAttack(model, eps=EPS, seed=0, version="custom", attacks=[name])
+        package.apgd.n_restarts, package.square.n_queries = 1, 1000
+        adv, _ = package.run_standard_evaluation(images, labels, batch_size=64)
+        expected = int((model(adv).argmax(1) == labels).sum())
+        with attacked(model) as victim:
+            if name == "square":
+                found = square(victim, images, labels, torch.arange(60), eps=EPS, queries=1000)
+            else:
+                found = apgd.apgd(
+                    victim, images, labels, labels, EPS * NOISE, apgd.cross_entropy, eps=EPS
+                )
+            right = ~victim.fooled(found, labels)
+        # Other random numbers: an image or two on the border (binomial, a few undecided images).
+        assert abs(int(right.sum()) - expected) <= 2
+
+
+def test_batch_size_and_breaks_change_nothing(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = test_set
+    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
+    with attacked(model) as victim:
+        whole = search(victim, images, labels).run()
+        state, calls = tmp_path / "state.pt", 0
+
+        class Killed(Exception):
+            pass
+
+        def images_until_killed(rows: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls in (7, 15):
+                raise Killed
+            return images[rows]
+
+        breaks = 0
+        while True:
+            broken = AutoAttack(
+                victim, images_until_killed, labels, eps=EPS, seed=0, batch_size=7,
+                steps=12, queries=60, state=state,
+            )  # fmt: skip
+            try:
+                parts = broken.run()
+                break
+            except Killed:
+                breaks += 1
+                assert state.is_file()
+    assert breaks == 2 and not state.exists()
+    assert torch.equal(parts.robust, whole.robust)
+    assert parts.after == whole.after
+
+
+def test_a_finished_batch_is_not_attacked_again(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = test_set
+    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
+    with attacked(model) as victim:
+        state = tmp_path / "state.pt"
+        first = search(victim, images, labels, state=state, batch_size=20)
+        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 4))
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+        again = search(victim, images, labels, state=state, batch_size=20)
+        assert again.standing.run == 1 and len(again.standing.pending) < 60
+        # Another seed is another search; so is a file that is none.
+        assert search(victim, images, labels, state=state, seed=1).standing.run == 0
+        state.write_bytes(b"torn")
+        assert search(victim, images, labels, state=state).standing.run == 0
+
+
+def fail_after(function: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
+    left = calls
+
+    def failing(*arguments: object) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return failing
+
+
+def test_no_image_counts_as_fooled_that_the_model_itself_gets_right(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = test_set
+    with attacked(model) as victim:
+        right = ~victim.fooled(images, labels)
+        honest = victim._frozen
+        # Quick logits that always name another class suspect every image at every step.
+        victim._frozen = lambda x: -honest(x)
+        standing = search(victim, images, labels, steps=3, queries=3, eps=0.0).run()
+    assert torch.equal(standing.robust, right)
+
+
+def test_bfloat16_search_confirmed_in_float32_comes_to_the_same(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = test_set
+    with attacked(model, "bf16") as victim:
+        coarse = search(victim, images, labels).run().robust
+    with attacked(model) as victim:
+        exact = search(victim, images, labels).run().robust
+    # bfloat16 resolves margins to 1 part in 256: an image of 60 may be missed, or gained by luck.
+    assert int((coarse != exact).sum()) <= 2
+
+
+def test_few_classes_and_bad_models_are_refused(model: nn.Module) -> None:
+    images = torch.rand(4, 3, 8, 8)
+    labels = torch.zeros(4, dtype=torch.int64)
+    three = nn.Sequential(model, nn.Linear(CLASSES, 3)).eval()
+    with pytest.raises(ValueError, match="needs 4 classes, the model has 3; use pgd100"):
+        autoattack.autoattack(three, images, labels)
+    with pytest.raises(ValueError, match="in train mode"):
+        autoattack.autoattack(nn.Sequential(model), images, labels)
+
+
+def test_the_function_returns_which_images_stand(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = test_set
+    monkeypatch.setattr(AutoAttack.run, "__defaults__", None)
+    monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", {"steps": 5, "queries": 5, "state": None})
+    robust = autoattack.autoattack(model, images, labels, eps=0.0)
+    assert torch.equal(robust, model(images).argmax(1) == labels)
+
+
+def test_step_sizes_are_checked_when_the_paper_says() -> None:
+    # p_0 = 0, p_1 = 0.22, p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06), times 100.
+    assert sorted(apgd._checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_the_targeted_dlr_loss_by_hand() -> None:
+    logits = torch.tensor([[4.0, 1.0, 3.0, 2.0, 0.0]]).double()
+    found = apgd.targeted_dlr(logits, torch.tensor([0]), torch.tensor([2]))
+    assert found.item() == pytest.approx(-(4 - 3) / (4 - (2 + 1) / 2))
+    scaled = apgd.targeted_dlr(7 * logits + 3, torch.tensor([0]), torch.tensor([2]))
+    assert scaled.item() == pytest.approx(found.item())
+
+
+def test_the_step_to_a_hyperplane_is_the_smallest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(40, 3, 4, 4, generator=generator).double().round(decimals=1)
+    normal = torch.randn(40, 3, 4, 4, generator=generator).double()
+    normal[:, 0, 0] = 0  # coordinates that do not matter stay
+    inside = torch.rand(40, 3, 4, 4, generator=generator).double()
+    offset = (normal * inside).flatten(1).sum(1)
+    offset[0] = (normal[0] * points[0]).sum()  # already there
+    step = hyperplane_step(points, normal, offset)
+    reached = points + step
+    assert reached.min() >= 0 and reached.max() <= 1 and not step[:, 0, 0].any()
+    # Newton stops at steps of one part in a million.
+    torch.testing.assert_close((normal * reached).flatten(1).sum(1), offset, rtol=0, atol=1e-5)
+    # The size that plain bisection finds: each coordinate goes so far, or to its bound.
+    gap = offset - (normal * points).flatten(1).sum(1)
+    up = (normal > 0) == (gap > 0)[:, None, None, None]
+    room = torch.where(up, 1 - points, points)
+    low, high = torch.zeros(40).double(), torch.ones(40).double()
+    for _ in range(60):
+        middle = (low + high) / 2
+        reach = (normal.abs() * room.minimum(middle[:, None, None, None])).flatten(1).sum(1)
+        low, high = low.where(reach >= gap.abs(), middle), middle.where(reach >= gap.abs(), high)
+    torch.testing.assert_close(step.abs().flatten(1).amax(1), high, rtol=2e-6, atol=1e-12)
+
+
+def test_a_hyperplane_outside_the_box_is_met_at_the_nearest_corner() -> None:
+    points = torch.tensor([[0.2, 0.9, 0.5]])
+    step = hyperplane_step(points, torch.tensor([[1.0, -2.0, 0.0]]), torch.tensor([10.0]))
+    torch.testing.assert_close(points + step, torch.tensor([[1.0, 0.0, 0.5]]))
+
+
+def test_the_step_to_a_hyperplane_is_the_packages() -> None:
+    projections = pytest.importorskip("pyautoattack.fab_projections")
+    generator = torch.Generator().manual_seed(1)
+    points, inside = (torch.rand(50, 200, generator=generator).double() for _ in range(2))
+    normal = torch.randn(50, 200, generator=generator).double()
+    offset = (normal * inside).sum(1)
+    expected = projections.projection_linf(points, normal, offset)
+    # Newton stops at steps of one part in a million.
+    torch.testing.assert_close(hyperplane_step(points, normal, offset), expected, rtol=2e-6, atol=0)
+
+
+def test_squares_have_the_sizes_of_autoattack_and_lie_inside() -> None:
+    words = torch.randint(0, 2**32, (500, 4), generator=torch.Generator().manual_seed(0))
+    for query, share in [(0, 0.8), (10, 0.8), (11, 0.4), (201, 0.1), (4001, 0.8 / 128)]:
+        inside = _squares(words, torch.Size((500, 3, 32, 32)), query)
+        side = max(round((share * 32 * 32) ** 0.5), 1)
+        assert (inside.flatten(1).sum(1) == side * side).all()
+        assert inside.any(0).all()  # some square covers each pixel, the last row and column too
+    assert (_squares(words, torch.Size((500, 1, 2, 2)), 5000).flatten(1).sum(1) == 1).all()

@@ -1,0 +1,154 @@
+"""Several processes on one batch: the numbers of one process, one writer, and a clean end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor, nn
+
+from reat_fast.config import Config
+from reat_fast.distributed import World, split, synchronise_batchnorm_
+from reat_fast.kernels.prepare import prepare
+from reat_fast.loaders import Batch
+from reat_fast.models import create_model
+from reat_fast.step import TrainStep, make_optimizer
+
+COUNTS = [40, 24, 12, 7, 4]
+CONFIG = Config(lr=0.125, steps=3)
+CASES: dict[str, dict[str, Any]] = {
+    "official tail": {},
+    "pairwise tail": {"tail": "pairwise"},
+    "batch statistics in the attack": {"attack_batchnorm": "train", "attack_loss": "rbl"},
+    "extras": {"ema": 0.9, "clip_norm": 0.5, "label_smoothing": 0.1, "tail": "none"},
+}
+BATCHES = (12, 13, 1)  # even shares, uneven ones, and a rank with nothing to do
+
+
+def take_steps(world: World, config: Config) -> dict[str, Tensor]:
+    """Take a step on each batch, of which this process sees its share; return all that is left."""
+    torch.manual_seed(world.rank)  # weights have to come from the main process
+    model = create_model("resnet8", 5, width=8, stem_stride=1).double()
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config, world)
+    made = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (40, 16, 16, 3), generator=made, dtype=torch.uint8)
+    labels = torch.randint(0, 5, (40,), generator=made)
+    for size in BATCHES:
+        indices = torch.randperm(40, generator=made)[:size]
+        rows = indices.split(split(size, world.size))[world.rank]
+        images_adv = step_in_float64(step, Batch(images, labels[rows], rows, gather=True), size)
+        assert len(images_adv["logits"]) == len(rows)
+    outcome = {name: images_adv[name] for name in ("loss", "bsl", "tail")}
+    state = {name: value.clone() for name, value in step.state_dict().items()}
+    return {**model.state_dict(), **state, **outcome}
+
+
+def step_in_float64(step: TrainStep, batch: Batch, total: int) -> dict[str, Tensor]:
+    # train_on prepares float32 images; the same augmentation, in the precision of the weights.
+    def exact(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        return tuple(tensor.double() for tensor in prepare(*arguments, **options))
+
+    with mock.patch("reat_fast.step.prepare", exact):
+        return step.train_on(batch, total)
+
+
+def one_of_two(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    world = World.from_environment()
+    with world.joined(torch.device("cpu")):
+        assert world.any(rank == 1) and not world.any(False)
+        results = {
+            name: take_steps(world, dataclasses.replace(CONFIG, **changes))
+            for name, changes in CASES.items()
+        }
+    torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (str(folder), port), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_on_the_same_global_batch(
+    case: str, two_processes: list[dict[str, dict[str, Tensor]]]
+) -> None:
+    alone = take_steps(World(), dataclasses.replace(CONFIG, **CASES[case]))
+    for result in two_processes:
+        for name, expected in alone.items():
+            # Sums in another order; float64 has 16 digits, three steps of an attack take a few.
+            torch.testing.assert_close(result[case][name], expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_processes_hold_the_same_bits(
+    case: str, two_processes: list[dict[str, dict[str, Tensor]]]
+) -> None:
+    first, second = (result[case] for result in two_processes)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_shares_differ_by_at_most_one() -> None:
+    assert [split(13, 4), split(2, 3), split(0, 2)] == [[4, 3, 3, 3], [1, 1, 0], [0, 0]]
+
+
+def test_a_world_of_one_needs_no_connection() -> None:
+    world, rows = World(), torch.arange(3.0)
+    with world.joined(torch.device("cpu")):
+        assert world.main and world.any(True) and world.gather(rows, [3]) is rows
+
+
+def test_the_synced_batchnorm_of_one_process_is_batchnorm() -> None:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(5).double()
+    synced = nn.Sequential(nn.BatchNorm2d(5).double())
+    synchronise_batchnorm_(synced, World())
+    x = torch.randn(4, 5, 3, 3, dtype=torch.float64) * 3 + 2
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(given) for module, given in zip((plain, synced), inputs, strict=True)]
+    slope = torch.randn_like(x)
+    for output in outputs:
+        output.backward(slope)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-12, atol=1e-12)
+    for one, other in zip(plain.state_dict().values(), synced.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+def test_other_batchnorms_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1))
+    with pytest.raises(ValueError, match=r"BatchNorm1d \(1\); go on with --no-sync-batchnorm"):
+        synchronise_batchnorm_(model, World())
+
+
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_parts_of_a_batch_add_up_where_batchnorm_does_not_look_across(accumulate: int) -> None:
+    """With frozen statistics every image stands alone, so parts change nothing but rounding."""
+    results = []
+    for parts in (1, accumulate):
+        config = dataclasses.replace(CONFIG, accumulate=parts, tail="none")
+        torch.manual_seed(0)
+        model = create_model("resnet8", 5, width=8).double()
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        model.eval()
+        model.train = mock.Mock(return_value=model)  # type: ignore[method-assign]
+        images = torch.rand(12, 3, 8, 8, dtype=torch.float64)
+        outcome = step(images, torch.arange(12) % 5, torch.zeros_like(images))
+        results.append({**outcome, **model.state_dict()})
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,165 @@
+"""The fused convolution against autograd over PyTorch's operators, at the kink of ReLU too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reat_fast.kernels.fused_conv import conv_relu, conv_relu_torch
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"padding": (1, 1)},
+    {"stride": (2, 2), "padding": (1, 1)},
+    {"stride": (2, 1), "padding": (0, 2)},
+    {"dilation": (2, 2), "padding": (2, 2)},
+    {"groups": 2, "padding": (1, 1)},
+]
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw small integers: their sums are exact, and often zero."""
+    return torch.randint(-1, 2, shape).to(dtype)
+
+
+def case(options: dict[str, Any], with_bias: bool, with_residual: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    weight = integers(6, 4 // options.get("groups", 1), 3, 3)
+    x = integers(2, 4, 9, 8)
+    output = F.conv2d(x, weight, **options)
+    return {
+        "x": x.requires_grad_(),
+        "weight": weight,
+        "bias": integers(6) if with_bias else None,
+        "residual": integers(*output.shape).requires_grad_() if with_residual else None,
+        "stride": (1, 1),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+        "groups": 1,
+        **options,
+    }
+
+
+def gradients(output: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    wanted = [given[name] for name in ("x", "residual") if given[name] is not None]
+    torch.manual_seed(1)
+    return torch.autograd.grad(output, wanted, integers(*output.shape))
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", CASES)
+def test_output_and_gradients_are_those_of_autograd_bit_for_bit(
+    options: dict[str, Any], with_bias: bool, with_residual: bool
+) -> None:
+    given = case(options, with_bias, with_residual)
+    found, wanted = conv_relu(**given), conv_relu_torch(**given)
+    ties = wanted == 0
+    assert 0.1 < float(ties.double().mean()) < 0.9
+    assert torch.equal(found, wanted)
+    for a, b in zip(gradients(found, given), gradients(wanted, given), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_gradient_at_zero_is_zero() -> None:
+    x = torch.zeros(1, 1, 1, 3, dtype=torch.float64, requires_grad=True)
+    residual = torch.tensor([[[[-1.0, 0.0, 1.0]]]], dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    output = conv_relu(x, weight, residual=residual)
+    for gradient in torch.autograd.grad(output.sum(), (x, residual)):
+        assert gradient.flatten().tolist() == [0, 0, 1]
+
+
+def test_random_values_agree_with_autograd() -> None:
+    given = case({"padding": (1, 1)}, True, True)
+    for name in ("x", "residual", "weight", "bias"):
+        fresh = torch.randn(given[name].shape, dtype=torch.float64)
+        given[name] = fresh.requires_grad_(given[name].requires_grad)
+    found, wanted = conv_relu(**given), conv_relu_torch(**given)
+    # The same sums of 36 products in float64, perhaps in another order.
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for a, b in zip(gradients(found, given), gradients(wanted, given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    given = case({}, True, True)
+    given["x"] = given["x"].detach()
+    output = conv_relu(**given)
+    (gradient,) = torch.autograd.grad(output.sum(), given["residual"])
+    assert torch.equal(gradient, (output > 0).double())
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_op_is_registered_as_torch_wants_it(with_residual: bool) -> None:
+    given = case({"padding": (1, 1)}, True, with_residual)
+    torch.library.opcheck(torch.ops.reat_fast.conv_relu.default, tuple(given.values()))
+
+
+def test_channels_last_stays_channels_last() -> None:
+    given = case({"padding": (1, 1)}, True, True)
+    for name in ("x", "residual", "weight"):
+        tensor = given[name].detach().contiguous(memory_format=torch.channels_last)
+        given[name] = tensor.requires_grad_(name != "weight")
+    output = conv_relu(**given)
+    gradient = torch.autograd.grad(output.sum(), given["x"])[0]
+    for tensor in (output, gradient):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_that_asks_for_a_gradient_is_refused(name: str) -> None:
+    given = case({}, True, False)
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match="no gradient for weight and bias"):
+        conv_relu(**given)
+
+
+def test_a_residual_that_would_be_spread_is_refused() -> None:
+    given = case({}, True, False)
+    given["residual"] = integers(2, 6, 1, 1)
+    with pytest.raises(ValueError, match=r"residual is \[2, 6, 1, 1\], the output \[2, 6, 7, 6\]"):
+        conv_relu(**given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_cudnn_computes_the_same_on_a_gpu(
+    dtype: torch.dtype, with_residual: bool, with_bias: bool, stride: int
+) -> None:
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    layout = {"device": "cuda", "dtype": dtype, "memory_format": torch.channels_last}
+    x = torch.randn(8, 64, 16, 16).to(**layout).requires_grad_()  # type: ignore[call-overload]
+    weight = (torch.randn(128, 64, 3, 3) / 24).to(**layout)  # type: ignore[call-overload]
+    size = 16 // stride
+    residual = torch.randn(8, 128, size, size).to(**layout)  # type: ignore[call-overload]
+    residual = residual.requires_grad_() if with_residual else None
+    bias = torch.randn(128, device="cuda", dtype=dtype) if with_bias else None
+    for _ in range(2):
+        # What the allocator hands out next is NaN: an output that is read before it is written,
+        # multiplied by a zero, would show.
+        shape, place = (8, 128, size, size), {"device": "cuda", "dtype": dtype}
+        poison = [torch.full(shape, float("nan"), **place) for _ in range(4)]  # type: ignore[call-overload]
+        del poison
+        output = conv_relu(x, weight, bias, residual, (stride, stride), (1, 1))
+    seed = torch.randn_like(output)
+    wanted_of = [tensor for tensor in (x, residual) if tensor is not None]
+    found = [output, *torch.autograd.grad(output, wanted_of, seed)]
+
+    double = [None if t is None else t.detach().double() for t in (x, weight, bias, residual)]
+    exact = conv_relu_torch(*double, (stride, stride), (1, 1), (1, 1), 1)  # type: ignore[arg-type]
+    masked = seed.double() * (output > 0)
+    grad_x = torch.nn.grad.conv2d_input(x.shape, double[1], masked, stride, 1)  # type: ignore[arg-type]
+    wanted = [exact, grad_x, masked][: len(found)]
+    # One rounding to the dtype of sums that were made in float32 is half of eps; twice that.
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=eps, atol=1e-5)

@@ -1,0 +1,491 @@
+"""The report: figures made by hand, what stands on the page, and what a damaged folder says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_data import made_images, made_npz
+
+from reat_fast import pictures, probe_pictures, report, train
+from reat_fast.command import run_command
+from reat_fast.compared_pictures import class_means
+from reat_fast.config import Config, to_json
+from reat_fast.data import ImageSet
+from reat_fast.evaluate import Attack, evaluate
+from reat_fast.models import create_model
+from reat_fast.objective import rbl_weights
+from reat_fast.picture_style import COLOURS, FEW, PART_COLOURS, Picture, svg
+from reat_fast.progress import TrainingClock
+from reat_fast.report_data import PARTS, RunRecord, read_run
+from reat_fast.report_probe import choose_examples, principal_points, probe
+from reat_fast.report_tables import (
+    attack_title,
+    epoch_times,
+    group_runs,
+    markdown,
+    mean_text,
+    paper_table,
+    time_split,
+)
+
+EVIL = ["<script>document.title='run'</script>", "$x$", "a|b", '" onload="x', "&amp;"]
+COUNTS = [400, 200, 100, 50, 10]
+
+
+def made_run(folder: Path, overall: float = 50.0, **settings: Any) -> Path:
+    """Write the folder of a run by hand: five classes, two epochs, clean and PGD-20."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(Config(epochs=2, **settings)))
+    machine = {"commit": "0123456789abcdef", "torch": "2.8", "cpu": "Made CPU", "gpus": []}
+    (folder / "env.json").write_text(json.dumps(machine))
+    (folder / "split.json").write_text(json.dumps({"class_names": EVIL, "train_counts": COUNTS}))
+    (folder / "metrics.csv").write_text(
+        "epoch,lr,loss,bsl,tail,adv_accuracy,nonfinite,eval_clean,eval_robust,eval_robust_tail,"
+        "ae_counts\n"
+        "1,0.1,2.0,1.5,0.5,20.0,0,,,,400 200 100 50 10\n"
+        "2,0.1,1.0,0.75,0.25,40.0,0,60.0,40.0,10.0,760 0 0 0 0\n"
+    )
+    (folder / "timing.csv").write_text(
+        "epoch,seconds,training_seconds,images_per_second,warm_up_seconds\n"
+        "1,12.0,8.0,95.0,1.5\n2,11.0,8.0,95.0,1.5\n"
+    )
+    robust = {"per_class": [80.0, 60.0, 40.0, None, 20.0]}
+    robust |= dict.fromkeys(PARTS, overall)
+    clean = {"per_class": [90.0, 80.0, 60.0, None, 40.0], **dict.fromkeys(PARTS, 70.0)}
+    evaluation = {
+        "samples": 1000,
+        "attacks": {"clean": clean, "pgd20": robust},
+        "weights": "best.safetensors",
+        "weights_epoch": 2,
+        "dataset": "cifar10",
+        "class_names": EVIL,
+        "eps": 8 / 255,
+        "step_size": 2 / 255,
+        "device": "cuda",
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def rewrite(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def command(*arguments: object) -> int:
+    return run_command(report.main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return made_run(tmp_path / "run")
+
+
+def test_mean_and_sample_deviation_by_hand() -> None:
+    assert mean_text([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert mean_text([1.0, None, 2.0]) == "1.50 ± 0.71"
+    assert mean_text([12.5]) == "12.50"
+    assert mean_text([None]) == mean_text([]) == "–"
+
+
+def test_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path: Path) -> None:
+    folders = [made_run(tmp_path / f"a{k}", overall=40.0 + k, seed=k) for k in range(3)]
+    folders += [made_run(tmp_path / "b", overall=30.0, tail="none", seed=0)]
+    first, second = group_runs([read_run(folder) for folder in folders])
+    assert [run.name for run in first.runs] == ["a0", "a1", "a2"]
+    assert first.label == "A: tail=official" and second.label == "B: tail=none"
+    heading, *rows = paper_table([first, second])
+    assert heading == ["group", "attack", *PARTS, "runs"]
+    assert rows[0] == ["A: tail=official", "Clean", *["70.00 ± 0.00"] * 6, "3"]
+    assert rows[1] == ["A: tail=official", "PGD-20", *["41.00 ± 1.00"] * 6, "3"]
+    assert rows[3] == ["B: tail=none", "PGD-20", *["30.00"] * 6, "1"]
+
+
+def test_runs_evaluated_under_other_conditions_stand_apart(tmp_path: Path) -> None:
+    folders = [made_run(tmp_path / name, seed=k) for k, name in enumerate("abcd")]
+    rewrite(folders[1] / "evaluation.json", eps=4 / 255)
+    rewrite(folders[2] / "evaluation.json", restarts=1)  # one start is what a missing entry means
+    (folders[3] / "evaluation.json").unlink()
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [[run.name for run in group.runs] for group in groups] == [["a", "c"], ["b"], ["d"]]
+    assert groups[1].differs["test eps"] == "4/255"
+    assert groups[2].differs["test eps"] == "unset" and groups[2].values("pgd20", "tail") == []
+
+
+def test_class_means_by_hand(tmp_path: Path) -> None:
+    runs = [read_run(made_run(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    assert runs[1].evaluation is not None
+    runs[1].evaluation["attacks"]["pgd20"]["per_class"] = [60.0, 60.0, 41.0, None, 20.0]
+    (group,) = group_runs(runs)
+    found = class_means(group, "pgd20")
+    assert found is not None and class_means(group, "aa") is None
+    nan = float("nan")
+    np.testing.assert_allclose(found[0], [70, 60, 40.5, nan, 20])
+    np.testing.assert_allclose(found[1], [200**0.5, 0, 0.5**0.5, nan, 0])
+
+
+def test_a_markdown_table_shows_its_cells_as_they_are() -> None:
+    text = markdown([["group", "overall"], ["a|b_<i>\n*c*", "1.00 ± 0.50"]])
+    assert text.splitlines() == [
+        "| group | overall |",
+        "| :-- | --: |",
+        r"| a\|b\_&lt;i&gt; \*c\* | 1.00 ± 0.50 |",
+    ]
+
+
+def test_attacks_are_named_as_papers_do() -> None:
+    names = ["clean", "fgsm", "pgd20", "cw20", "aa", "aa-package"]
+    titles = ["Clean", "FGSM", "PGD-20", "CW-20", "AutoAttack", "AA-PACKAGE"]
+    assert list(map(attack_title, names)) == titles
+
+
+def test_time_is_split_as_a_fake_clock_ran() -> None:
+    now = [0.0]
+    clock = TrainingClock(total_steps=4, clock=lambda: now[0])
+    rows: list[dict[str, float | None]] = []
+    for steps, evaluation in (((3.0, 1.0), 0.5), ((1.0, 1.0), 2.0)):
+        before, began = clock.training_seconds, now[0]
+        clock.resume()
+        for seconds in steps:
+            now[0] += seconds
+            clock.step(10)
+        clock.catch_up()
+        now[0] += evaluation
+        rows.append(
+            {
+                "seconds": now[0] - began,
+                "training_seconds": clock.training_seconds - before,
+                "warm_up_seconds": clock.warm_up_seconds,
+            }
+        )
+    assert time_split(rows) == {"warm-up": 3.0, "training": 3.0, "evaluation and saving": 2.5}
+    resumed: dict[str, float | None] = {
+        "seconds": 7.0,
+        "training_seconds": 2.0,
+        "warm_up_seconds": 5.0,
+    }
+    spent = [row["warm-up"] for row in epoch_times([*rows, resumed])]
+    assert spent == [3.0, 0.0, 5.0]  # each process warms up once
+
+
+def test_the_page_of_a_run_has_the_figures_and_their_conditions(run: Path) -> None:
+    assert command(run, "--no-model") == 0
+    page = (run / "report.html").read_text("utf-8")
+    for shown in (
+        "70.0 %",
+        "50.0 %",
+        "cifar10, 1,000 test images, L-infinity eps 8/255, step 2/255, best.safetensors of epoch 2",
+        "760 images in 5 classes of 400 to 10 (ratio 40)",
+        "0123456789abcdef",
+        "Made CPU",
+        "2 of 2 epochs, seed 0",
+        "Left out with --no-model",
+        "training images/s, 23\N{NO-BREAK SPACE}s in all",
+    ):
+        assert shown in page
+    names = {path.stem for path in (run / "report").glob("*.png")}
+    assert names == {"accuracy", "loss", "learning", "predictions", "weights", "time"}
+    for name in names:
+        assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    table = (run / "report" / "table.md").read_text("utf-8")
+    assert "| PGD-20 | 50.00 | 50.00 | 50.00 | 50.00 | 50.00 | 50.00 | 1 |" in table
+    assert "eps 8/255" in table
+
+
+class Tags(HTMLParser):
+    """Collect tags, attributes and text; fail on tags that do not close."""
+
+    VOID = ("meta", "link")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.names: set[str] = set()
+        self.text = ""
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes += attributes
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_names_are_shown_and_never_become_part_of_the_page(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "<img src=x onerror=alert(1)>", model="resnet18")
+    assert command(run, "--no-model") == 0
+    page = Tags((run / "report.html").read_text("utf-8"))
+    assert "script" not in page.names and "img" not in page.names
+    for name in (*EVIL, run.name):
+        assert name in page.text
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href"):
+            assert value is not None and value.startswith(("#", "data:"))
+    assert len({v for n, v in page.attributes if n == "id"}) == sum(
+        n == "id" for n, _ in page.attributes
+    )
+
+
+def test_pictures_follow_the_theme_and_have_words(run: Path) -> None:
+    figure = pictures.class_accuracy(read_run(run).evaluation or {})
+    drawn = svg(Picture("p", "Title", "Caption", 'Words <"&', figure))
+    assert 'role="img" aria-label="Words &lt;&quot;&amp;"' in drawn
+    for name, (light, _) in COLOURS.items():
+        assert light not in drawn
+        if name in PART_COLOURS:
+            assert f"var(--{name})" in drawn
+    assert report.main([str(run), "--no-model"]) == 0
+    page = (run / "report.html").read_text("utf-8")
+    for name, (light, dark) in COLOURS.items():
+        assert f"--{name}: {light};" in page and f"--{name}: {dark};" in page
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_bars_and_marks_have_the_heights_of_the_figures(run: Path) -> None:
+    evaluation = read_run(run).evaluation or {}
+    per_class = [50.0, 50.0, 30.0, None, 10.0]
+    evaluation["attacks"]["fgsm"] = {**evaluation["attacks"]["pgd20"], "per_class": per_class}
+    axes = pictures.class_accuracy({**evaluation, "train_counts": COUNTS}).axes
+    bars = [bar.get_height() for bar in axes[0].patches]
+    assert bars == [90, 80, 60, 0, 40, 80, 60, 40, 0, 20]
+    assert [bar.get_height() for bar in axes[1].patches] == COUNTS
+    (marks,) = axes[0].lines
+    assert list(np.asarray(marks.get_ydata())) == [50, 50, 30, 0, 10]
+
+
+def test_the_prediction_map_holds_ratios_of_shares() -> None:
+    figure = pictures.prediction_histogram([4, 4], [[8, 0], [2, 6], [4, 4]], ["a", "b"])
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    # Rows are classes, columns epochs; log2, cut off at an eighth.
+    np.testing.assert_allclose(shown, [[1, -1, 0], [-3, np.log2(1.5), 0]])
+
+
+def test_the_weight_chart_holds_the_weights_of_the_objective() -> None:
+    figure = pictures.weight_chart([40, 4], [[9, 9], [30, 1]], ["a", "b"])
+    counts = torch.tensor([40, 4])
+    first, last = rbl_weights(counts, counts), rbl_weights(counts, torch.tensor([30, 1]))
+    # Body is empty: head and tail have two lines each, before and after.
+    drawn = [float(y) for line in figure.axes[0].lines for y in np.asarray(line.get_ydata())]
+    expected = [first[0], last[0], first[1], last[1]]
+    assert drawn == [float(weight) for weight in expected]
+
+
+def test_confusion_by_hand() -> None:
+    labels, predictions = np.array([0, 0, 0, 0, 2]), np.array([0, 0, 0, 1, 1])
+    shares = probe_pictures.confusion(labels, predictions, 3)
+    np.testing.assert_array_equal(shares, [[75, 25, 0], [np.nan] * 3, [0, 100, 0]])
+
+
+def test_principal_points_keep_distances_in_a_plane() -> None:
+    torch.manual_seed(0)
+    plane, _ = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64))
+    flat = torch.randn(40, 2, dtype=torch.float64) * torch.tensor([3.0, 1.0])
+    points, others, explained = principal_points(flat @ plane.T + 5, flat[:3] @ plane.T + 5)
+    # Computed in float64, returned in float32: 2^-24 of distances up to about 15.
+    found = torch.cdist(torch.from_numpy(points).double(), torch.from_numpy(points).double())
+    torch.testing.assert_close(found, torch.cdist(flat, flat), atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(others, points[:3])
+    assert explained[0] > explained[1] and sum(explained) == pytest.approx(1)
+    single, _, shares = principal_points(torch.ones(1, 4), torch.ones(1, 4))
+    assert single.tolist() == [[0.0, 0.0]] and shares == (0.0, 0.0)
+
+
+def test_examples_are_right_answers_of_head_and_tail_where_there_are_any() -> None:
+    labels = np.array([2, 0, 0, 8, 8, 7, 1])  # nine classes: head 0 to 2, tail 7 and 8
+    predictions = np.array([2, 1, 0, 0, 0, 7, 1])
+    assert choose_examples(labels, predictions, 9) == [2, 6, 0, 5, 3]
+
+
+def test_the_probe_attacks_as_the_evaluation_does() -> None:
+    torch.manual_seed(0)
+    labels = np.arange(20, dtype=np.int64) % 4
+    image_set = ImageSet(made_images(labels, 3, seed=4), labels)
+    model = create_model("resnet8", 4, width=8).eval()
+    found = probe(model, image_set, 4, eps=0.1, step_size=0.02, seed=7)
+    attacks = [Attack.from_name(name, 0.1, 0.02) for name in ("clean", "pgd20")]
+    expected = evaluate(model, image_set, attacks, 4, eps=0.1, seed=7)["attacks"]
+    right = found.predictions == labels, found.clean_predictions == labels
+    assert 100 * right[0].mean() == pytest.approx(expected["pgd20"]["overall"])
+    assert 100 * right[1].mean() == pytest.approx(expected["clean"]["overall"])
+    away = np.abs(found.attacked - found.clean).max()
+    assert 0.05 < away <= 0.1 + 1e-6  # the ball, and a rounding of images near 1
+    assert found.points.shape == found.attacked_points.shape == (20, 2)
+
+
+@pytest.mark.parametrize("classes", [FEW, FEW + 1, 1000])
+def test_only_few_classes_are_named(classes: int) -> None:
+    names, counts = [f"name {c}" for c in range(classes)], [classes + 5 - c for c in range(classes)]
+    for figure in (
+        pictures.prediction_histogram(counts, [counts], names),
+        pictures.weight_chart(counts, [counts], names),
+    ):
+        figure.canvas.draw()
+        texts = [t.get_text() for t in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
+        assert (f"name {classes - 1}" in texts) == (classes <= FEW)
+        assert len(texts) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"epochs": 2, '),
+        ("config.json", '{"epochs": -1}'),
+        ("env.json", "[]"),
+        ("split.json", '{"class_names": ["a"]}'),
+        ("split.json", '{"class_names": ["a"], "train_counts": [1, 2]}'),
+        ("metrics.csv", "epoch,loss,adv_accuracy\n1,2.0\n"),
+        ("metrics.csv", "epoch,loss,adv_accuracy,ae_counts\n1,2.0,many,1 2\n"),
+        ("metrics.csv", "epoch,lr\n1,0.1\n"),
+        ("timing.csv", "epoch,seconds\n1,2\n"),
+        ("timing.csv", "\0\xff"),
+        ("evaluation.json", "{}"),
+        ("evaluation.json", '{"class_names": 3}'),
+        ("evaluation.json", '{"class_names": ["a"], "eps": 0.1, "samples": 1, "attacks": {}}'),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(
+    run: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_bytes(content.encode("latin-1"))
+    assert command(run, "--no-model") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {run / name}: damaged") and error.count("\n") == 1
+    assert "restore it" in error and not (run / "report.html").exists()
+
+
+def test_percentages_and_lengths_of_an_evaluation_are_checked(run: Path) -> None:
+    good = json.loads((run / "evaluation.json").read_text())
+    for change in ({"overall": 101.0}, {"tail": "much"}, {"per_class": [1.0]}):
+        attacks = {**good["attacks"], "pgd20": {**good["attacks"]["pgd20"], **change}}
+        rewrite(run / "evaluation.json", attacks=attacks)
+        with pytest.raises(ValueError, match="evaluation.json: damaged"):
+            read_run(run)
+
+
+def test_bad_input_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, named in [
+        ((), "RUN"),
+        ((tmp_path / "absent",), "absent: holds no config.json; give the folder of a run"),
+        ((run, run), "run: named more than once"),
+        ((run, "--images", "0"), "--images 0: must be at least 1"),
+        ((run, "--out", tmp_path / "report.txt"), "report.txt: must end in .html"),
+        ((run, "--modell"), "--model"),
+    ]:
+        assert command(*arguments) == 2
+        error = capsys.readouterr().err
+        assert named in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
+    for name in ("env.json", "split.json", "metrics.csv", "timing.csv", "evaluation.json"):
+        (run / name).unlink()
+    assert command(run) == 0
+    page = (run / "report.html").read_text("utf-8")
+    assert "0 of 2 epochs" in page and "No evaluation.json" in page
+    assert "No weights in the folder (best.safetensors, last.safetensors)" in page
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    folders = [made_run(tmp_path / f"s{seed}", 40.0 + seed, seed=seed) for seed in (0, 2)]
+    folders += [made_run(tmp_path / "other", 30.0, lr=0.05)]
+    out = tmp_path / "deep" / "together.html"
+    assert command(*folders, "--out", out) == 0
+    page = Tags(out.read_text("utf-8"))
+    for shown in ("3 runs in 2 groups", "41.00 ± 1.41", "A: lr=0.1", "B: lr=0.05", "s2", "other"):
+        assert shown in page.text
+    names = {path.stem for path in (tmp_path / "deep" / "together").glob("*.png")}
+    curves = {"loss", "adv-accuracy", "eval-robust", "eval-robust-tail"}
+    assert names == curves | {"classes-clean", "classes-pgd20"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    data = made_npz(folder / "made.npz", classes=5)
+    arguments = ["reat", "--dataset", "npz", "--data", data, "--model", "resnet8", "--width", 8]
+    arguments += ["--imbalance", 0.2, "--steps", 1, "--epochs", 1, "--run-dir", folder / "run"]
+    assert train.main([str(argument) for argument in arguments]) == 0
+    return folder / "run"
+
+
+def test_a_trained_run_shows_what_its_model_does(trained: Path) -> None:
+    assert command(trained, "--images", 20, "--device", "cpu") == 0
+    names = {path.stem for path in (trained / "report").glob("*.png")}
+    assert {"examples", "confusion", "features", "accuracy", "time"} <= names
+    page = (trained / "report.html").read_text("utf-8")
+    assert "PGD-20, 20 test images, npz" in page
+    assert len(re.findall("<svg ", page)) == len(names)
+
+
+def test_missing_data_leaves_a_report_that_says_so(trained: Path, tmp_path: Path) -> None:
+    data = trained.parent / "made.npz"
+    hidden = data.rename(tmp_path / "hidden.npz")
+    try:
+        assert command(trained) == 0
+        page = (trained / "report.html").read_text("utf-8")
+        assert "Confusion, images and features are missing" in page
+        assert "made.npz: no such file or folder" in page and "--data" in page
+        assert command(trained, "--images", 5, "--data", hidden) == 0
+        assert "PGD-20, 5 test images" in (trained / "report.html").read_text("utf-8")
+    finally:
+        hidden.rename(data)
+
+
+def test_damaged_weights_are_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads((trained / "evaluation.json").read_text())
+    weights = trained / told["weights"]
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    try:
+        assert command(trained) == 2
+    finally:
+        weights.write_bytes(whole)
+    error = capsys.readouterr().err
+    assert f"{weights}: damaged" in error and error.count("\n") == 1
+
+
+def test_pictures_of_a_run_folder_are_png(trained: Path, tmp_path: Path) -> None:
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    report.draw_accuracy(evaluation, tmp_path / "accuracy.png", "title")
+    report.draw_learning(trained / "metrics.csv", tmp_path / "learning.png")
+    for file in tmp_path.glob("*.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_importing_the_report_loads_no_drawing() -> None:
+    code = "import sys, reat_fast.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_weights_epoch_is_told_only_where_it_is_known(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["weights_epoch"]
+    for weights, epoch in (("last.safetensors", 2), ("best.safetensors", None)):
+        (run / "evaluation.json").write_text(json.dumps({**evaluation, "weights": weights}))
+        record: RunRecord = read_run(run)
+        assert record.weights_epoch == epoch
+        assert ("of epoch" in record.protocol) == (epoch is not None)

@@ -1,0 +1,239 @@
+"""A run that was killed and resumed ends with the bits of one that never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from killed_run import SMALL, differences, kill_and_resume, run_once
+from made_data import made_npz
+
+from reat_fast import checkpoint, faults, selection, train
+from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
+from reat_fast.command import run_command
+from reat_fast.distributed import World
+from reat_fast.run import Run
+from reat_fast.stopping import Stopped, StopRequest
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run_once(data, folder) == 0
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return run_command(train.main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_leave_no_trace(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    kills, runs = kill_and_resume(data, tmp_path, kills=20, seed=1)
+    assert kills >= 20
+    for number in range(1, runs + 1):
+        assert differences(whole, tmp_path / f"run-{number}") == []
+
+
+class StopAfter(StopRequest):
+    """Ask to stop after so many steps, as a signal would."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._left = steps
+
+    def agreed(self, step: int) -> bool:
+        self._left -= 1
+        if self._left == 0:
+            self._signal = signal.SIGTERM
+        return super().agreed(step)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 8, 9])
+def test_a_run_stopped_between_two_steps_goes_on_at_the_next(
+    data: Path, whole: Path, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "StopRequest", lambda world: StopAfter(steps))
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 128 + signal.SIGTERM
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == divmod(steps, 8) if steps != 8 else (0, 8)
+    assert run("--resume", folder) == 0
+    assert differences(whole, folder) == []
+
+
+def test_a_run_stopped_in_an_evaluation_goes_on_with_it(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise Stopped(143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(selection, "evaluate", interrupted)
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 143
+    assert run("--resume", folder) == 0
+    assert differences(whole, folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--data", str(data), "--epochs", "2000", "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "reat_fast.train", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / CHECKPOINT).exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"go on with: python -m reat_fast.train --resume {folder}" in error
+    assert "Traceback" not in error
+    assert checkpoint.load_checkpoint(folder / CHECKPOINT)["metrics"] is not None
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*SMALL, "--data", data, "--run-dir", folder) == 0
+    newest = (folder / CHECKPOINT).read_bytes()
+    (folder / CHECKPOINT).write_bytes(newest[: len(newest) // 2])
+    assert run("--resume", folder) == 0
+    error = capsys.readouterr().err
+    assert (
+        f"{folder / CHECKPOINT}: damaged" in error and f"going on from {folder / PREVIOUS}" in error
+    )
+    assert differences(whole, folder) == []
+
+
+def test_resume_auto_takes_the_newest_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--resume", "auto") == 2
+    assert "no run with a checkpoint in runs" in capsys.readouterr().err
+    for _ in range(2):
+        assert run(*SMALL, "--data", data, "--epochs", 1) == 0
+    (Path("runs") / "reat-2" / "evaluation.json").unlink()
+    assert run("--resume", "auto") == 0
+    assert (Path("runs") / "reat-2" / "evaluation.json").exists()
+
+
+def test_a_second_process_is_kept_out_of_a_run_folder(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from reat_fast.run_folder import FolderLock
+
+    folder = tmp_path / "run"
+    assert run(*SMALL, "--data", data, "--epochs", 1, "--run-dir", folder) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    lock = FolderLock(folder)
+    assert run("--resume", folder) == 2
+    assert "another process is training in this folder" in capsys.readouterr().err
+    lock.release()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert run("--resume", folder) == 0
+
+
+@pytest.fixture
+def nan_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps, counted over the whole process, whose loss becomes NaN."""
+    steps: list[int] = []
+    taken = 0
+    take_step = Run.take_step
+
+    def faulty(self: Run, batch: object) -> None:
+        nonlocal taken
+        taken += 1
+        if taken in steps:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("nan"))
+        take_step(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "take_step", faulty)
+    return steps
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_good_checkpoint(
+    data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    nan_at.append(12)
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert "the loss is not finite in epoch 2, step 4" in error
+    assert f"the state before it is in {folder / CHECKPOINT}" in error
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == (1, 0)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_rollback_goes_on_from_the_last_checkpoint_at_half_the_rate(
+    data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    nan_at.append(12)
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+    quiet = [argument for argument in arguments if argument != "--quiet"]
+    assert run(*quiet, "--schedule", "constant", "--on-nonfinite", "rollback") == 0
+    assert "with the learning rate times 0.5" in capsys.readouterr().out
+    rates = [row["lr"] for row in checkpoint.load_checkpoint(folder / CHECKPOINT)["metrics"]]
+    assert rates == [0.05, 0.025, 0.025]
+
+
+def test_rollback_gives_up_where_it_does_not_help(
+    data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan_at.extend(range(12, 1000))
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", tmp_path / "run"]
+    assert run(*arguments, "--on-nonfinite", "rollback") == 1
+    assert "the loss is not finite in epoch 2, step 1" in capsys.readouterr().err
+    assert 1 / faults.SMALLEST_SCALE == 32
+
+
+def test_running_out_of_memory_says_what_to_lower(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Run, "take_step", too_much)
+    assert run(*SMALL, "--data", data, "--run-dir", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "lower --batch-size (now 8)" in error and "--accumulate (now 1)" in error
+    assert error.count("\n") == 1
+
+
+def test_a_batch_larger_than_the_data_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--data", data, "--batch-size", 63, "--run-dir", tmp_path / "run"]
+    assert run(*arguments) == 2
+    assert "--batch-size 63: the training set has 62 images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_stop_at_the_same_step() -> None:
+    with StopRequest(World(0, 2)) as stop:
+        assert not any(stop.agreed(step) for step in range(1, 10))  # nobody is asked in between

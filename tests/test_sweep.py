@@ -1,0 +1,321 @@
+"""Sweeps: lines are checked first, runs stand alone, a sweep goes on, and the table is right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_data import made_npz
+
+from reat_fast import sweep, train
+from reat_fast.command import run_command
+from reat_fast.config import PRESETS, parse, to_json
+from reat_fast.sweep_table import spread
+
+SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
+SMALL += " --held-out 0.1 --epochs 1 --limit-batches 1 --device cpu"
+
+
+def command(*arguments: object) -> int:
+    return run_command(sweep.main, [str(argument) for argument in arguments])
+
+
+def write_run(folder: Path, clean: float, pgd20: float | None, **changes: Any) -> None:
+    """Write what a finished run leaves that a sweep reads."""
+    figures = {"clean": {"overall": clean, "tail": clean / 2}}
+    if pgd20 is not None:
+        figures["pgd20"] = {"overall": pgd20, "tail": pgd20 / 2}
+    evaluation = {"dataset": "made", "samples": 24, "eps": 8 / 255, "attacks": figures} | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "timing.csv").write_text("epoch,seconds\n1,10.0\n2,20.5\n")
+
+
+class Trainer:
+    """Stands for `python -m reat_fast.train`: writes a run folder, or fails as it is told to."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.codes: dict[str, int] = {}
+
+    def __call__(self, command: Sequence[str]) -> int:
+        assert list(command[:3]) == [sys.executable, "-m", "reat_fast.train"]
+        words = list(command[3:])
+        self.commands.append(words)
+        resumed = words[0] == "--resume"
+        folder = Path(words[1] if resumed else words[words.index("--run-dir") + 1])
+        code = self.codes.pop(folder.name, 0)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            _, config = parse(words, "")
+            (folder / "config.json").write_text(to_json(config))
+        (folder / "checkpoint-last.pt").touch()
+        if code == 0:
+            seed = int(words[words.index("--seed") + 1])
+            write_run(folder, clean=70.0 + seed, pgd20=30.0 + 2 * seed)
+        return code
+
+    @property
+    def names(self) -> list[str]:
+        """The folders of the runs that were started, in order."""
+        return [Path(words[1 if words[0] == "--resume" else -1]).name for words in self.commands]
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    stand_in = Trainer()
+    monkeypatch.setattr(sweep, "run_program", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def presets(tmp_path: Path) -> Path:
+    file = tmp_path / "presets.txt"
+    file.write_text("# what is compared\n\nreat  # as it is\nshort: reat --epochs 2 --lr 0.2\n")
+    return file
+
+
+def test_every_line_runs_with_every_seed_and_is_summed_up(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert command(presets, "--seeds", 0, 1, 2, "--out", out) == 0
+    assert trainer.names == [f"{name}-seed{k}" for name in ("reat", "short") for k in range(3)]
+    assert trainer.commands[4] == [
+        *("reat", "--epochs", "2", "--lr", "0.2", "--seed", "1"),
+        *("--run-dir", str(out / "short-seed1")),
+    ]
+    # 70, 71, 72: mean 71, sample deviation 1; 30, 32, 34: mean 32, deviation 2; tails half of it.
+    summary = (out / "summary.md").read_text()
+    cells = [cell.strip() for cell in summary.splitlines()[3].strip("|").split("|")]
+    assert cells == [
+        *("short", "3 of 3", "made", "24", "8/255"),
+        *("71.00 ± 1.00", "35.50 ± 0.50", "32.00 ± 2.00", "16.00 ± 1.00", "30 ± 0"),
+    ]
+    assert "short: python -m reat_fast.train reat --epochs 2 --lr 0.2" in summary
+    assert summary.splitlines()[3] in capsys.readouterr().out
+    with (out / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["reat", "short"]
+    assert float(rows[0]["pgd20_tail_mean"]) == 16 and float(rows[0]["pgd20_tail_std"]) == 1
+    assert float(rows[0]["seconds_mean"]) == 30.5
+
+
+def test_a_failed_run_does_not_end_the_sweep_and_is_named(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    trainer.codes = {"reat-seed1": 3}
+    assert command(presets, "--seeds", 0, 1, "--out", out) == 1
+    assert trainer.names[-1] == "short-seed1"
+    assert "1 of 4 runs failed: reat-seed1 (exit code 3)" in capsys.readouterr().err
+    assert "| 1 of 2 |" in (out / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("code", [130, 143])  # as SIGINT and SIGTERM end a run
+def test_the_same_command_goes_on_where_a_sweep_was_stopped(
+    code: int,
+    presets: Path,
+    tmp_path: Path,
+    trainer: Trainer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    trainer.codes = {"reat-seed1": code}
+    arguments = (presets, "--seeds", 0, 1, "--out", out)
+    assert command(*arguments) == 130
+    error = capsys.readouterr().err
+    again = " ".join(map(str, arguments))
+    assert error == f"stopped; go on with: python -m reat_fast.sweep {again}\n"
+    assert trainer.names == ["reat-seed0", "reat-seed1"]
+    trainer.commands.clear()
+    assert command(*arguments) == 0
+    assert trainer.names == ["reat-seed1", "short-seed0", "short-seed1"]
+    assert trainer.commands[0] == ["--resume", str(out / "reat-seed1"), "--seed", "1"]
+    trainer.commands.clear()
+    assert command(*arguments) == 0
+    assert trainer.commands == []
+
+
+def test_a_run_stopped_in_its_first_epoch_begins_again(
+    presets: Path, tmp_path: Path, trainer: Trainer
+) -> None:
+    folder = tmp_path / "out" / "reat-seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(PRESETS["reat"]))
+    assert command(presets, "--out", tmp_path / "out") == 0
+    assert trainer.commands[0][-2:] == ["--run-dir", str(folder)]
+
+
+def test_what_would_be_lost_or_mixed_up_is_refused_before_the_first_run(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert command(presets, "--out", out) == 0
+    trainer.commands.clear()
+    presets.write_text("reat\nshort: reat --epochs 2 --lr 0.3\n")
+    assert command(presets, "--out", out) == 2
+    refused = capsys.readouterr().err
+    assert f"presets.txt:2: --lr is 0.3, but {out / 'short-seed0'} was begun with 0.2" in refused
+
+    presets.write_text("other: reat\n")
+    foreign = out / "other-seed0"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    assert command(presets, "--out", out) == 2
+    assert "holds no run of this sweep" in capsys.readouterr().err
+    (foreign / "config.json").write_text(to_json(PRESETS["reat"]))
+    (foreign / "best.safetensors").touch()
+    assert command(presets, "--out", out) == 2
+    assert "has weights but no checkpoint" in capsys.readouterr().err
+    assert (foreign / "thesis.tex").exists()
+    assert trainer.commands == []
+
+
+def test_a_dry_run_lists_and_writes_nothing(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    write_run(out / "reat-seed0", 70.0, 30.0)
+    (out / "reat-seed0" / "config.json").write_text(to_json(PRESETS["reat"]))
+    assert command(presets, "--out", out, "--dry-run") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("finished  python -m reat_fast.train reat --seed 0")
+    assert second.startswith("new       python -m reat_fast.train reat --epochs 2 --lr 0.2 --seed")
+    assert trainer.commands == [] and not (out / "summary.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("reet", "1: unknown preset 'reet'"),
+        ("reat\n\nb: reat --lrr 1", "3: "),
+        ("reat --lr -1", "1: --lr -1"),
+        ("reat --seed 3", "1: --seed: leave it out"),
+        ("reat --run-dir=x", "1: --run-dir=x: leave it out"),
+        ("reat --help", "1: --help: leave it out"),
+        ("--lr 0.1", "1: name a preset first"),
+        ("long:", "1: name a preset first"),
+        ("../up: reat", "1: '../up' cannot be a name"),
+        ("reat\nreat --lr 0.2", "2: {file}:1 is called reat too; put another name"),
+        ("reat --data 'open", "1: No closing quotation"),
+        ("# nothing", ": names no run"),
+    ],
+)
+def test_bad_lines_are_named_before_anything_runs(
+    text: str,
+    named: str,
+    presets: Path,
+    tmp_path: Path,
+    trainer: Trainer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    presets.write_text(text)
+    assert command(presets, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert named.format(file=presets) in error and error.count("\n") == 1
+    assert trainer.commands == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seeds", [["1", "1"], ["-1"]])
+def test_seeds_that_cannot_be_are_refused(
+    seeds: list[str], presets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(presets, "--seeds", *seeds) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_a_file_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("absent.txt", "binary"):
+        assert command(tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count("\n") == 1
+
+
+def test_evaluations_under_other_conditions_are_not_averaged(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert command(presets, "--seeds", 0, 1, "--out", out) == 0
+    write_run(out / "reat-seed1", 70.0, None)
+    assert command(presets, "--seeds", 0, 1, "--out", out) == 0
+    assert "30.00 (n = 1)" in (out / "summary.md").read_text()
+    write_run(out / "reat-seed1", 70.0, 30.0, samples=12)
+    assert command(presets, "--seeds", 0, 1, "--out", out) == 2
+    assert "evaluated on {'dataset': 'made', 'samples': 12" in capsys.readouterr().err
+    (out / "reat-seed1" / "evaluation.json").write_text("{}")
+    assert command(presets, "--seeds", 0, 1, "--out", out) == 2
+    assert "evaluation.json: damaged" in capsys.readouterr().err
+
+
+def test_spread() -> None:
+    assert spread([]) == "-"
+    assert spread([1.0]) == "1.00"
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41"  # sqrt(2), not the population's 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_is_told_to_stop_once_and_may_save(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    begun, told = tmp_path / "begun", tmp_path / "told"
+    script = f"""
+import pathlib, signal, time
+def tell(number, _):
+    with open({str(told)!r}, "a") as file: print(number, file=file)
+signal.signal({number:d}, tell)
+pathlib.Path({str(begun)!r}).touch()
+while not pathlib.Path({str(told)!r}).exists(): time.sleep(0.01)
+time.sleep(0.2)
+"""
+
+    def stop() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_program([sys.executable, "-c", script])
+    thread.join()
+    assert told.read_text() == f"{number:d}\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_program_gives_its_exit_code() -> None:
+    assert sweep.run_program([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
+def test_a_sweep_of_real_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_here(command: Sequence[str]) -> int:
+        return run_command(train.main, list(command[3:]))
+
+    monkeypatch.setattr(sweep, "run_program", train_here)  # without the seconds of starting one
+    data = made_npz(tmp_path / "made.npz")
+    presets, out = tmp_path / "presets.txt", tmp_path / "out"
+    small = f"small: reat {SMALL} --data {data}\n"
+    presets.write_text(f"{small}absent: reat --device cpu --dataset npz --data {data}.absent\n")
+    assert command(presets, "--out", out) == 1
+    shown = capsys.readouterr()
+    assert "1 of 2 runs failed: absent-seed0 (exit code 2)" in shown.err
+    assert (out / "small-seed0" / "best.safetensors").exists()
+    assert "| small  | 1 of 1 |" in shown.out
+    (out / "small-seed0" / "evaluation.json").unlink()
+    presets.write_text(small)
+    assert command(presets, "--out", out) == 0
+    assert "--resume" in capsys.readouterr().out
+    assert (out / "small-seed0" / "evaluation.json").exists()

@@ -1,0 +1,106 @@
+"""Training with torchrun: one run of several processes, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from killed_run import SMALL
+from made_data import made_npz
+
+from reat_fast import checkpoint
+from reat_fast.checkpoint import CHECKPOINT
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    command = [*launcher, "-m", "reat_fast.train", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload, no-any-return]
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def process_of_rank(rank: int, parent: int) -> int | None:
+    """Find the process torchrun started for a rank."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(stat[1]) == parent and f"RANK={rank}".encode() in environment:
+            return int(entry.name)
+    return None
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
+
+
+def test_two_processes_make_one_run(data: Path, tmp_path: Path) -> None:
+    arguments = [a for a in SMALL if a != "--quiet"]
+    with torchrun(*arguments, "--data", data, "--run-dir", tmp_path / "two") as job:
+        shown, error = job.communicate(timeout=240)
+    assert job.returncode == 0, error
+    assert shown.count("run folder") == 1 and "2 x 1 CPU threads" in shown
+    alone = [sys.executable, "-m", "reat_fast.train", *SMALL, "--data", str(data)]
+    subprocess.run([*alone, "--run-dir", tmp_path / "one"], check=True, capture_output=True)
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        # Each image once an epoch, in whichever process.
+        assert sum(map(int, one["ae_counts"].split())) == sum(map(int, two["ae_counts"].split()))
+    first_one, first_two = (rows(tmp_path / name)[0] for name in ("one", "two"))
+    # Float32 sums in another order may flip the sign of an attack step; losses stay close.
+    assert float(first_two["loss"]) == pytest.approx(float(first_one["loss"]), rel=1e-2)
+    assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["samples"] == 24
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_dead_process_ends_the_job_with_a_line_and_a_checkpoint(
+    data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--data", data, "--epochs", 2000, "--run-dir", folder]
+    positions = []
+    with torchrun(*arguments, restarts=1) as job:
+        for _ in range(2):  # the first time torchrun starts the job again, the second it gives up
+            before = (folder / CHECKPOINT).stat().st_mtime if (folder / CHECKPOINT).exists() else 0
+            deadline = time.monotonic() + 120
+            while not (folder / CHECKPOINT).exists() or (
+                (folder / CHECKPOINT).stat().st_mtime == before
+            ):
+                assert job.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+            victim = process_of_rank(1, job.pid)
+            assert victim is not None
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(0.5)
+            state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+            positions.append((state["epoch"], state["batch"]))
+        _, error = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert positions[0] < positions[1]  # the second attempt went on where the first had saved
+    assert f"go on with: python -m reat_fast.train --resume {folder}" in error
+    assert "another process of this job of 2 ended before its time" in error
+
+
+def test_restarts_need_a_named_folder(data: Path, tmp_path: Path) -> None:
+    with torchrun(*SMALL, "--data", data, restarts=1) as job:
+        _, error = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "torchrun --max-restarts: name the folder with --run-dir" in error
