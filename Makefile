@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 python := .venv/bin/python
-setup := scripts/venv.sh constraints-cpu.txt pyproject.toml setup.py
+setup := scripts/venv.sh scripts/ffcv.sh constraints-cpu.txt pyproject.toml setup.py
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16

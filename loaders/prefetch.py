@@ -17,26 +17,26 @@ def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     ready for the stream that is current when they are given. Their memory may be reused as soon as
     they are dropped. Abandoning this iterator closes `batches`.
     """
-    try:
-        yield from batches if device.type != "cuda" else _copied_ahead(batches, device)
-    finally:
-        if isinstance(batches, Generator):
-            batches.close()
+    return batches if device.type != "cuda" else _copied_ahead(batches, device)
 
 
 def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     stream = torch.cuda.Stream(device)
     ahead: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            images = _copy(batch.images, device)
-            labels, indices = _copy(batch.labels, device), _copy(batch.indices, device)
-            copy = Batch(images, labels, indices, batch.gather), stream.record_event()
+    try:
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                images = _copy(batch.images, device)
+                labels, indices = _copy(batch.labels, device), _copy(batch.indices, device)
+                copy = Batch(images, labels, indices, batch.gather), stream.record_event()
+            if ahead is not None:
+                yield _ready(*ahead, device)
+            ahead = copy
         if ahead is not None:
             yield _ready(*ahead, device)
-        ahead = copy
-    if ahead is not None:
-        yield _ready(*ahead, device)
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

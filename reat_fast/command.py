@@ -37,15 +37,17 @@ def parse_flags(
 
     Errors: ValueError with one line for a flag that does not exist or a value that cannot be.
     """
-    shown = io.StringIO()
+    # Neither may be the terminal: tyro would colour its text.
+    printed, shown = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(shown):
             if default is None:
                 return tyro.cli(flags, prog=program, args=arguments)
             return tyro.cli(flags, prog=program, args=arguments, default=default)
     except SystemExit as stop:
         if stop.code:
             raise ValueError(_one_line(shown.getvalue())) from None
+        print(printed.getvalue(), end="")
         raise
 
 

@@ -98,7 +98,7 @@ def compared_classes(groups: Sequence[Group], attack: str, class_names: Sequence
             _draw_means(axes, np.arange(len(mean)) + aside, mean, spread, how, few)
     axes.set_title("accuracy in %")
     axes.set_ylim(0, 100)
-    label_classes(axes, class_names)
+    label_classes(axes, class_names, WIDE)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 

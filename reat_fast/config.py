@@ -161,6 +161,8 @@ class Config:
     """Save within an epoch too, whenever so many minutes have passed."""
     profile: bool = False
     """Report after each epoch how long the step waited for data."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where figures go beside metrics.csv: tensorboard, wandb or both."""
     quiet: bool = False
     """Print the final table and errors only."""
     run_dir: Path | None = None
@@ -246,7 +248,7 @@ PRESETS: dict[str, Config] = {"reat": Config(), "quickstart": QUICKSTART}
 
 LOCAL_FIELDS = (
     *("run_dir", "resume", "device", "data", "loader", "workers"),
-    *("on_nonfinite", "save_minutes", "profile", "quiet"),
+    *("on_nonfinite", "save_minutes", "profile", "quiet", "log"),
 )
 """Fields that say where a run lives and how it reports, not what it computes: they may differ on
 resume."""
@@ -267,13 +269,15 @@ def from_json(text: str, source: str = "config.json") -> Config:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("no object of fields")
+        values = values.get("training", values)  # an exported config.json holds more
         known = {field.name for field in dataclasses.fields(Config)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r}, written by another version")
         for name in ("data", "run_dir", "resume"):
             values[name] = Path(values[name]) if values.get(name) else None
-        values["milestones"] = tuple(values.get("milestones", ()))
+        for name in ("milestones", "log"):
+            values[name] = tuple(values.get(name, ()))
         return Config(**values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: not a configuration of reat_fast ({error})") from error

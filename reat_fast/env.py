@@ -26,6 +26,9 @@ EXTRAS = (
     "tensorboard",
     "wandb",
     "huggingface-hub",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
     "pillow",
 )
 

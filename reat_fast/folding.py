@@ -161,8 +161,11 @@ def _is_plain_batchnorm(module: nn.Module) -> bool:
 
 
 def _is_dense_conv(module: nn.Module) -> bool:
-    # Grouped ones have kernels of their own in PyTorch.
+    # Grouped ones have kernels of their own in PyTorch; cuDNN's fused engines want channels that
+    # fill 16 bytes, which those of the images do not.
     if type(module) is not nn.Conv2d or module.groups != 1:
+        return False
+    if module.in_channels % 8 or module.out_channels % 8:
         return False
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 

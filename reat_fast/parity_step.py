@@ -12,10 +12,13 @@ from torch import Tensor
 from reat_fast import reference
 from reat_fast.config import Config
 from reat_fast.frozen import FrozenNetwork
+from reat_fast.graph import CapturedStep
 from reat_fast.kernels.class_weights import rbl_weights
+from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks import Network
 from reat_fast.parity_ops import COUNTS, EPS, STEP_SIZE, Row, generator, name_of, worst
+from reat_fast.precision import allowed_tf32, determinism
 from reat_fast.step import TrainStep, make_optimizer
 
 
@@ -24,7 +27,8 @@ def compare_steps(device: torch.device) -> Iterator[Row]:
     yield from _folding(device)
     yield from _rbl_inertness(device)
     yield from _training_step(device)
-    yield from _bfloat16(device)
+    yield from _low_precision(device)
+    yield from _same_bits(device)
 
 
 def _folding(device: torch.device) -> Iterator[Row]:
@@ -110,22 +114,57 @@ def _training_step(device: torch.device) -> Iterator[Row]:
         yield Row("training step", f"{case}, weights, relative", name, error, tolerance)
 
 
-def _bfloat16(device: torch.device) -> Iterator[Row]:
-    # A rounding is 2^-9 = 0.002 relative. A dozen layers round weights and maps; the errors add up
-    # like a walk, not like a sum. Signs near zero differ, so the losses are compared, not pixels.
+def _low_precision(device: torch.device) -> Iterator[Row]:
+    # A rounding is 2^-9 = 0.002 relative in bfloat16, 2^-11 in TF32, which CPUs do not have. A
+    # dozen layers round weights and maps; the errors add up like a walk, not like a sum. Signs near
+    # zero differ, so the losses are compared, not pixels.
     images, labels, start = (t.to(device) for t in _batch(64, 16))
-    outcomes = []
-    for precision in ("float32", "bf16"):
-        config = Config(precision=precision, lr=2.0**-3)
-        model = _trained("resnet18", device)
-        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
-        outcomes.append(step(images, labels, start))
-    error = worst(outcomes[1]["loss"], outcomes[0]["loss"])
-    yield Row("bfloat16 step", "loss against float32, relative", "bfloat16", error, 2.0**-6)
-    reach = outcomes[1]["images_adv"].double() - images.double()
-    excess = max(float(reach.abs().max()) - EPS, 0.0)
-    # The images stay float32: the ball and the image are rounded once each, by 2^-25 and 2^-24.
-    yield Row("bfloat16 step", "pixels beyond the ball, absolute", "float32", excess, 1.2e-7)
+    exact = _outcome("float32", device, images, labels, start)
+    tolerances = {"tf32": 2.0**-8} if device.type == "cuda" else {}
+    for precision, tolerance in {**tolerances, "bf16": 2.0**-6}.items():
+        found = _outcome(precision, device, images, labels, start)
+        error = worst(found["loss"], exact["loss"])
+        yield Row("precision", "loss against float32, relative", precision, error, tolerance)
+        reach = found["images_adv"].double() - images.double()
+        excess = max(float(reach.abs().max()) - EPS, 0.0)
+        # The images stay float32: the ball and the image are rounded once each, by 2^-25 and 2^-24.
+        yield Row("precision", "pixels beyond the ball, absolute", precision, excess, 1.2e-7)
+
+
+def _outcome(
+    precision: str, device: torch.device, images: Tensor, labels: Tensor, start: Tensor
+) -> dict[str, Tensor]:
+    config = Config(precision=precision, lr=2.0**-3)  # type: ignore[arg-type]
+    model = _trained("resnet18", device)
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    with allowed_tf32(precision == "tf32"):
+        return step(images, labels, start)
+
+
+def _same_bits(device: torch.device) -> Iterator[Row]:
+    """Take three steps twice as --deterministic does, and on a GPU a third time as one graph."""
+    images, labels, _ = (t.to(device) for t in _batch(32, 16))
+    indices = torch.arange(32, device=device)
+    batch = Batch((images * 255).byte().permute(0, 2, 3, 1).contiguous(), labels, indices, False)
+    forms = ["run again"] + ["captured"] * (device.type == "cuda")
+    first = _three_steps(batch, device, captured=False)
+    for form in forms:
+        again = _three_steps(batch, device, captured=form == "captured")
+        pairs = zip(first.values(), again.values(), strict=True)
+        differing = sum(int((one != other).sum()) for one, other in pairs)
+        case = f"deterministic, three steps {form}, differing numbers"
+        yield Row("training step", case, "float32", differing, 0)
+
+
+def _three_steps(batch: Batch, device: torch.device, captured: bool) -> dict[str, Tensor]:
+    config = Config(precision="float32", lr=2.0**-3, deterministic=True)
+    model = _trained("resnet8", device)
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    with determinism():
+        replayed = CapturedStep(step, batch) if captured else step
+        for _ in range(3):
+            replayed.train_on(batch)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def _batch(batch: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,6 +175,8 @@ def svg(picture: Picture) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": picture.name}):
         picture.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    # What was laid out once stays so: laying out takes most of the time of drawing.
+    picture.figure.set_layout_engine("none")
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     label = html.escape(picture.description)

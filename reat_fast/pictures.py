@@ -151,7 +151,7 @@ def class_accuracy(evaluation: dict[str, Any]) -> Figure:
     accuracies.set_ylim(0, 100)
     accuracies.tick_params(axis="x", length=0)
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5))
-    label_classes(sizes, evaluation["class_names"])
+    label_classes(sizes, evaluation["class_names"], WIDE)
     return figure
 
 
@@ -181,14 +181,12 @@ def _draw_sizes(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_title("training images")
 
 
-def label_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    """Name the classes along the x axis, or number them where they are many."""
+def label_classes(axes: Axes, class_names: Sequence[str], width: float) -> None:
+    """Name the classes along an x axis of `width` inches, or number them where they are many."""
     axes.set_xlim(-0.6, len(class_names) - 0.4)
     if len(class_names) <= FEW:
-        figure = axes.get_figure(root=True)
-        letters_an_inch, wide = 12, figure.get_figwidth() if figure else WIDE
         names = [short(name) for name in class_names]
-        fits = max(map(len, names)) * len(names) < letters_an_inch * wide
+        fits = max(map(len, names)) * len(names) < 12 * width  # letters an inch
         turned: dict[str, Any] = (
             {} if fits else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
         )
@@ -273,7 +271,7 @@ def weight_chart(
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
     axes.set_title("weight (mean 1)")
-    label_classes(axes, class_names)
+    label_classes(axes, class_names, NARROW)
     axes.legend()
     return figure
 

@@ -15,6 +15,7 @@ from reat_fast.checkpoint import CheckpointError
 from reat_fast.command import choose_device
 from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
 from reat_fast.distributed import World
+from reat_fast.logs import check_logs
 
 
 @dataclass
@@ -49,6 +50,7 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         flags = arguments[1:] if named else arguments
         _, config = parse(flags, preset, default=saved)
         _refuse_changes(saved, config)
+    check_logs(config.log)
     device = _device(config, world)
     run_dir = resume or _new_run_dir(config, preset, world)
     return Plan(preset, reason, config, device, run_dir, state, world)

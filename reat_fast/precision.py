@@ -25,24 +25,48 @@ def use_precision(config: Config, device: torch.device) -> None:
     allowed whose results do not depend on the order in which threads finish.
     """
     _allow_tf32(resolve_precision(config, device) != "float32")
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic:
-        # cuBLAS reads this when it starts; without it its products on several streams may differ.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _choose_algorithms(config.deterministic)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Forbid TF32 inside the block: figures and parity are those of true float32."""
+    with allowed_tf32(False):
+        yield
+
+
+@contextmanager
+def allowed_tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 inside the block, or forbid it."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    _allow_tf32(False)
+    _allow_tf32(allowed)
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@contextmanager
+def determinism() -> Iterator[None]:
+    """Use only algorithms that give the same bits each time inside the block."""
+    benchmark = torch.backends.cudnn.benchmark
+    before = torch.are_deterministic_algorithms_enabled()
+    _choose_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+
+
 def _allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        # cuBLAS reads this when it starts; without it its products on several streams may differ.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

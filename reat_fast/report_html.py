@@ -86,8 +86,6 @@ def page(
     title, kicker, lead and tiles (label, value, detail) are text; sections are headings and HTML
     made by the functions below.
     """
-    light, dark = (_variables(index) for index in (0, 1))
-    css = CSS.replace("LIGHT", light).replace("DARK", dark)
     sections = [(heading, body) for heading, body in sections if body]
     links = "".join(f'<li><a href="#{_slug(h)}">{_text(h)}</a></li>' for h, _ in sections)
     shown = "".join(
@@ -100,15 +98,7 @@ def page(
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{_text(title)}</title>
-<style>{css}</style>
-</head>
-<body>
+{_head(title)}<body>
 <header>
 <p class="kicker">{_text(kicker)}</p>
 <h1>{_text(title)}</h1>
@@ -120,6 +110,19 @@ def page(
 {bodies}</main>
 </body>
 </html>
+"""
+
+
+def _head(title: str) -> str:
+    css = CSS.replace("LIGHT", _variables(0)).replace("DARK", _variables(1))
+    return f"""<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{_text(title)}</title>
+<style>{css}</style>
+</head>
 """
 
 

@@ -65,7 +65,8 @@ def probe_run(run: RunRecord, images: int, data: Path | None, device: torch.devi
     weights = run.folder / str(told.get("weights", ""))
     weights = weights if weights.is_file() else checkpoint.find_weights(run.folder)
     model, spec = checkpoint.load_model_and_spec(weights, device)
-    dataset = load_dataset(run.config.dataset, data or run.config.data)
+    config = run.config
+    dataset = load_dataset(config.dataset, data or config.data, config.image_size, config.skip_bad)
     if dataset.num_classes != spec.num_classes:
         raise ValueError(
             f"{dataset.name} has {dataset.num_classes} classes, {weights} was trained on "
@@ -100,6 +101,31 @@ def probe(
 ) -> Probe:
     """Attack a model with PGD-20 in float32; source names data and weights. See Probe."""
     device = next(model.parameters()).device
+    tensors = _attack(model, image_set, eps=eps, step_size=step_size, seed=seed)
+    clean, attacked, features, logits, attacked_features, attacked_logits = tensors
+    clean_predictions = logits.argmax(1).numpy()
+    points, attacked_points, explained = principal_points(features, attacked_features)
+    shown = choose_examples(image_set.labels, clean_predictions, num_classes)
+    return Probe(
+        labels=image_set.labels,
+        clean_predictions=clean_predictions,
+        predictions=attacked_logits.argmax(1).numpy(),
+        points=points,
+        attacked_points=attacked_points,
+        explained=explained,
+        examples=shown,
+        clean=clean[shown].permute(0, 2, 3, 1).numpy(),
+        attacked=attacked[shown].permute(0, 2, 3, 1).numpy(),
+        eps=eps,
+        conditions=f"PGD-{STEPS}, {len(image_set):,} test images, {source}, {device.type}",
+    )
+
+
+def _attack(
+    model: Network, image_set: ImageSet, *, eps: float, step_size: float, seed: int
+) -> list[Tensor]:
+    """Return, on the CPU, clean and attacked images, then features and logits of each."""
+    device = next(model.parameters()).device
     images = torch.from_numpy(np.ascontiguousarray(image_set.images)).to(device)
     labels = torch.from_numpy(image_set.labels).to(device)
     parts = []
@@ -119,25 +145,7 @@ def probe(
                 loss=cross_entropy,
             )
             parts.append((clean, attacked, *_features(model, clean), *_features(model, attacked)))
-    clean, attacked, features, logits, attacked_features, attacked_logits = (
-        torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)
-    )
-    clean_predictions = logits.argmax(1).numpy()
-    points, attacked_points, explained = principal_points(features, attacked_features)
-    shown = choose_examples(image_set.labels, clean_predictions, num_classes)
-    return Probe(
-        labels=image_set.labels,
-        clean_predictions=clean_predictions,
-        predictions=attacked_logits.argmax(1).numpy(),
-        points=points,
-        attacked_points=attacked_points,
-        explained=explained,
-        examples=shown,
-        clean=clean[shown].permute(0, 2, 3, 1).numpy(),
-        attacked=attacked[shown].permute(0, 2, 3, 1).numpy(),
-        eps=eps,
-        conditions=f"PGD-{STEPS}, {len(labels):,} test images, {source}, {device}",
-    )
+    return [torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from reat_fast.graph import CapturedStep
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
+from reat_fast.logs import MetricLog
 from reat_fast.memory import keep_freed_memory
 from reat_fast.networks import Network
 from reat_fast.plan import Plan
@@ -70,6 +71,7 @@ class Run:
         self.changed_code = ""
         self._captured: CapturedStep | None = None
         self._lock: FolderLock | None = None
+        self.log: MetricLog | None = None
         if plan.state is not None:
             self.load_state(plan.state)
 
@@ -160,13 +162,23 @@ class Run:
         if self.world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder)
-            describe_run(self.folder, self.config, self.dataset, self.splits)
+            describe_run(self.folder, self.plan.preset, self.config, self.dataset, self.splits)
+            self.log = MetricLog(
+                self.config.log,
+                self.folder,
+                dataclasses.asdict(self.config),
+                self.plan.preset,
+                history=zip(self.metrics, self.timing, strict=True),
+                attack="pgd20" if self.config.evaluation == "official" else "pgd10",
+            )
 
     def close(self) -> None:
         """Free the graph, the loader's processes and the folder."""
         if self._captured is not None:
             self._captured.close()
         self.loader.close()
+        if self.log is not None:
+            self.log.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -181,6 +193,8 @@ class Run:
             write_table(self.folder / "timing.csv", self.timing)
             network = self.step.evaluated_network()
             checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
+        if self.log is not None:
+            self.log.epoch(self.metrics[-1], timing)
         self.save()
 
     def save(self) -> None:

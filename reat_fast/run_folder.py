@@ -41,13 +41,17 @@ class FolderLock:
         os.close(self._descriptor)
 
 
-def describe_run(folder: Path, config: Config, dataset: Dataset, splits: Splits) -> None:
+def describe_run(
+    folder: Path, preset: str, config: Config, dataset: Dataset, splits: Splits
+) -> None:
     """Write what a run is made of: configuration, environment and split, before its first step."""
     write_text(folder / "config.json", to_json(config) + "\n")
     write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
     split = {
+        "preset": preset,
         "dataset": dataset.name,
         "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.train.images.shape[1:]),
         "train_counts": splits.counts,
         "held_out": len(splits.held_out),
         "fingerprint": splits.fingerprint,

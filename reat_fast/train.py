@@ -53,6 +53,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
             if run.world.main and not run.config.quiet:
                 announce(run)
             run.open_folder()
+            if run.log is not None and not run.config.quiet:
+                for line in run.log.where:
+                    print(line, flush=True)
             train(run, stop)
             if run.world.main:
                 test(run, stop)
@@ -195,6 +198,8 @@ def run_place(run: Run) -> str:
 def test(run: Run, stop: StopRequest) -> None:
     """Test the chosen weights and print the table."""
     result = selection.test(run, _tick(stop))
+    if run.log is not None:
+        run.log.result(result)
     print(f"\n{report.accuracy_table(result)}\n")
     print(
         f"{result['weights']} (epoch {result['weights_epoch']}) on {result['samples']:,} of "

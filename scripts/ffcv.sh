@@ -40,7 +40,7 @@ main() {
     unpack_libraries
   fi
   say "Building FFCV (half a minute)"
-  install_ffcv
+  install_ffcv || stop "FFCV could not be built, pip says above why; --loader resident and workers do without it"
   works || stop "FFCV was built but cannot be imported: run $python -c 'import ffcv' to see why"
 }
 
@@ -100,8 +100,8 @@ END
 # --no-deps: FFCV names opencv-python, which needs a display's libraries, and packages that only its benchmarks use.
 # --no-cache-dir: a cached build could be linked to the libraries of another environment.
 install_ffcv() {
-  pip_install numba opencv-python-headless pillow tqdm
-  PATH=$build:$PATH pip_install --no-deps --no-cache-dir --no-binary ffcv "ffcv>=1.0.2"
+  pip_install numba opencv-python-headless pillow tqdm &&
+    PATH=$build:$PATH pip_install --no-deps --no-cache-dir --no-binary ffcv "ffcv>=1.0.2" || return
   # An import that is not used, of a module that Python 3.12 no longer has.
   sed -i '/^from distutils.log import warn$/d' \
     "$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/ffcv/pipeline/graph.py"

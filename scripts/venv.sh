@@ -24,7 +24,10 @@ main() {
   if on_linux && ! has_nvidia_gpu; then install_cpu_torch; fi
   say "Installing reat-fast${extra:+ and what its tests need}"
   pip_install --editable ".${extra:+[$extra]}"
-  if [ "$extra" = dev ]; then install_triton; fi
+  if [ "$extra" = dev ]; then
+    install_triton
+    install_loaders
+  fi
   touch "$venv/installed" ${extra:+"$venv/installed-$extra"}
 }
 
@@ -92,6 +95,14 @@ install_triton() {
   pip_install --no-deps --constraint constraints-cpu.txt triton && return
   [ "$(uname -sm)" != "Linux x86_64" ] || stop "Triton is needed for the interpreter tests"
   say "No Triton for this machine: the interpreter tests will be skipped"
+}
+
+# The tests run every loader where it can be: FFCV is compiled here, DALI is 270 MB of wheels for Linux on x86-64.
+install_loaders() {
+  scripts/ffcv.sh "$python" || say "Without FFCV its tests will be skipped"
+  [ "$(uname -sm)" = "Linux x86_64" ] || return 0
+  say "Installing NVIDIA DALI (about 270 MB)"
+  pip_install --editable ".[dali]" || say "Without DALI its tests will be skipped"
 }
 
 main

@@ -55,7 +55,7 @@ def test_the_cw_loss_is_that_of_the_field() -> None:
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-15)
     assert torch.equal(ours.grad, plain.grad)
-    kept = 50 > (other - real).detach()
+    kept = (other - real).detach() < 50
     assert ours.grad.any(1).tolist() == kept.tolist() and 0 < kept.sum() < 6
 
 
@@ -161,9 +161,7 @@ def test_an_image_counts_only_if_it_withstands_every_restart(
             singles.append(~victim.fooled(adv, labels))
         right &= singles[-1]
     for batch_size in (5, 24):
-        found = evaluate(
-            model, image_set, [attack], 4, eps=EPS, restarts=3, batch_size=batch_size
-        )
+        found = evaluate(model, image_set, [attack], 4, eps=EPS, restarts=3, batch_size=batch_size)
         assert found["attacks"]["pgd2"]["overall"] == pytest.approx(100 * right.double().mean())
 
 

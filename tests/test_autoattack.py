@@ -17,7 +17,7 @@ from reat_fast.fab import fab, hyperplane_step
 from reat_fast.square import _squares, square
 from reat_fast.victim import Victim, attacked
 
-EPS = 0.12
+EPS = 0.1
 CLASSES = 6
 
 
@@ -139,30 +139,52 @@ def test_fab_stands_where_the_package_stands(
     assert 0 < int(right.sum()) < 60
 
 
-def test_square_and_apgd_find_as_much_as_the_packages(
+def test_apgd_finds_what_the_packages_finds(
     model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     pyautoattack = pytest.importorskip("pyautoattack")
     images, labels = test_set
-    for name in ("apgd-ce", "square"):
-        package = pyautoattack.AutoAttack(model, eps=EPS, seed=0, version="custom", attacks=[name])
-        package.apgd.n_restarts, package.square.n_queries = 1, 1000
+    package = pyautoattack.AutoAttack(model, eps=EPS, seed=0, version="custom", attacks=["apgd-ce"])
+    package.apgd.n_restarts = 1
+    adv, _ = package.run_standard_evaluation(images, labels, batch_size=64)
+    with attacked(model) as victim:
+        found = apgd.apgd(victim, images, labels, labels, EPS * NOISE, apgd.cross_entropy, eps=EPS)
+        right = ~victim.fooled(found, labels)
+    # Another random start: an image on the border may fall to one of them and not to the other.
+    assert int((right != (model(adv).argmax(1) == labels)).sum()) <= 1
+
+
+def test_square_finds_as_much_as_the_packages(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    pyautoattack = pytest.importorskip("pyautoattack")
+    images, labels = test_set
+    ours, theirs = [], []
+    for seed in range(3):
+        package = pyautoattack.AutoAttack(
+            model, eps=EPS, seed=seed, version="custom", attacks=["square"]
+        )
+        package.square.n_queries = 300
+        # The package never puts a square at the last row or column: much of an image of 8x8.
+        short = package.square.random_int
+        package.square.random_int = lambda low, high, draw=short: draw(low, high + 1)
         adv, _ = package.run_standard_evaluation(images, labels, batch_size=64)
-        expected = int((model(adv).argmax(1) == labels).sum())
+        theirs.append(int((model(adv).argmax(1) == labels).sum()))
         with attacked(model) as victim:
-            if name == "square":
-                found = square(victim, images, labels, torch.arange(60), eps=EPS, queries=1000)
-            else:
-                found = apgd.apgd(
-                    victim, images, labels, labels, EPS * NOISE, apgd.cross_entropy, eps=EPS
-                )
-            right = ~victim.fooled(found, labels)
-        # Other random numbers: an image or two on the border (binomial, a few undecided images).
-        assert abs(int(right.sum()) - expected) <= 2
+            found = square(
+                victim, images, labels, torch.arange(60), eps=EPS, seed=seed, queries=300
+            )
+            ours.append(int((~victim.fooled(found, labels)).sum()))
+    # The package draws one square a query for all images: seeds differ by 3 or so, their mean by 2.
+    assert abs(np.mean(ours) - np.mean(theirs)) <= 4
+    assert 0 < np.mean(ours) < 60
 
 
 def test_batch_size_and_breaks_change_nothing(
-    model: nn.Module, test_set: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, labels = test_set
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
@@ -198,7 +220,10 @@ def test_batch_size_and_breaks_change_nothing(
 
 
 def test_a_finished_batch_is_not_attacked_again(
-    model: nn.Module, test_set: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, labels = test_set
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
@@ -269,7 +294,9 @@ def test_the_function_returns_which_images_stand(
 ) -> None:
     images, labels = test_set
     monkeypatch.setattr(AutoAttack.run, "__defaults__", None)
-    monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", {"steps": 5, "queries": 5, "state": None})
+    monkeypatch.setattr(
+        AutoAttack.__init__, "__kwdefaults__", {"steps": 5, "queries": 5, "state": None}
+    )
     robust = autoattack.autoattack(model, images, labels, eps=0.0)
     assert torch.equal(robust, model(images).argmax(1) == labels)
 
@@ -335,5 +362,6 @@ def test_squares_have_the_sizes_of_autoattack_and_lie_inside() -> None:
         inside = _squares(words, torch.Size((500, 3, 32, 32)), query)
         side = max(round((share * 32 * 32) ** 0.5), 1)
         assert (inside.flatten(1).sum(1) == side * side).all()
-        assert inside.any(0).all()  # some square covers each pixel, the last row and column too
+        touched = inside.any(0)[0]
+        assert touched.any(0).all() and touched.any(1).all()  # the last row and column too
     assert (_squares(words, torch.Size((500, 1, 2, 2)), 5000).flatten(1).sum(1) == 1).all()

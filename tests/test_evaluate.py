@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from reat_fast import evaluate, reference, train
 from reat_fast.attack import cross_entropy
+from reat_fast.autoattack import AutoAttack
+from reat_fast.class_figures import figures, tail_by_share
 from reat_fast.command import run_command
 from reat_fast.data import ImageSet
-from reat_fast.evaluate import Attack, evenly, figures
+from reat_fast.evaluate import Attack, evenly
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
 from reat_fast.report import accuracy_table
@@ -47,14 +50,15 @@ def test_the_table_shows_the_figures() -> None:
     assert lines[-1].split() == ["<script>", "tail", "4", "25.00", "-"]
 
 
-def test_attacks_by_name() -> None:
-    eps, step = 8 / 255, 2 / 255
-    assert Attack.from_name("clean", eps, step).steps == 0
-    assert Attack.from_name("fgsm", eps, step) == Attack("fgsm", 1, eps, random_start=False)
-    assert Attack.from_name("pgd20", eps, step) == Attack("pgd20", 20, step, random_start=True)
-    for name in ("pgd", "pgd0", "pgd-1", "PGD20", "aa", "cw"):
-        with pytest.raises(ValueError, match=f"unknown attack '{name}'; attacks are clean, fgsm"):
-            Attack.from_name(name, eps, step)
+def test_the_tail_by_share_is_what_lies_beyond_80_per_cent() -> None:
+    longtail = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]  # CIFAR-10-LT, ratio 50
+    assert tail_by_share(longtail) == [4, 5, 6, 7, 8, 9]
+    assert tail_by_share([10, 80, 10]) == [0, 2]  # in any order; exactly 80 % is enough
+    assert tail_by_share([5] * 10) == [8, 9]
+    assert tail_by_share([7]) == []
+    assert figures([1, 2, 3], [4, 4, 4], [10, 80, 10])["tail80"] == pytest.approx(50)
+    assert figures([1, 2, 3], [4, 4, 4])["tail80"] is None
+    assert figures([1], [4], [7])["tail80"] is None
 
 
 @pytest.fixture
@@ -74,6 +78,37 @@ def test_figures_do_not_depend_on_the_batch_size_and_the_mode_stays(image_set: I
     assert whole == parts
     assert whole["samples"] == 20 and whole["per_class_samples"] == [5] * 4
     assert model.training and not model.stem.bn.training  # type: ignore[union-attr]
+
+
+class DecodedOnDemand:
+    """Images that are read by rows and cannot be taken for an array."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.shape, self.dtype, self.most = images.shape, images.dtype, 0
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        self.most = max(self.most, len(rows))
+        return self._images[rows]
+
+    def __array__(self, *_: object) -> np.ndarray:
+        raise AssertionError("the whole set was decoded")
+
+
+def test_images_are_read_batch_by_batch(image_set: ImageSet) -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet8", 4, width=8)
+    attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", "pgd2")]
+    lazy = DecodedOnDemand(image_set.images)
+    images = []
+    found = evaluate.evaluate(
+        model, ImageSet(lazy, image_set.labels), attacks, 4, batch_size=8, progress=images.append
+    )
+    assert found == evaluate.evaluate(model, image_set, attacks, 4, batch_size=8)
+    assert lazy.most == 8 and images == [8, 8, 4, 8, 8, 4]
 
 
 def test_fgsm_is_one_signed_step_judged_on_the_model(image_set: ImageSet) -> None:
@@ -122,7 +157,18 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     data = made_npz(folder / "made.npz", classes=5)
     arguments = ["reat", "--dataset", "npz", "--data", data, "--model", "resnet8", "--width", 8]
-    arguments += ["--imbalance", 0.2, "--steps", 1, "--epochs", 1, "--run-dir", folder / "run"]
+    arguments += [
+        "--imbalance",
+        0.2,
+        "--steps",
+        1,
+        "--epochs",
+        1,
+        "--batch-size",
+        32,
+        "--run-dir",
+        folder / "run",
+    ]
     assert train.main([str(argument) for argument in arguments]) == 0
     return folder / "run"
 
@@ -138,7 +184,13 @@ def test_the_command_repeats_the_figures_of_the_run(
     assert command(run_dir, "--attacks", "clean", "pgd20") == 0
     shown = capsys.readouterr().out
     after = json.loads((run_dir / "evaluation.json").read_text())
-    assert after["attacks"] == before["attacks"]
+    for name, figures_then in before["attacks"].items():
+        found = after["attacks"][name]
+        assert {part: found[part] for part in figures_then if part != "tail80"} == {
+            part: value for part, value in figures_then.items() if part != "tail80"
+        }
+    assert after["tail80_classes"] == tail_by_share(after["train_counts"])
+    assert after["attacks"]["clean"]["tail80"] is not None
     assert after["train_counts"] == before["train_counts"]
     assert "clean  pgd20" in shown and "class 0" in shown or "0" in shown
 
@@ -152,6 +204,73 @@ def test_the_command_takes_weights_subset_and_output(run_dir: Path, tmp_path: Pa
     assert result["weights"] == "last.safetensors"
 
 
+def test_the_command_runs_the_attacks_of_the_field(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two steps and five queries a stage: that each has its part is shown in test_autoattack.
+    short = {"steps": 2, "queries": 5, "state": None}
+    monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", short)
+    out, names = tmp_path / "figures.json", ["clean", "fgsm", "pgd3", "cw3", "lsa3", "aa"]
+    arguments = [run_dir, "--attacks", *names, "--subset", 12, "--restarts", 2, "--out", out]
+    assert command(*arguments) == 0
+    shown = capsys.readouterr()
+    result = json.loads(out.read_text())
+    assert list(result["attacks"]) == names and "lsa3" in shown.out
+    assert list(result["attacks"]["aa"]["after"]) == [
+        "clean", "apgd-ce", "apgd-t", "fab-t", "square",
+    ]  # fmt: skip
+    assert result["attacks"]["aa"]["after"]["clean"] == result["attacks"]["clean"]["overall"]
+    assert result["restarts"] == 2 and result["precision"] == "float32"
+    assert isinstance(result["warnings"], list)
+    assert not (run_dir / evaluate.STATE).exists()
+    assert command(*arguments, "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    again = json.loads(out.read_text())
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+
+def test_train_counts_may_be_given_where_no_run_tells(run_dir: Path, tmp_path: Path) -> None:
+    weights, out = tmp_path / "alone.safetensors", tmp_path / "figures.json"
+    weights.write_bytes((run_dir / "last.safetensors").read_bytes())
+    arguments = [weights, "--dataset", "npz", "--data", run_dir.parent / "made.npz", "--out", out]
+    assert command(*arguments, "--attacks", "clean") == 0
+    result = json.loads(out.read_text())
+    assert "train_counts" not in result and result["attacks"]["clean"]["tail80"] is None
+    assert command(*arguments, "--attacks", "clean", "--train-counts", 9, 80, 5, 3, 3) == 0
+    result = json.loads(out.read_text())
+    assert result["train_counts"] == [9, 80, 5, 3, 3]
+    assert result["tail80_classes"] == [0, 2, 3, 4]
+
+
+def test_guards_speak_up(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate.guards, "warnings_for_model", lambda *_: ["this is doubtful"])
+    out = tmp_path / "figures.json"
+    assert command(run_dir, "--attacks", "clean", "--out", out, "--quiet") == 0
+    assert capsys.readouterr().err == "warning: this is doubtful\n"
+    assert json.loads(out.read_text())["warnings"] == ["this is doubtful"]
+
+
+def test_a_missing_package_says_how_to_get_it(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    before = (run_dir / "evaluation.json").read_text()
+    assert command(run_dir, "--attacks", "aa-package") == 2
+    error = capsys.readouterr().err
+    assert error == (
+        'error: --attacks aa-package: needs pyautoattack; pip install "reat-fast[eval]"\n'
+    )
+    assert (run_dir / "evaluation.json").read_text() == before
+
+
 def test_bad_input_is_one_line(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +281,9 @@ def test_bad_input_is_one_line(
         ((run_dir, "--data", wide), "has 6 classes"),
         ((run_dir, "--eps", "2"), "--eps 2.0: not in [0, 1]"),
         ((run_dir, "--subset", "0"), "--subset 0: must be at least 1"),
-        ((run_dir, "--attack", "clean"), "--attack"),
+        ((run_dir, "--restarts", "0"), "--restarts 0: must be at least 1"),
+        ((run_dir, "--precision", "fp8"), "--precision"),
+        ((run_dir / "last.safetensors", "--attack", "clean"), "--attack"),
         ((), "RUN"),
     ]:
         assert command(*arguments) == 2

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -175,6 +176,17 @@ def test_push_creates_a_private_repository_and_uploads_the_folder(
     assert upload["files"] == ["README.md", "config.json", "model.safetensors"]
     card = (to / "README.md").read_text()
     assert 'snapshot_download("me/mine")' in card and "# mine" in card
+
+
+def test_push_calls_the_hub_library_as_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface-hub")
+    api = create_autospec(hub.HfApi, instance=True)  # refuses arguments the real one has not
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    assert export.push(tmp_path, "me/mine", public=True) == "https://huggingface.co/me/mine"
+    assert api.create_repo.call_args.kwargs["private"] is False
+    assert api.upload_folder.call_args.kwargs["folder_path"] == tmp_path
 
 
 def test_without_push_the_hub_is_not_asked(

@@ -221,7 +221,7 @@ def test_tensorboard_is_told_no_path(tmp_path: Path) -> None:
 def test_wandb_offline_keeps_a_whole_run_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb", reason="needs wandb")
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     run_dir = tmp_path / "run-7"
@@ -237,6 +237,7 @@ def test_wandb_offline_keeps_a_whole_run_on_this_machine(
         (where,) = log.where
         folder = Path(where.removeprefix("W&B: wandb sync "))
         stored.append(next(folder.glob("run-*.wandb")))
+    wandb.teardown()  # as at the end of a program; until then its service may still be writing
     run_id = (run_dir / WANDB_ID).read_text().strip()
     assert [path.name for path in stored] == [f"run-{run_id}.wandb"] * 2
     first, newest = (file.read_bytes() for file in stored)

@@ -219,3 +219,36 @@ def test_the_command_runs_as_a_module_without_a_traceback(tmp_path: Path) -> Non
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert "Traceback" not in done.stderr
+
+
+def test_a_deterministic_run_gives_the_same_bits_again(data: Path, tmp_path: Path) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 2, "--deterministic", "--run-dir"]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    try:
+        for folder in folders:
+            assert run(*arguments, folder) == 0
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in ("metrics.csv", "last.safetensors", "best.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_a_quiet_run_prints_the_table_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--quiet"]
+    assert run(*arguments, "--run-dir", tmp_path / "run") == 0
+    shown = capsys.readouterr()
+    assert shown.out.lstrip().startswith("accuracy in %") and "epoch 1/1" not in shown.out
+    assert shown.err == ""
+
+
+def test_profile_says_how_long_the_step_waited_for_data(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--profile"]
+    assert run(*arguments, "--run-dir", tmp_path / "run") == 0
+    line = next(row for row in capsys.readouterr().out.splitlines() if "waited for data" in row)
+    share = float(line.split("waited for data ")[1].split(" %")[0])
+    assert 0 <= share < 100
