@@ -24,6 +24,7 @@ START = 1
 ORDER = 2
 SAMPLER = 3
 EVALUATION = 4
+POLICY = 5
 
 WORDS = 4  # words per counter
 _MASK = 0xFFFFFFFF

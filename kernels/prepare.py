@@ -44,22 +44,22 @@ def prepare_torch(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Prepare in PyTorch: what the kernel is held against, and the CPU path."""
-    height, width = images.shape[1:3]
-    batch = torch.arange(len(indices), device=images.device)
+    height, width, channels = images.shape[1:]
     words = philox.random_bits(seed, epoch, indices, philox.AUGMENT, 3)
-    shift = philox.integers(words[:, :2], 2 * padding + 1) - padding  # [B, 2], down and right
-    flipped = philox.bernoulli(words[:, 2:], 0.5) & flip  # [B, 1]
-    rows = shift[:, :1] + torch.arange(height, device=images.device)  # [B, H], source rows
-    columns = torch.arange(width, device=images.device)
-    columns = shift[:, 1:] + torch.where(flipped, width - 1 - columns, columns)  # [B, W]
+    corner = philox.integers(words[:, :2], 2 * padding + 1)  # [B, 2], down and right
+    flipped = philox.bernoulli(words[:, 2], 0.5) & flip  # [B]
+    batch = torch.arange(len(indices), device=images.device)
 
-    # One axis at a time, each the outer one, so that whole lines of bytes are copied.
-    source = indices if gather else batch
-    pixels = images[source[:, None], rows.clamp(0, height - 1)]
-    pixels = pixels * ((rows >= 0) & (rows < height))[..., None, None]  # [B, H, W, C]
-    pixels = pixels.transpose(1, 2).contiguous()[batch[:, None], columns.clamp(0, width - 1)]
-    pixels = pixels * ((columns >= 0) & (columns < width))[..., None, None]  # [B, W, H, C]
-    clean = pixels.transpose(1, 2).contiguous().to(torch.float32) / 255  # [B, H, W, C]
+    pixels = images.index_select(0, indices) if gather else images
+    padded = torch.nn.functional.pad(pixels, (0, 0, padding, padding, padding, padding))
+    # A line of a crop is a run of bytes of the padded batch, and index_select copies runs whole.
+    line, stride = width * channels, padded.shape[2] * channels
+    runs = padded.as_strided((max(padded.numel() - line + 1, 0), line), (1, 1))
+    rows = corner[:, :1] + torch.arange(height, device=images.device)  # [B, H], of the padded image
+    first = (batch[:, None] * padded.shape[1] + rows) * stride + corner[:, 1:] * channels
+    crops = runs.index_select(0, first.flatten()).view_as(pixels)
+    either = torch.cat((crops, crops.flip(2)))
+    clean = either.index_select(0, batch + len(batch) * flipped).to(torch.float32) / 255
     start = clean + _noise_torch(seed, epoch, indices, eps, noise, clean)
     return clean.to(dtype).permute(0, 3, 1, 2), start.to(dtype).permute(0, 3, 1, 2)
 

@@ -48,9 +48,11 @@ class BetonLoader:
     cache: leave it to the system which parts of the file stay in memory; False keeps two windows
     there, which a random order cannot do with.
 
-    The first epoch begins some seconds late, while Numba compiles the decoder. A JPEG that is
-    damaged inside is not noticed by FFCV: `python -m reat_fast.convert --check` finds it. Raises
-    ValueError where FFCV is missing, and BetonError where file, rows and image_set do not agree.
+    The first epoch begins some seconds late, while Numba compiles the decoder. Raw pixels are
+    exact. JPEG is decoded with libjpeg's fast cosine transform: CIFAR-10 at quality 95 is off from
+    pillow's pixels by 1.7 of 255 on average and 22 at most. A JPEG that is damaged inside goes
+    unnoticed by FFCV: `python -m reat_fast.convert --check` finds it. Raises ValueError where FFCV
+    is missing, and BetonError where file, rows and image_set do not agree.
     """
 
     def __init__(

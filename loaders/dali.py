@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from reat_fast.data import ImageSet
+from reat_fast.data import Images, ImageSet
 from reat_fast.lazy import FileImages
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
@@ -41,11 +41,11 @@ class DaliLoader:
         self.order = order.to(torch.device("cpu"))
         self.batch_size = order.share
         self.device = device
-        self.images = image_set.images
         self.labels = torch.from_numpy(image_set.labels).to(device)
+        self.images = image_set.images
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ahead: Iterator[Tensor] = iter(())  # what the pipeline asks for next
-        self._pipe: Any = _pipeline(self._feed, self.images, self.batch_size, threads, device)
+        self._feed = _Feed(self.images)
+        self._pipe: Any = _pipeline(self._feed, self.batch_size, threads, device)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -55,7 +55,7 @@ class DaliLoader:
         if self._pipe is None:
             raise ValueError("the DALI loader is closed: make another")
         batches = list(self.order.batches(epoch, first))
-        self._ahead = (rows for rows in batches if len(rows))  # DALI knows no empty batch
+        self._feed.ahead = (rows for rows in batches if len(rows))  # DALI knows no empty batch
         number = 0
         try:
             for number, rows in enumerate(batches):
@@ -63,21 +63,13 @@ class DaliLoader:
                 images = self._copy(self._run(batches[number:])) if len(rows) else self._empty()
                 yield Batch(images, self.labels[indices], indices, gather=False)
         finally:  # what an abandoned epoch has read ahead must not come out in the next
-            self._ahead = iter(())
+            self._feed.ahead = iter(())
             while self._pipe is not None and self._run(batches[number:]) is not None:
                 pass
 
     def close(self) -> None:
         """End the pipeline and its threads."""
         self._pipe = None
-
-    def _feed(self) -> Any:
-        """Give the pipeline a batch of images, or the names of files, as arrays of bytes."""
-        rows = next(self._ahead)
-        if isinstance(self.images, FileImages):
-            paths = [os.fsencode(self.images.paths[row]) for row in rows.tolist()]
-            return [np.frombuffer(path, np.uint8) for path in paths]
-        return self.images[rows.numpy()]
 
     def _run(self, batches: list[Tensor]) -> Any:
         """Wait for the first of these batches; returns None where the epoch is over."""
@@ -118,17 +110,34 @@ class DaliLoader:
         )
 
 
-def _pipeline(
-    source: Callable[[], Any], images: Any, batch_size: int, threads: int, device: torch.device
-) -> Any:
+class _Feed:
+    """Give the pipeline batches of images, or of names of files, as arrays of bytes.
+
+    Apart from the loader, or loader and pipeline would hold each other: the pipeline might then be
+    freed in a process forked later, which would wait for its threads for ever.
+    """
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.ahead: Iterator[Tensor] = iter(())
+
+    def __call__(self) -> Any:
+        rows = next(self.ahead)
+        if isinstance(self.images, FileImages):
+            paths = [os.fsencode(self.images.paths[row]) for row in rows.tolist()]
+            return [np.frombuffer(path, np.uint8) for path in paths]
+        return self.images[rows.numpy()]
+
+
+def _pipeline(source: _Feed, batch_size: int, threads: int, device: torch.device) -> Any:
     dali = _dali()
     gpu = device.type == "cuda"
     index = (torch.cuda.current_device() if device.index is None else device.index) if gpu else None
     pipe = dali.Pipeline(batch_size, threads, index, prefetch_queue_depth=PREFETCH)
     with pipe:
         feed = functools.partial(dali.fn.external_source, source, dtype=dali.types.UINT8)
-        if isinstance(images, FileImages):
-            pixels = _decoded(feed(ndim=1), images, "mixed" if gpu else "cpu")
+        if isinstance(source.images, FileImages):
+            pixels = _decoded(feed(ndim=1), source.images, "mixed" if gpu else "cpu")
         else:
             pixels = feed(ndim=3, layout="HWC")
         pipe.set_outputs(pixels.gpu() if gpu else pixels)

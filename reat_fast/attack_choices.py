@@ -129,9 +129,16 @@ class FreePerturbation:
     Source: train_free.py of Fast AT (ICLR 2020), after Shafahi et al., NeurIPS 2019.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], eps: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        eps: float,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._eps = eps
-        self._perturbation = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+        zeros = torch.zeros(shape, device=device, dtype=dtype)
+        self._perturbation = zeros.to(memory_format=torch.channels_last)
 
     def attacked(self, images: Tensor) -> Tensor:
         """Return the images [B, C, H, W] to train on: a leaf, so that backward fills its grad."""

@@ -169,13 +169,18 @@ def digest(shape: tuple[int, ...], labels: npt.NDArray[np.int64]) -> hashlib._Ha
 
 
 def _import_writer() -> ModuleType:
+    import torch
+
+    threads = torch.get_num_threads()
     try:
         import ffcv.writer
     except ImportError as error:
         raise DataError(
-            f'.beton files are written by FFCV: pip install "reat-fast[ffcv]", or convert to '
+            f".beton files are written by FFCV: install it with scripts/ffcv.sh, or convert to "
             f"FILE.npz ({error})"
         ) from error
+    finally:
+        torch.set_num_threads(threads)  # the import takes all but one away
     return cast(ModuleType, ffcv.writer)
 
 

@@ -8,12 +8,14 @@ can run code.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from reat_fast.models import create_model
 from reat_fast.networks import Network
+from reat_fast.typed_fields import from_values
 
 CHECKPOINT = "checkpoint-last.pt"
 PREVIOUS = "checkpoint-previous.pt"
@@ -137,9 +140,7 @@ def newest_run(folder: Path) -> Path:
     """
     found = [file for name in (CHECKPOINT, PREVIOUS) for file in folder.glob(f"*/{name}")]
     if not found:
-        raise CheckpointError(
-            f"--resume auto: no run with a checkpoint in {folder}; name its folder"
-        )
+        raise CheckpointError(f"--resume auto: no run with a checkpoint in {folder}; name one")
     return max(found, key=lambda file: file.stat().st_mtime_ns).parent
 
 
@@ -166,6 +167,9 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     Errors: CheckpointError naming the file.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; give the folder of a run") from None
@@ -173,16 +177,26 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         raise CheckpointError(
             f"{path}: damaged or not a checkpoint of reat_fast ({type(error).__name__})"
         ) from error
-    if not isinstance(state, dict) or "model_spec" not in state:
+    weights = state.get("model") if isinstance(state, dict) and "model_spec" in state else None
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise CheckpointError(f"{path}: not a checkpoint of reat_fast")
-    return state
+    return dict(state)
 
 
 def save_weights(path: Path, model: Network, spec: ModelSpec) -> None:
     """Write weights as safetensors, with what is needed to build the network in the header."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    blob = save(tensors, metadata={"reat_fast": json.dumps(asdict(spec))})
-    write_atomically(path, lambda partial: _write_bytes(partial, blob))
+    header = {"reat_fast": json.dumps(asdict(spec)), "sha256": _digest(tensors)}
+    write_atomically(path, lambda partial: _write_bytes(partial, save(tensors, header)))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names and values, since safetensors holds no checksum."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hashed.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def _write_bytes(path: Path, blob: bytes) -> None:
@@ -211,6 +225,9 @@ def load_model_and_spec(
         spec, tensors = _spec(state["model_spec"], file), state["model"]
     else:
         spec, tensors = _read_weights(file, map_location)
+    sizes = {size for tensor in tensors.values() if tensor.numel() for size in tensor.shape}
+    if not {spec.num_classes, spec.in_channels, spec.width or spec.in_channels} <= sizes:
+        raise CheckpointError(f"{file}: weights do not fit {spec.name} as its header has it")
     model = spec.build().to(map_location)
     try:
         model.load_state_dict(tensors)
@@ -239,7 +256,7 @@ def _selects_last(run_dir: Path) -> bool:
     file = run_dir / "config.json"
     try:
         values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged or not JSON ({error})") from None
     return isinstance(values, dict) and values.get("select") == "last"
 
@@ -249,8 +266,10 @@ def train_counts(run_dir: Path) -> list[int] | None:
     split = run_dir / "split.json"
     if not split.is_file():
         return None
-    counts = json.loads(split.read_text("utf-8"))["train_counts"]
-    return [int(count) for count in counts]
+    try:
+        return [int(count) for count in json.loads(split.read_text("utf-8"))["train_counts"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{split}: damaged, gives no train_counts ({error})") from None
 
 
 def _read_weights(
@@ -262,16 +281,19 @@ def _read_weights(
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{file}: damaged or not safetensors ({error})") from error
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
+        raise CheckpointError(f"{file}: damaged, its weights are not those that were saved")
     if "reat_fast" not in metadata:
         raise CheckpointError(f"{file}: has no reat_fast header, so the network is unknown")
     try:
         return _spec(json.loads(metadata["reat_fast"]), file), tensors
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged reat_fast header ({error})") from error
 
 
 def _spec(values: dict[str, Any], file: Path) -> ModelSpec:
     try:
-        return ModelSpec(**{**values, "class_names": tuple(values["class_names"])})
-    except (TypeError, KeyError) as error:
+        names = tuple(values["class_names"])
+        return from_values(ModelSpec, {**values, "class_names": names})
+    except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file}: written by another version ({error})") from error

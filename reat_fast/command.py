@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import tyro
 
+from reat_fast.terminal import one_line
+
 Flags = TypeVar("Flags")
 
 
@@ -20,10 +22,10 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     try:
         return main(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

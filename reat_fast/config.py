@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from reat_fast.command import parse_flags
+from reat_fast.typed_fields import from_values
 
 
 def fraction(text: str) -> float:
@@ -278,8 +279,8 @@ def from_json(text: str, source: str = "config.json") -> Config:
             values[name] = Path(values[name]) if values.get(name) else None
         for name in ("milestones", "log"):
             values[name] = tuple(values.get(name, ()))
-        return Config(**values)
-    except (ValueError, TypeError) as error:
+        return from_values(Config, values)
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{source}: not a configuration of reat_fast ({error})") from error
 
 

@@ -24,6 +24,7 @@ from reat_fast.beton_folder import read as read_beton_folder
 from reat_fast.lazy import LazyImages
 from reat_fast.sources import DataError as DataError
 from reat_fast.sources import Source
+from reat_fast.terminal import one_line
 
 Images = npt.NDArray[np.uint8] | LazyImages
 Indices = npt.NDArray[np.int64]
@@ -276,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in DATASETS if options.list else [options.name]:
             print(_describe(name) if options.list else _obtain(name, options.to))
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -196,7 +196,29 @@ def _trace(network: nn.Module) -> fx.Graph | None:
         return None
 
 
+class _Proxy(fx.Proxy):
+    """Keep `a += b` what it is; fx would trace a + b, and another name of `a` would miss it."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.itruediv, other)
+
+    def _write(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if isinstance(module, (nn.Conv2d, _BatchNorm)):
             return True

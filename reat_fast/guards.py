@@ -116,8 +116,9 @@ def warnings_for_figures(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
             )
     after = attacks.get("aa", {}).get("after", {})
     if after and after["fab-t"] - after["square"] > SQUARE_POINTS:
+        lowered = f"from {after['fab-t']:.2f} % to {after['square']:.2f} %"
         found.append(
-            f"Square lowered aa from {after['fab-t']:.2f} % to {after['square']:.2f} %: it needs no "
-            "gradients, so the gradients may be hidden and the true figure lower still"
+            f"Square lowered aa {lowered}: it needs no gradients, so gradients may be hidden and "
+            "the true figure lower still"
         )
     return found

@@ -8,7 +8,7 @@ import sys
 import torch
 
 # Names and numbers of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def keep_freed_memory() -> bool:
@@ -17,12 +17,25 @@ def keep_freed_memory() -> bool:
     A step on a CPU frees hundreds of large maps and takes them again. By default each goes back to
     the system, which clears every page anew: about a quarter of a ResNet-18 step.
     """
+    return _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def give_back_freed_memory() -> bool:
+    """Let glibc do as it does by itself; returns whether it was told so. For comparisons.
+
+    By itself it raises its threshold to the largest block of at most 32 MiB that was freed, and
+    gives larger ones back; once told anything it no longer does, so that state is set here.
+    """
+    threshold = 2**25
+    values = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: threshold, M_TRIM_THRESHOLD: 2 * threshold}
+    return _mallopt(values)
+
+
+def _mallopt(values: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and all([mallopt(name, value) for name, value in values.items()])
 
 
 def peak_memory(device: torch.device) -> int:

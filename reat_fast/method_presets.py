@@ -8,23 +8,23 @@ count epochs from one drop their learning rate one epoch earlier.
 
 from __future__ import annotations
 
-_RECIPE: dict[str, object] = {"epochs": 100, "milestones": (75, 90)}
-_AT_BSL: dict[str, object] = {**_RECIPE, "objective": "bsl", "tail": "none", "start": "normal"}
+_CE: dict[str, object] = {"tail": "none", "attack_loss": "ce"}
+_RECIPE: dict[str, object] = {"epochs": 100, "milestones": (75, 90), **_CE}
+_AT_BSL: dict[str, object] = {**_RECIPE, "objective": "bsl", "start": "normal"}
 
 METHOD_PRESETS: dict[str, dict[str, object]] = {
     # Madry et al., ICLR 2018.
-    "at": {**_RECIPE, "objective": "ce", "tail": "none"},
-    # Zhang et al., ICML 2019: trades.py; beta from its README.
+    "at": {**_RECIPE, "objective": "ce"},
+    # Zhang et al., ICML 2019: trades.py; beta is the 1/lambda of the paper.
     "trades": {
         **_RECIPE,
         "objective": "trades",
-        "tail": "none",
         "attack_loss": "kl",
         "start": "normal",
         "beta": 6.0,
     },
     # Wang et al., ICLR 2020: mart.py; beta from train_resnet.py.
-    "mart": {**_RECIPE, "objective": "mart", "tail": "none", "start": "normal", "beta": 5.0},
+    "mart": {**_RECIPE, "objective": "mart", "start": "normal", "beta": 5.0},
     # Yue et al., CVPR 2024: at_bsl_loss.py, train_at_bsl_cifar10.py.
     "at-bsl": _AT_BSL,
     "at-bsl-ra": {**_AT_BSL, "policy": "randaugment"},
@@ -57,7 +57,6 @@ METHOD_PRESETS: dict[str, dict[str, object]] = {
     "taet": {
         **_RECIPE,
         "objective": "taet",
-        "tail": "none",
         "start": "normal",
         "second_stage": 40,
     },
@@ -73,11 +72,5 @@ METHOD_PRESETS: dict[str, dict[str, object]] = {
         "radius_warmup": 0.8,
     },
     # Wu et al., NeurIPS 2020: AT_AWP; length and recipe as RobustLT has it on long-tailed data.
-    "awp": {
-        "epochs": 200,
-        "milestones": (100, 150),
-        "objective": "ce",
-        "tail": "none",
-        "awp": 0.005,
-    },
+    "awp": {**_CE, "epochs": 200, "milestones": (100, 150), "objective": "ce", "awp": 0.005},
 }

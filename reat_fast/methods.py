@@ -167,10 +167,12 @@ def mart(forward: Forward, part: Part, *, beta: float) -> tuple[Tensor, Terms]:
     clean, labels = in_loss_precision(clean), part.labels[:, None]
     probabilities = in_loss_precision(logits).softmax(1)
     likeliest_wrong = probabilities.scatter(1, labels, 0.0).max(1).values
-    misled = -(1.0001 - likeliest_wrong).log().sum() / part.total
+    boosted = (
+        class_loss(logits, part.labels, reduction="sum") - (1.0001 - likeliest_wrong).log().sum()
+    )
     doubt = 1.0000001 - clean.softmax(1).gather(1, labels).squeeze(1)
     kl = (kl_rows(clean, logits) * doubt).sum() / part.total
-    return logits, {"bce": _class_loss_term(logits, part) + misled, "kl": beta * kl}
+    return logits, {"bce": boosted / part.total, "kl": beta * kl}
 
 
 def robal(
@@ -275,9 +277,9 @@ def _class_loss_term(
 def _class_equalisation(losses: Tensor, labels: Tensor, classes: int) -> Tensor:
     # Not scatter_add: its order of summation on a GPU changes from run to run.
     member = (labels[:, None] == torch.arange(classes, device=labels.device)).to(losses.dtype)
-    by_class = (losses[:, None] * member).sum(0) / (member.sum(0) + 1e-10)  # [K]
+    by_class = (losses[:, None] * member).sum(0) / member.sum(0).clamp(min=1)  # [K]
     mean = by_class.mean()
-    shares = by_class / (by_class.sum() + 1e-10)
+    shares = by_class / by_class.sum().clamp(min=1e-10)
     return TAET_SHARE * (mean + (by_class - mean).square().mean() + shares.square().sum())
 
 

@@ -1,9 +1,9 @@
 """The architectures: ResNet, pre-activation ResNet (WideResNet is one) and a wrapper for timm.
 
 They take images in [0, 1] without normalisation and give features beside logits. A BatchNorm that
-follows a convolution stands with it in one ConvBN: to fold BatchNorm, replace each ConvBN by one
-convolution; the BatchNorm2d that remain follow a sum. ReLU is never in place. Modules are built and
-initialised in the order of the official code, so equal seeds give equal weights.
+follows a convolution stands with it in one ConvBN; the others follow a sum. ReLU is never in place.
+Modules are built and initialised in the order of the official code, so equal seeds give equal
+weights.
 """
 
 from __future__ import annotations

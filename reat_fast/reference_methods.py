@@ -44,8 +44,8 @@ def mart_loss(
     terms = []
     for b, label in enumerate(labels.tolist()):
         p = adv_logits[b].softmax(0)
-        wrong = max((k for k in range(len(p)) if k != label), key=lambda k: float(p[k]))
-        boosted = -p[label].log() - (1.0001 - p[wrong]).log()
+        likeliest_wrong = torch.cat([p[:label], p[label + 1 :]]).max()
+        boosted = -p[label].log() - (1.0001 - likeliest_wrong).log()
         doubt = 1.0000001 - clean_logits[b].softmax(0)[label]
         terms.append(boosted + beta * doubt * kl(clean_logits[b : b + 1], adv_logits[b : b + 1])[0])
     return torch.stack(terms).mean()
@@ -103,8 +103,9 @@ def taet_loss(
     logits = network(adv)
     by_class = []
     for c in range(logits.shape[1]):
-        of_class = [F.cross_entropy(z[None], y[None]) for z, y in zip(logits, labels) if y == c]
-        by_class.append(torch.stack(of_class).mean() if of_class else logits.new_zeros(()))
+        of_class = [b for b, label in enumerate(labels.tolist()) if label == c]
+        loss = F.cross_entropy(logits[of_class], labels[of_class]) if of_class else logits.sum() * 0
+        by_class.append(loss)
     mean = sum(by_class, logits.new_zeros(())) / len(by_class)
     total = mean * len(by_class)
     deviation = sum(((loss - mean) ** 2 for loss in by_class), mean * 0) / len(by_class)
@@ -179,24 +180,24 @@ def awp_step(
     loss(network) -> scalar, in train mode. A copy of the network finds the perturbation.
     """
     proxy = copy.deepcopy(network)
-    loss(proxy).backward()  # type: ignore[no-untyped-call]
+    loss(proxy).backward()
     perturbations = []
     for weight, other in zip(network.parameters(), proxy.parameters(), strict=True):
         gradient = other.grad
-        if gradient is None or weight.ndim < 2 or float(gradient.norm()) == 0:
+        if gradient is None or weight.ndim < 2 or not gradient.any():
             perturbations.append(torch.zeros_like(weight))
         else:
             perturbations.append(gamma * weight.detach().norm() / gradient.norm() * gradient)
     with torch.no_grad():
         for weight, perturbation in zip(network.parameters(), perturbations, strict=True):
-            weight += perturbation
+            weight.add_(perturbation)
     optimizer.zero_grad()
     value = loss(network)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     optimizer.step()
     with torch.no_grad():
         for weight, perturbation in zip(network.parameters(), perturbations, strict=True):
-            weight -= perturbation
+            weight.sub_(perturbation)
     return value.detach()
 
 
@@ -214,7 +215,7 @@ def free_steps(
     for _ in range(replays):
         attacked = (images + perturbation).requires_grad_()
         optimizer.zero_grad()
-        F.cross_entropy(network(attacked), labels).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(network(attacked), labels).backward()
         assert attacked.grad is not None
         perturbation = (perturbation + eps * attacked.grad.sign()).clamp(-eps, eps)
         perturbation = (images + perturbation).clamp(0.0, 1.0) - images
@@ -232,7 +233,7 @@ def loss_of(
     epoch: int,
     beta: float,
 ) -> Tensor:
-    """Compute a method's loss by the name that make_objective takes, with the preset's constants."""
+    """Compute a loss by the name that make_objective takes."""
     match objective:
         case "ce":
             return F.cross_entropy(network(adv), labels)

@@ -35,7 +35,9 @@ class Victim:
         self.precision = precision
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._frozen = FrozenNetwork(model, torch.bfloat16 if precision == "bf16" else None)
+        self._fine = self._frozen = FrozenNetwork(model)
+        if precision == "bf16":
+            self._frozen = FrozenNetwork(model, torch.bfloat16)
         self._bar = tqdm(disable=True) if bar is None else bar
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -72,6 +74,15 @@ class Victim:
         if len(rows):
             found[rows] = self.fooled(images[rows], labels[rows])
         return found
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Search in float32 inside the block, or TF32, where precision is bf16."""
+        quick, self._frozen = self._frozen, self._fine
+        try:
+            yield
+        finally:
+            self._frozen = quick
 
     def expect(self, what: str, passes: int) -> None:
         """Tell the progress bar what is running and how many passes are left at most."""

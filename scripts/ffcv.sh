@@ -23,7 +23,7 @@ main() {
     return
   fi
   "$python" -c 'import torch' 2>/dev/null ||
-    stop "$python has no torch: run scripts/venv.sh first, or name the Python to install into"
+    stop "no torch in $python: run scripts/venv.sh first, or name a Python that has it"
   [ "$(uname -s)" = Linux ] || stop "FFCV is for Linux: use --loader resident or --loader workers"
   has_python_headers || packages+=("$("$python" -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')")
   command -v g++ >/dev/null || packages+=(g++)

@@ -27,6 +27,7 @@ main() {
   if [ "$extra" = dev ]; then
     install_triton
     install_loaders
+    install_browser
   fi
   touch "$venv/installed" ${extra:+"$venv/installed-$extra"}
 }
@@ -103,6 +104,16 @@ install_loaders() {
   [ "$(uname -sm)" = "Linux x86_64" ] || return 0
   say "Installing NVIDIA DALI (about 270 MB)"
   pip_install --editable ".[dali]" || say "Without DALI its tests will be skipped"
+}
+
+# Reports are opened in a real browser; only root can install one.
+install_browser() {
+  command -v chromium chromium-browser google-chrome >/dev/null && return
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
+    { say "No Chromium: the tests that open reports in it will be skipped" && return; }
+  say "Installing Chromium with apt-get"
+  apt_install chromium || { apt-get update -qq && apt_install chromium; } ||
+    say "Without Chromium the tests that open reports in it will be skipped"
 }
 
 main

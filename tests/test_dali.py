@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -74,6 +75,28 @@ def test_an_abandoned_epoch_leaves_nothing_for_the_next(tmp_path: Path) -> None:
             next(iterator)
         iterator.close()  # type: ignore[attr-defined]
         np.testing.assert_array_equal(decoded(loader), whole)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_threads_end_with_the_loader_at_once(closed: bool) -> None:
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    load(np.zeros((9, 2, 2, 3), np.uint8)).close()  # DALI keeps some threads for later pipelines
+    gc.collect()
+    before = threads()
+    gc.disable()  # a pipeline left to the collector might be freed in a process forked later
+    try:
+        loader = load(np.zeros((9, 2, 2, 3), np.uint8))
+        list(loader.epoch(0))
+        assert threads() > before
+        if closed:
+            loader.close()
+        else:
+            del loader
+        assert threads() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an image"])

@@ -157,18 +157,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     data = made_npz(folder / "made.npz", classes=5)
     arguments = ["reat", "--dataset", "npz", "--data", data, "--model", "resnet8", "--width", 8]
-    arguments += [
-        "--imbalance",
-        0.2,
-        "--steps",
-        1,
-        "--epochs",
-        1,
-        "--batch-size",
-        32,
-        "--run-dir",
-        folder / "run",
-    ]
+    arguments += ["--imbalance", 0.2, "--steps", 1, "--epochs", 1, "--batch-size", 32]
+    arguments += ["--run-dir", folder / "run"]
     assert train.main([str(argument) for argument in arguments]) == 0
     return folder / "run"
 

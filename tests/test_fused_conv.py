@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_frozen import conv_gradient_masks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,8 +91,10 @@ def test_only_what_is_asked_for_is_computed() -> None:
     given = case({}, True, True)
     given["x"] = given["x"].detach()
     output = conv_relu(**given)
-    (gradient,) = torch.autograd.grad(output.sum(), given["residual"])
+    with conv_gradient_masks() as masks:
+        (gradient,) = torch.autograd.grad(output.sum(), given["residual"])
     assert torch.equal(gradient, (output > 0).double())
+    assert masks == []
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -9,8 +9,10 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from reat_fast.memory import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
+from reat_fast.memory import give_back_freed_memory, keep_freed_memory
+if sys.argv[1] != "default" and not keep_freed_memory():
+    sys.exit(3)
+if sys.argv[1] == "give back" and not give_back_freed_memory():
     sys.exit(3)
 for _ in range(25):
     torch.ones(12_000_000)
@@ -33,3 +35,7 @@ def test_large_blocks_are_taken_again_without_page_faults() -> None:
     # 20 blocks of 48 MB, more than glibc keeps by itself: 460 huge pages or 234,375 small ones.
     assert faults("keep") < 20
     assert faults("default") > 100
+
+
+def test_what_was_told_can_be_undone() -> None:
+    assert faults("give back") > 100

@@ -1,0 +1,639 @@
+"""The methods of the field: they equal plain references and hand-made numbers, and never sync."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reat_fast import reference_methods as reference
+from reat_fast.attack import ascend
+from reat_fast.attack_choices import FreePerturbation, choose_attack_loss, plan_attack
+from reat_fast.config import Config
+from reat_fast.cosine_head import CosineHead, use_cosine_head
+from reat_fast.data import longtail_counts
+from reat_fast.frozen import FrozenNetwork
+from reat_fast.method_presets import METHOD_PRESETS
+from reat_fast.methods import Objective, Part, make_objective, robal_margins
+from reat_fast.models import create_model
+from reat_fast.networks import Network, TimmNetwork
+from reat_fast.objective import ClassStatistics
+from reat_fast.radii import ClassRadii, class_radius_factors
+from reat_fast.weight_perturbation import WeightPerturbation, statistics_kept
+
+COUNTS = [40, 24, 12, 7, 4]
+EPS, STEP = 8 / 255, 2 / 255
+# Sums of a few hundred float64 terms in another order, eps 2.2e-16, through eight layers.
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+OBJECTIVES = ["ce", "bsl", "trades", "mart", "robal", "taet-39", "taet-40"]
+
+
+def make_network(head: str = "linear", dtype: torch.dtype = torch.float64) -> Network:
+    torch.manual_seed(0)
+    network = create_model("resnet8", 5, width=8).to(dtype)
+    if head == "cosine":
+        use_cosine_head(network).compensate_(COUNTS, 0.1)
+    return network.train()
+
+
+def make_images(size: int = 10, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(3)
+    images = torch.rand(size, 3, 8, 8, generator=made, dtype=dtype)
+    # Some pixels at both ends, where clamping a start or not makes a difference.
+    images[:, 0, :2], images[:, 1, :2] = 0.0, 1.0
+    return images, torch.arange(size) % 4  # class 4 is absent
+
+
+def make_noise(images: Tensor, scale: float = EPS, seed: int = 5) -> Tensor:
+    made = torch.Generator().manual_seed(seed)
+    return (torch.rand(images.shape, generator=made, dtype=images.dtype) * 2 - 1) * scale
+
+
+def make_statistics(dtype: torch.dtype = torch.float64) -> ClassStatistics:
+    return ClassStatistics(COUNTS, torch.device("cpu"), dtype)
+
+
+def make_part(clean: Tensor, adv: Tensor, labels: Tensor, epoch: int = 0, **changes: Any) -> Part:
+    histogram = torch.zeros(5, dtype=torch.int64)
+    part = Part(clean, adv, labels, len(labels), torch.tensor(epoch), histogram)
+    return dataclasses.replace(part, **changes)
+
+
+def named_objective(case: str, **constants: Any) -> tuple[Objective, Network, int]:
+    """Make the objective of a case "name" or "name-epoch", with a network and the epoch."""
+    name, _, epoch = case.partition("-")
+    network = make_network("cosine" if name == "robal" else "linear")
+    settings = {"tail": "none", **constants}
+    objective = make_objective(name, network, make_statistics(), **settings)  # type: ignore[arg-type]
+    return objective, network, int(epoch or 0)
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def gradients(network: Network) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_an_objective_and_its_gradient_equal_the_reference(case: str) -> None:
+    objective, network, epoch = named_objective(case, beta=2.5)
+    plain = copy.deepcopy(network)
+    clean, labels = make_images()
+    adv = (clean + make_noise(clean)).clamp(0, 1)
+    part = make_part(clean, adv, labels, epoch)
+    logits, terms = objective.compute(network.forward_features_logits, part)
+    assert tuple(terms) == objective.terms
+    name = case.partition("-")[0]
+    expected = reference.loss_of(name, plain, clean, adv, labels, COUNTS, epoch, 2.5)
+    torch.testing.assert_close(total(terms), expected, **EXACT)
+    assert torch.equal(part.histogram, logits.argmax(1).bincount(minlength=5))
+    total(terms).backward()
+    expected.backward()
+    wanted = gradients(plain)
+    assert gradients(network).keys() == wanted.keys()
+    for parameter, gradient in gradients(network).items():
+        torch.testing.assert_close(gradient, wanted[parameter], **EXACT, msg=parameter)
+
+
+def learned_from(objective: str, clean: Tensor, adv: Tensor) -> list[Tensor]:
+    """Return which images an objective takes, in the order of the reference's forwards."""
+    return [clean, adv] if objective in ("trades", "mart", "robal") else [adv]
+
+
+METHODS = [name for name, changes in METHOD_PRESETS.items() if "objective" in changes]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_steps_made_of_the_pieces_equal_two_reference_steps(name: str) -> None:
+    settings: dict[str, Any] = METHOD_PRESETS[name]
+    epoch = 50
+    network = make_network(settings.get("head", "linear"))
+    plain = copy.deepcopy(network)
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, 0, 5e-4) for n in (network, plain)]
+    clean, labels = make_images()
+    for k in range(2):
+        noise = make_noise(clean, seed=k)
+        fast = step_of_pieces(settings, network, optimizers[0], clean, labels, noise, epoch)
+        slow = reference_step(settings, plain, optimizers[1], clean, labels, noise, epoch)
+        torch.testing.assert_close(fast, slow, **EXACT)
+    for (key, tensor), other in zip(
+        network.state_dict().items(), plain.state_dict().values(), strict=True
+    ):
+        # Two updates with momentum pass the difference of the gradients on.
+        torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def constants_of(settings: dict[str, Any]) -> dict[str, Any]:
+    names = ("tail", "beta", "margin", "margin_tau", "prior_tau", "second_stage")
+    return {name: settings[name] for name in names if name in settings}
+
+
+def step_of_pieces(
+    settings: dict[str, Any],
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    clean: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    epoch: int,
+) -> Tensor:
+    statistics, position = make_statistics(), torch.tensor(epoch)
+    objective = make_objective(settings["objective"], network, statistics, **constants_of(settings))
+    plan = plan_attack(
+        "pgd",
+        eps=EPS,
+        step_size=STEP,
+        steps=settings.get("steps", 10),
+        start=settings.get("start", "uniform"),
+    )
+    radius: Any = plan.radius
+    step_size: Any = plan.step_size
+    if settings.get("radius") == "class":
+        warmup = settings["radius_warmup"] * settings["epochs"]
+        radii = ClassRadii(
+            COUNTS, settings["radius_alpha"], warmup, clean.device, clean.dtype
+        ).factors(labels, position)
+        radius, step_size = radius * radii, step_size * radii
+    frozen = FrozenNetwork(network)
+    attack_loss = settings.get("attack_loss", "ce")
+    loss = choose_attack_loss(attack_loss, network, statistics, partial(frozen, clean))
+    start = clean + noise * plan.noise_scale / EPS
+    steps = plan.steps
+    adv = ascend(
+        frozen, start, clean, labels, eps=radius, step_size=step_size, steps=steps, loss=loss
+    )
+    part = make_part(clean, adv, labels, epoch)
+
+    def backward() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        total(objective.compute(network.forward_features_logits, part)[1]).backward()
+
+    if settings.get("awp"):
+        with statistics_kept(network):
+            backward()
+        with WeightPerturbation(network, settings["awp"]).perturbed():
+            backward()
+            optimizer.step()
+    else:
+        backward()
+        optimizer.step()
+    return adv
+
+
+def reference_step(
+    settings: dict[str, Any],
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    clean: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    epoch: int,
+) -> Tensor:
+    radii = [EPS] * 5
+    if settings.get("radius") == "class":
+        grown = min(epoch / (settings["radius_warmup"] * settings["epochs"]), 1.0)
+        radii = [grown * r for r in reference.class_radii(COUNTS, EPS, settings["radius_alpha"])]
+    radii = [radii[int(label)] for label in labels]
+    losses = {
+        "ce": lambda logits, labels: F.cross_entropy(logits, labels),
+        "cosine": lambda logits, labels: F.cross_entropy(undone(logits, network), labels),
+    }
+    name = settings.get("attack_loss", "ce")
+    loss = losses[name] if name != "kl" else reference.trades_attack_loss(network, clean)
+    scale = 0.001 if settings.get("start") == "normal" else EPS
+    adv = reference.attack(
+        network,
+        clean,
+        labels,
+        clean + noise * scale / EPS,
+        loss=loss,
+        radii=radii,
+        step_sizes=[r / EPS * STEP for r in radii],
+        steps=settings.get("steps", 10),
+    )
+    network.train()
+
+    def of(network: Network) -> Tensor:
+        beta = settings.get("beta", 6.0)
+        return reference.loss_of(
+            settings["objective"], network, clean, adv, labels, COUNTS, epoch, beta
+        )
+
+    if settings.get("awp"):
+        reference.awp_step(network, optimizer, of, settings["awp"])
+        return adv
+    optimizer.zero_grad()
+    of(network).backward()
+    optimizer.step()
+    return adv
+
+
+def undone(logits: Tensor, network: Network) -> Tensor:
+    """Take RoBal's scale and compensation out of logits by their published values."""
+    shares = torch.tensor(COUNTS, dtype=logits.dtype) / sum(COUNTS)
+    return (logits + 0.1 * shares.log()) / 10.0
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_parts_of_a_batch_add_up_to_the_whole(case: str) -> None:
+    # In eval mode, as rows meet in the BatchNorm of train mode.
+    objective, network, epoch = named_objective(case, tail="official")
+    network.eval()
+    clean, labels = make_images()
+    adv = (clean + make_noise(clean)).clamp(0, 1)
+    gathered: list[Tensor] = []
+
+    def record(rows: Tensor) -> Tensor:
+        gathered.append(rows.detach())
+        return rows
+
+    whole = make_part(clean, adv, labels, epoch, gather=record)
+    _, terms = objective.compute(network.forward_features_logits, whole)
+    total(terms).backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(network).items()}
+    network.zero_grad()
+    values = []
+    for rows in (slice(0, 3), slice(3, 10)):
+        everything = iter(gathered)
+
+        def gather(own: Tensor, rows: slice = rows, everything: Any = everything) -> Tensor:
+            """Do what World.gather does: gradients flow into the own rows alone."""
+            others = next(everything)
+            return torch.cat([others[: rows.start], own, others[rows.stop :]])
+
+        part = make_part(clean[rows], adv[rows], labels[rows], epoch, total=10, gather=gather)
+        _, own = objective.compute(network.forward_features_logits, part)
+        total(own).backward()
+        values.append(own)
+    for name in objective.terms:
+        both = values[0][name] if name in objective.whole else values[0][name] + values[1][name]
+        torch.testing.assert_close(both, terms[name], **EXACT)
+    for parameter, gradient in gradients(network).items():
+        torch.testing.assert_close(gradient, expected[parameter], **EXACT, msg=parameter)
+
+
+@pytest.mark.parametrize("case", ["bsl", "taet-40"])
+def test_a_term_of_one_part_after_another_counts_by_its_share_of_the_batch(case: str) -> None:
+    objective, network, epoch = named_objective(case, tail="official")
+    network.eval()
+    clean, labels = make_images()
+    alone, in_a_batch = (make_part(clean, clean, labels, epoch, total=n) for n in (10, 40))
+    _, terms = objective.compute(network.forward_features_logits, alone)
+    _, shares = objective.compute(network.forward_features_logits, in_a_batch)
+    for name in objective.terms:
+        torch.testing.assert_close(shares[name], terms[name] / 4, **EXACT)
+
+
+@pytest.mark.usefixtures("forbid_syncs")
+@pytest.mark.parametrize("case", [*OBJECTIVES, "bsl-pairwise"])
+def test_an_objective_never_makes_the_host_wait(case: str) -> None:
+    name, _, epoch = case.partition("-")
+    network = make_network("cosine" if name == "robal" else "linear", torch.float32)
+    statistics = make_statistics(torch.float32)
+    tail: Any = "pairwise" if epoch == "pairwise" else "official"
+    objective = make_objective(name, network, statistics, tail=tail)  # type: ignore[arg-type]
+    clean, labels = make_images(dtype=torch.float32)
+    part = make_part(clean, clean, labels, int(epoch) if epoch.isdigit() else 0)
+    _, terms = objective.compute(network.forward_features_logits, part)
+    total(terms).backward()
+
+
+@pytest.mark.usefixtures("forbid_syncs")
+def test_attacks_radii_and_perturbations_never_make_the_host_wait() -> None:
+    network = make_network("cosine", torch.float32)
+    clean, labels = make_images(dtype=torch.float32)
+    statistics = make_statistics(torch.float32)
+    ClassRadii(COUNTS, 0.3, 4, clean.device).factors(labels, torch.tensor(2))
+    names: list[Any] = ["ce", "bsl", "rbl", "rbl_offsets", "kl", "cosine"]
+    for name in names:
+        loss = choose_attack_loss(name, network, statistics, partial(network, clean))
+        plan = plan_attack("n-fgsm", eps=EPS, step_size=STEP, steps=10)
+        start, size = plan.draw_start(clean), plan.step_size
+        ascend(network, start, clean, labels, eps=plan.radius, step_size=size, steps=1, loss=loss)
+    with statistics_kept(network):
+        F.cross_entropy(network(clean), labels).backward()
+    with WeightPerturbation(network, 0.01).perturbed():
+        F.cross_entropy(network(clean), labels).backward()
+    free = FreePerturbation((10, 3, 8, 8), EPS, clean.device)
+    attacked = free.attacked(clean)
+    F.cross_entropy(network(attacked), labels).backward()
+    free.update_(attacked, clean)
+
+
+def values_of(name: str, logits: dict[str, Tensor], labels: Tensor, **changes: Any) -> Tensor:
+    """Compute an objective for given logits of the clean and the adversarial images."""
+    clean = torch.zeros(len(labels), 1, 1, 1, dtype=torch.float64)
+    adv = torch.ones_like(clean)
+
+    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = logits["adv"] if float(images.sum()) > 0 else logits["clean"]
+        return chosen, chosen
+
+    network = changes.pop("network", None) or make_network()
+    statistics = changes.pop("statistics", None) or make_statistics()
+    histogram = torch.zeros(logits["adv"].shape[1], dtype=torch.int64)
+    part = make_part(clean, adv, labels, changes.pop("epoch", 0), histogram=histogram)
+    objective = make_objective(name, network, statistics, tail="none", **changes)  # type: ignore[arg-type]
+    return total(objective.compute(forward, part)[1])
+
+
+def made_logits() -> tuple[dict[str, Tensor], Tensor]:
+    made = torch.Generator().manual_seed(11)
+    logits = {k: torch.randn(6, 5, generator=made, dtype=torch.float64) for k in ("clean", "adv")}
+    return logits, torch.tensor([0, 3, 1, 1, 2, 0])
+
+
+def test_methods_reduce_to_cross_entropy_where_they_should() -> None:
+    logits, labels = made_logits()
+    clean, adv = (F.cross_entropy(logits[k], labels) for k in ("clean", "adv"))
+    torch.testing.assert_close(values_of("trades", logits, labels, beta=0.0), clean, **EXACT)
+    torch.testing.assert_close(values_of("taet", logits, labels, epoch=39), clean, **EXACT)
+    torch.testing.assert_close(values_of("ce", logits, labels), adv, **EXACT)
+    even = ClassStatistics([9] * 5, torch.device("cpu"), torch.float64)
+    torch.testing.assert_close(values_of("bsl", logits, labels, statistics=even), adv, **EXACT)
+    constants = {"margin": 0.0, "margin_tau": 0.0, "beta": 0.0, "statistics": even}
+    network = make_network()
+    use_cosine_head(network)
+    found = values_of("robal", logits, labels, network=network, **constants)
+    torch.testing.assert_close(found, adv, **EXACT)
+    # The same images twice: no divergence.
+    same = {"clean": logits["clean"], "adv": logits["clean"]}
+    torch.testing.assert_close(values_of("trades", same, labels, beta=6.0), clean, **EXACT)
+
+
+def test_mart_on_hand_made_probabilities() -> None:
+    # Clean p = (1/2, 1/4, 1/4), adversarial p = (1/4, 1/2, 1/4), label 0, beta 4.
+    rows = {"clean": [[0.5, 0.25, 0.25]], "adv": [[0.25, 0.5, 0.25]]}
+    logits = {k: torch.tensor(p, dtype=torch.float64).log() for k, p in rows.items()}
+    found = values_of("mart", logits, torch.tensor([0]), beta=4.0)
+    boosted = -math.log(0.25) - math.log(1.0001 - 0.5)
+    divergence = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert float(found) == pytest.approx(boosted + 4 * 0.5000001 * divergence, rel=1e-12)
+
+
+def test_taet_on_hand_made_losses() -> None:
+    # Losses ln 2 and ln 4 in class 0, ln 8 in class 1, no image of class 2: L = (1.5, 3, 0) ln 2.
+    chances = [[1 / 2, 1 / 4, 1 / 4], [1 / 4, 1 / 2, 1 / 4], [1 / 2, 1 / 8, 3 / 8]]
+    logits = torch.tensor(chances, dtype=torch.float64).log()
+    labels = torch.tensor([0, 0, 1])
+    found = values_of("taet", {"adv": logits, "clean": logits}, labels, epoch=40)
+    ln2 = math.log(2)
+    deviation = (0.0 + (1.5 * ln2) ** 2 + (1.5 * ln2) ** 2) / 3
+    shares = (1 / 3) ** 2 + (2 / 3) ** 2
+    assert float(found) == pytest.approx(0.1 * (1.5 * ln2 + deviation + shares), rel=1e-12)
+
+
+def test_robal_margins_grow_with_the_logarithm_of_the_class_size() -> None:
+    margins = robal_margins(torch.tensor([1000, 100, 10]), torch.tensor(10.0), 0.1, 0.3)
+    ln10 = math.log(10)
+    # Float32: a logarithm near 5 keeps 5e-7 of it.
+    assert margins.tolist() == pytest.approx([0.1 + 0.06 * ln10, 0.1 + 0.03 * ln10, 0.1], abs=1e-6)
+
+
+def test_class_radii_are_those_of_the_paper_on_cifar10_of_ratio_50() -> None:
+    counts = longtail_counts(5000, 10, 0.02)
+    levels = 8 * class_radius_factors(counts, 0.3)
+    # The paper gives two decimals.
+    assert float(levels[0]) == pytest.approx(5.60, abs=0.005)
+    assert float(levels[-1]) == pytest.approx(12.88, abs=0.005)
+    sizes = torch.tensor(counts, dtype=torch.float64)
+    assert float((levels * sizes).sum() / sizes.sum()) == pytest.approx(8, rel=1e-12)
+    expected = reference.class_radii(counts, 8.0, 0.3)
+    assert levels.tolist() == pytest.approx(expected, rel=1e-12)
+    assert class_radius_factors(counts, 0.0).tolist() == [1.0] * 10
+
+
+def test_class_radii_grow_in_equal_steps_from_nothing() -> None:
+    radii = ClassRadii([50, 5], 0.5, 4, torch.device("cpu"), torch.float64)
+    labels = torch.tensor([0, 1, 1])
+    final = class_radius_factors([50, 5], 0.5)[labels]
+    for epoch, share in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
+        torch.testing.assert_close(radii.factors(labels, torch.tensor(epoch)), share * final)
+    at_once = ClassRadii([50, 5], 0.5, 0, torch.device("cpu"), torch.float64)
+    assert torch.equal(at_once.factors(labels, torch.tensor(0)), final)
+
+
+def test_the_cosine_head_gives_scaled_cosines_less_the_prior_and_gives_the_cosines_back() -> None:
+    network = make_network("cosine")
+    images, _ = make_images()
+    logits = network(images)
+    expected = reference.cosines(network, images)
+    shares = torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)
+    torch.testing.assert_close(logits, 10 * expected - 0.1 * shares.log(), **EXACT)
+    head = network.fc
+    assert isinstance(head, CosineHead)
+    torch.testing.assert_close(head.cosines(logits), expected, **EXACT)
+    assert bool((expected.abs() < 1).all())
+
+
+def test_the_cosine_head_draws_its_weights_as_the_official_code() -> None:
+    torch.manual_seed(2)
+    weights = CosineHead(64, 100).weight.detach()
+    # 6,400 draws from U(-1/8, 1/8): the largest is within 1/6,400 of the range of its end.
+    assert float(weights.max()) == pytest.approx(0.125, rel=0.002)
+    assert float(weights.min()) == pytest.approx(-0.125, rel=0.002)
+
+
+def test_the_cosine_head_of_features_that_are_zero_is_finite() -> None:
+    head = CosineHead(4, 3)
+    features = torch.zeros(2, 4, requires_grad=True)
+    head(features).sum().backward()
+    assert features.grad is not None
+    assert bool(features.grad.isfinite().all())
+
+
+def test_a_network_with_the_cosine_head_is_saved_folded_and_moved_whole() -> None:
+    network = make_network("cosine").eval()
+    images, _ = make_images()
+    fresh = create_model("resnet8", 5, width=8).double()
+    use_cosine_head(fresh)
+    fresh.load_state_dict(network.state_dict())
+    assert torch.equal(fresh.eval()(images), network(images))
+    frozen = FrozenNetwork(network)
+    assert frozen.unfolded == []
+    torch.testing.assert_close(frozen(images), network(images), **EXACT)
+
+
+class Backbone(nn.Module):
+    """What TimmNetwork needs of a timm model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 5)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.head
+
+
+def test_the_cosine_head_finds_its_place_in_a_timm_model() -> None:
+    network = TimmNetwork(Backbone())
+    head = use_cosine_head(network)
+    assert network.fc is head
+    assert head.weight.shape == (5, 12)
+    assert {"backbone.head.weight", "backbone.head.scale"} <= network.state_dict().keys()
+
+
+def test_weights_move_by_gamma_of_their_norm_and_come_back() -> None:
+    network = make_network()
+    images, labels = make_images()
+    before = copy.deepcopy(network.state_dict())
+    with statistics_kept(network):
+        F.cross_entropy(network(images), labels).backward()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    with pytest.raises(KeyboardInterrupt), WeightPerturbation(network, 0.01).perturbed():
+        for name, weight in network.named_parameters():
+            moved = float((weight.detach() - before[name]).norm())
+            share = 0.01 if weight.ndim > 1 else 0.0
+            assert moved == pytest.approx(share * float(before[name].norm()), rel=1e-9), name
+        raise KeyboardInterrupt
+    for name, tensor in network.state_dict().items():
+        # Added and subtracted: one rounding of 1.1e-16.
+        torch.testing.assert_close(tensor, before[name], rtol=1e-15, atol=1e-16)
+
+
+def test_a_weight_without_a_gradient_is_not_perturbed() -> None:
+    network = make_network()
+    images, labels = make_images()
+    F.cross_entropy(network(images), labels).backward()
+    assert network.fc.weight.grad is not None
+    network.fc.weight.grad.zero_()
+    before = network.fc.weight.detach().clone()
+    with WeightPerturbation(network, 0.01).perturbed():
+        assert torch.equal(network.fc.weight, before)
+
+
+@pytest.mark.parametrize(("name", "step", "radius"), [("fgsm-rs", 1.25, 1.0), ("n-fgsm", 1.0, 9.0)])
+def test_one_step_attacks_equal_their_reference(name: Any, step: float, radius: float) -> None:
+    network = make_network()
+    clean, labels = make_images()
+    plan = plan_attack(name, eps=EPS, step_size=STEP, steps=10)
+    noise = make_noise(clean, plan.noise_scale)
+    start = plan.settle_(clean + noise)
+    adv = ascend(
+        FrozenNetwork(network),
+        start,
+        clean,
+        labels,
+        eps=plan.radius,
+        step_size=plan.step_size,
+        steps=plan.steps,
+        loss=choose_attack_loss("ce", network, make_statistics(), partial(network, clean)),
+    )
+    expected = reference.one_step_attack(
+        network, clean, labels, noise, step=step * EPS, radius=radius * EPS
+    )
+    torch.testing.assert_close(adv, expected, **EXACT)
+    farthest = float((adv - clean).abs().max())
+    assert farthest > 2 * EPS if name == "n-fgsm" else farthest <= EPS + 1e-12
+
+
+def test_starts_have_the_noise_of_their_plan() -> None:
+    images = torch.full((64, 3, 8, 8), 0.5)
+    torch.manual_seed(1)
+    for start, spread in (("uniform", EPS / math.sqrt(3)), ("normal", 0.001), ("none", 0.0)):
+        plan = plan_attack("pgd", eps=EPS, step_size=STEP, steps=1, start=start)  # type: ignore[arg-type]
+        noise = plan.draw_start(images) - images
+        # 12,288 draws: the deviation of a standard deviation is about 1/157 of it.
+        assert float(noise.std()) == pytest.approx(spread, rel=0.04)
+    wide = plan_attack("n-fgsm", eps=EPS, step_size=STEP, steps=1).draw_start(
+        torch.zeros(8, 1, 8, 8)
+    )
+    assert float(wide.min()) == 0.0
+    assert EPS < float(wide.max()) <= 2 * EPS
+
+
+def test_free_training_equals_its_reference_and_survives_a_stop() -> None:
+    networks = [make_network() for _ in range(2)]
+    optimizers = [torch.optim.SGD(n.parameters(), 0.05, 0.9) for n in networks]
+    images, labels = make_images()
+    free = FreePerturbation((10, 3, 8, 8), EPS, images.device, torch.float64)
+    perturbation = torch.zeros_like(images)
+    for size in (10, 7):  # the second batch is a short one
+        rows, targets = images[:size].roll(size, 2), labels[:size]
+        for _ in range(3):
+            attacked = free.attacked(rows)
+            optimizers[0].zero_grad()
+            F.cross_entropy(networks[0](attacked), targets).backward()
+            free.update_(attacked, rows)
+            optimizers[0].step()
+        perturbation[:size] = reference.free_steps(
+            networks[1], optimizers[1], rows, targets, perturbation[:size], eps=EPS, replays=3
+        )
+        torch.testing.assert_close(free.state_dict()["free_perturbation"], perturbation, **EXACT)
+    for name, tensor in networks[0].state_dict().items():
+        # Six updates with momentum pass the difference of the gradients on.
+        torch.testing.assert_close(tensor, networks[1].state_dict()[name], rtol=1e-9, atol=1e-9)
+    other = FreePerturbation((10, 3, 8, 8), EPS, images.device, torch.float64)
+    other.load_state_dict(free.state_dict())
+    assert torch.equal(other.attacked(images), free.attacked(images))
+
+
+def forward_in(network: Network, low: bool, images: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        return network.forward_features_logits(images)
+
+
+def test_every_objective_takes_logits_of_low_precision() -> None:
+    names: list[Any] = ["ce", "bsl", "trades", "mart", "robal", "taet"]
+    for name in names:
+        network = make_network("cosine" if name == "robal" else "linear", torch.float32)
+        objective = make_objective(name, network, make_statistics(torch.float32))
+        clean, labels = make_images(dtype=torch.float32)
+        adv = (clean + make_noise(clean)).clamp(0, 1)
+        found = []
+        for low in (False, True):
+            forward = partial(forward_in, network, low)
+            _, terms = objective.compute(forward, make_part(clean, adv, labels, 60))
+            assert all(term.dtype == torch.float32 for term in terms.values())
+            found.append(float(total(terms).detach()))
+        # A bfloat16 keeps 8 bits, and a dozen layers round to it.
+        assert found[1] == pytest.approx(found[0], rel=0.03)
+
+
+def test_what_cannot_be_is_refused_in_one_line() -> None:
+    network, statistics = make_network(), make_statistics()
+    objective: Any = partial(make_objective, network=network, statistics=statistics)
+    attack_loss: Any = partial(
+        choose_attack_loss, network=network, statistics=statistics, clean_logits=network
+    )
+    plan: Any = partial(plan_attack, eps=EPS, step_size=STEP, steps=1)
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("--objective", lambda: objective("rade")),
+        ("--head cosine", lambda: objective("robal")),
+        ("--head cosine", lambda: attack_loss("cosine")),
+        ("--attack-loss", lambda: attack_loss("mse")),
+        ("--attack cw", lambda: plan("cw")),
+        ("--head-scale", lambda: CosineHead(4, 3, 0.0)),
+        ("--radius-alpha", lambda: class_radius_factors([5, 2], 1.5)),
+        ("--radius class", lambda: class_radius_factors([5, 5], 0.3)),
+        ("--awp", lambda: WeightPerturbation(network, 0.0)),
+    ]
+    for flag, call in refused:
+        with pytest.raises(ValueError, match=flag) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", METHOD_PRESETS)
+def test_presets_change_fields_to_values_that_the_configuration_takes(name: str) -> None:
+    changes = METHOD_PRESETS[name]
+    fields = {field.name for field in dataclasses.fields(Config)}
+    known: dict[str, Any] = {key: value for key, value in changes.items() if key in fields}
+    config = dataclasses.replace(Config(), **known)
+    for key, value in known.items():
+        assert getattr(config, key) == value
+    if config.schedule == "multistep":
+        assert all(milestone < config.epochs for milestone in config.milestones)
