@@ -92,7 +92,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'attack':10}{'ours %':>9}{'package %':>11}{'ours s':>10}{'package s':>11}{'ratio':>8}")
     figures: list[Figure] = []
     for name in options.attacks:
-        ours("clean")  # warm-up
+        for warm_up in (ours, theirs):
+            warm_up("fgsm")
         own, own_seconds = _timed(partial(ours, name), device)
         other, other_seconds = _timed(partial(theirs, name), device)
         print(_row(name, own, other, own_seconds, other_seconds), flush=True)

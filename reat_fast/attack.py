@@ -84,13 +84,22 @@ def ascend(
     step_size = device_number(step_size, clean, "step_size")
     eps = device_number(eps, clean, "eps")
     for _ in range(steps):
-        adv = adv.detach().requires_grad_()
-        with torch.enable_grad():
-            total = loss(model(adv), labels)
-        (gradient,) = torch.autograd.grad(total, adv)
         adv = adv.detach()
+        gradient = _input_gradient(model, adv, labels, loss)
         linf_step_(adv, gradient, clean, step_size, eps, clip=clip, nonfinite=nonfinite)
     return adv.detach().clamp(*clip)
+
+
+def _input_gradient(model: Network, images: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
+    own: Callable[[Tensor, Tensor, AttackLoss], Tensor] | None
+    own = getattr(model, "input_gradient", None)  # a compiled network has it in one piece
+    if own is not None:
+        gradient: Tensor = own(images, labels, loss)
+        return gradient
+    images = images.detach().requires_grad_()
+    with torch.enable_grad():
+        total = loss(model(images), labels)
+    return torch.autograd.grad(total, images)[0]
 
 
 class PGD:

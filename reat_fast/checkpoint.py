@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from reat_fast.cosine_head import use_cosine_head
 from reat_fast.models import create_model
 from reat_fast.networks import Network
 from reat_fast.typed_fields import from_values
@@ -49,20 +50,27 @@ class ModelSpec:
     width: int | None
     stem_stride: int | None
     class_names: tuple[str, ...]
+    head: str = "linear"
 
     def build(self) -> Network:
         """Build the network with fresh weights."""
-        return create_model(
+        network = create_model(
             self.name,
             self.num_classes,
             in_channels=self.in_channels,
             width=self.width,
             stem_stride=self.stem_stride,
         )
+        if self.head == "cosine":
+            use_cosine_head(network)
+        return network
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then move it into place when it is on the disk."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then move it into place when it is on the disk.
+
+    Errors: OSError naming the file, with what was there before still in place.
+    """
     partial = path.with_name(path.name + ".part")
     try:
         write(partial)
@@ -70,8 +78,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        full = "inline_container" in str(error)  # so PyTorch calls a disk that takes no more
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        reason = "No space left on device" if full else getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: cannot be written ({reason})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only folder
+            partial.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -86,11 +101,7 @@ def _sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomically(path, lambda partial: _write_utf8(partial, text))
-
-
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def new_run_dir(run_dir: Path | None, preset: str) -> Path:
@@ -187,7 +198,7 @@ def save_weights(path: Path, model: Network, spec: ModelSpec) -> None:
     """Write weights as safetensors, with what is needed to build the network in the header."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     header = {"reat_fast": json.dumps(asdict(spec)), "sha256": _digest(tensors)}
-    write_atomically(path, lambda partial: _write_bytes(partial, save(tensors, header)))
+    write_atomically(path, lambda partial: partial.write_bytes(save(tensors, header)))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -197,10 +208,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         hashed.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()
-
-
-def _write_bytes(path: Path, blob: bytes) -> None:
-    path.write_bytes(blob)
 
 
 def load_model(run_or_checkpoint: str | Path, map_location: str | torch.device = "cpu") -> Network:

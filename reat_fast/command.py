@@ -27,9 +27,25 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except FloatingPointError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory: take a smaller model, smaller images or fewer at a time "
+            f"({one_line(error)[:200]})",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory ran out, which PyTorch tells in several ways."""
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in text for s in signs)
 
 
 def parse_flags(

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from reat_fast.command import parse_flags
+from reat_fast.method_presets import METHOD_PRESETS
 from reat_fast.typed_fields import from_values
 
 
@@ -116,10 +117,45 @@ class Config:
     """Length of one step of the attack, on images in [0, 1]."""
     steps: int = 10
     """Steps of the attack in training."""
-    attack_loss: Literal["auto", "ce", "rbl", "rbl_offsets"] = "auto"
+    attack: Literal["pgd", "fgsm-rs", "n-fgsm", "free"] = "pgd"
+    """How examples are made in training; the others are one-step attacks, for speed."""
+    replays: int = 8
+    """Updates on one batch with --attack free."""
+    start: Literal["uniform", "normal", "none"] = "uniform"
+    """Where PGD begins: U(-eps, eps), 0.001 N(0, 1), or the images themselves."""
+    radius: Literal["same", "class"] = "same"
+    """One radius for all images, or RobustLT's, which is larger for rare classes."""
+    radius_alpha: float = 0.3
+    """How far radii of classes go apart, in [0, 1]."""
+    radius_warmup: float = 0.8
+    """Share of the run over which radii of classes grow from 0."""
+    attack_loss: Literal["auto", "ce", "bsl", "rbl", "rbl_offsets", "kl", "cosine"] = "auto"
     """What the attack maximises; auto is ce where REAT's rbl cannot change an example."""
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
+    attack_form: Literal["eager", "compiled", "cudnn"] = "eager"
+    """How the attacked network computes: op by op, compiled, or by cuDNN's fused convolutions."""
+
+    objective: Literal["bsl", "ce", "trades", "mart", "robal", "taet"] = "bsl"
+    """What training minimises; docs/methods.md has the formulas."""
+    beta: float = 6.0
+    """Factor of the divergence in trades, mart and robal."""
+    margin: float = 0.1
+    """Margin of robal."""
+    margin_tau: float = 0.3
+    """How much the margin of robal grows with the class size."""
+    prior_tau: float = 1.5
+    """Factor of the log prior in the loss of robal."""
+    post_tau: float = 0.1
+    """Factor of the log prior that a cosine head subtracts from its logits."""
+    second_stage: int = 40
+    """Epoch from which taet trains on adversarial examples."""
+    head: Literal["linear", "cosine"] = "linear"
+    """Classifier on top of the features."""
+    head_scale: float = 10.0
+    """Scale of the cosine head."""
+    awp: float = 0.0
+    """Adversarial weight perturbation: its length over the norm of the weights; 0 has none."""
     tail: Literal["official", "pairwise", "none"] = "official"
     """Feature penalty on tail classes: as the official code has it, per pair, or none."""
     tail_coefficient: float = 1.0
@@ -127,6 +163,10 @@ class Config:
 
     augment: bool = True
     """Random crop with padding 4 and horizontal flip."""
+    policy: Literal["none", "randaugment", "autoaugment"] = "none"
+    """Augmentation before crop and flip: RandAugment of 2 operations, or CIFAR-10's AutoAugment."""
+    policy_magnitude: int = 8
+    """Magnitude of RandAugment, 0 to 30."""
     loader: Literal["auto", "resident", "ffcv", "dali", "workers"] = "auto"
     """What brings images to the device; all give the same. auto: resident where they fit."""
     workers: int = 2
@@ -180,7 +220,7 @@ class Config:
         def finite(value: float) -> bool:
             return math.isfinite(value) and value >= 0
 
-        unit = "must lie in [0, 1)"
+        unit, number = "must lie in [0, 1)", "must be a finite number, 0 or more"
         checks = {
             "imbalance": (0 < self.imbalance <= 1, "must lie in (0, 1]; 0.02 is ratio 50"),
             "largest": (whole(self.largest, 1), "must be at least 1"),
@@ -194,21 +234,50 @@ class Config:
                 1 <= self.accumulate <= self.batch_size,
                 "must be at least 1, and at most the batch size",
             ),
-            "lr": (finite(self.lr), "must be a finite number, 0 or more"),
+            "lr": (finite(self.lr), number),
             "momentum": (0 <= self.momentum < 1, unit),
             "nesterov": (self.momentum > 0 or not self.nesterov, "needs --momentum above 0"),
-            "weight_decay": (finite(self.weight_decay), "must be a finite number, 0 or more"),
-            "clip_norm": (finite(self.clip_norm), "must be a finite number, 0 or more"),
-            "label_smoothing": (0 <= self.label_smoothing <= 1, "must lie in [0, 1]"),
+            "weight_decay": (finite(self.weight_decay), number),
+            "clip_norm": (finite(self.clip_norm), number),
+            "label_smoothing": (
+                0 <= self.label_smoothing <= 1
+                and (self.objective in ("bsl", "ce") or not self.label_smoothing),
+                "must lie in [0, 1], and goes with --objective bsl and ce",
+            ),
             "ema": (0 <= self.ema < 1, unit),
-            "gamma": (finite(self.gamma), "must be a finite number, 0 or more"),
+            "gamma": (finite(self.gamma), number),
             "warmup": (0 <= self.warmup <= 1, "must lie in [0, 1]"),
             "eps": (0 <= self.eps <= 1, "must lie in [0, 1], as images do; 8/255 is usual"),
             "step_size": (0 <= self.step_size <= 1, "must lie in [0, 1]; 2/255 is usual"),
             "steps": (whole(self.steps, 0), "must be 0 or more"),
-            "tail_coefficient": (
-                finite(self.tail_coefficient),
-                "must be a finite number, 0 or more",
+            "tail_coefficient": (finite(self.tail_coefficient), number),
+            "replays": (whole(self.replays, 1), "must be at least 1"),
+            "radius_alpha": (0 <= self.radius_alpha <= 1, "must lie in [0, 1]"),
+            "radius_warmup": (0 <= self.radius_warmup <= 1, "must lie in [0, 1]"),
+            "beta": (finite(self.beta), number),
+            "margin": (finite(self.margin), number),
+            "margin_tau": (finite(self.margin_tau), number),
+            "prior_tau": (finite(self.prior_tau), number),
+            "post_tau": (finite(self.post_tau), number),
+            "second_stage": (whole(self.second_stage, 0), "must be 0 or more"),
+            "head_scale": (math.isfinite(self.head_scale) and self.head_scale > 0, "not above 0"),
+            "awp": (finite(self.awp), number),
+            "policy_magnitude": (0 <= self.policy_magnitude <= 30, "must lie in 0..30"),
+            "attack": (
+                self.attack != "free" or (self.accumulate == 1 and not self.awp),
+                "trains on whole batches; leave out --accumulate and --awp",
+            ),
+            "objective": (
+                self.objective != "robal" or self.head == "cosine",
+                "needs the cosine classifier; add --head cosine",
+            ),
+            "attack_loss": (
+                self.attack_loss != "cosine" or self.head == "cosine",
+                "needs the cosine classifier; add --head cosine",
+            ),
+            "tail": (
+                self.objective == "bsl" or self.tail == "none",
+                f"goes with --objective bsl; add --tail none to {self.objective}",
             ),
             "precision": (
                 self.fused or self.precision != "bf16",
@@ -244,11 +313,14 @@ QUICKSTART = Config(
     select="last",
 )
 
-PRESETS: dict[str, Config] = {"reat": Config(), "quickstart": QUICKSTART}
-"""reat: the official recipe on CIFAR-10-LT. quickstart: minutes on a CPU, on Fashion-MNIST-LT."""
+METHODS = {name: Config(**changes) for name, changes in METHOD_PRESETS.items()}  # type: ignore[arg-type]
+
+PRESETS: dict[str, Config] = {"reat": METHODS["reat"], "quickstart": QUICKSTART, **METHODS}
+"""reat: the official recipe on CIFAR-10-LT. quickstart: minutes on a CPU, on Fashion-MNIST-LT. The
+others are the methods of the field: docs/methods.md."""
 
 LOCAL_FIELDS = (
-    *("run_dir", "resume", "device", "data", "loader", "workers"),
+    *("run_dir", "resume", "device", "data", "loader", "workers", "attack_form"),
     *("on_nonfinite", "save_minutes", "profile", "quiet", "log"),
 )
 """Fields that say where a run lives and how it reports, not what it computes: they may differ on

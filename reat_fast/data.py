@@ -111,7 +111,8 @@ def load_dataset(
         raise DataError(f"--data {path}: no such file or folder")
     source = sources.checked(_read(name, path, image_size, skip_bad), DATASETS[name])
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
-    return Dataset(name, train, test, source.class_names or (), source.notes)
+    class_names = tuple(map(one_line, source.class_names or ()))  # which tables show
+    return Dataset(name, train, test, class_names, source.notes)
 
 
 def _read(name: str, path: Path | None, image_size: int | None, skip_bad: bool) -> Source:

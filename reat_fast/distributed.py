@@ -132,12 +132,13 @@ class SharedGradients:
             )
             first += parameter.numel()
 
-    def sum_(self, statistics: Tensor) -> Tensor:
+    def sum_(self, statistics: Tensor | None = None) -> Tensor:
         """Sum gradients and statistics over the processes; returns the statistics [S].
 
         The statistics are exact as long as each sum is below 2^24, as counts in a batch are.
         """
-        self._statistics.copy_(statistics)
+        if statistics is not None:
+            self._statistics.copy_(statistics)
         self._world.sum_(self._buffer)
         return self._statistics.clone()
 

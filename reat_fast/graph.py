@@ -69,6 +69,7 @@ class CapturedStep:
         self._graph.reset()
 
     def _capture(self) -> None:
+        self.step.allocate(self._images[:1].permute(0, 3, 1, 2).float())
         state = self.step.state_tensors()
         kept = [tensor.clone() for tensor in state]
         places = [tensor.data_ptr() for tensor in state]

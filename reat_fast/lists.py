@@ -14,6 +14,7 @@ import numpy as np
 
 from reat_fast.lazy import FileImages, decoding, find_damaged, require_pillow
 from reat_fast.sources import PARTS, Array, DataError, Source, reading
+from reat_fast.terminal import one_line
 
 NAMED = 10  # files that a message names at most
 
@@ -103,7 +104,8 @@ def refuse_or_note(damaged: dict[int, str], total: int, skip_bad: bool) -> tuple
     reasons = list(damaged.values())
     shown = _some([reason.rpartition("; ")[0] or reason for reason in reasons])
     if skip_bad:
-        return (f"left out {len(damaged)} of {total} images that cannot be decoded: {shown}",)
+        note = f"left out {len(damaged)} of {total} images that cannot be decoded: {shown}"
+        return (one_line(note),)
     if len(damaged) == 1:
         raise DataError(f"{reasons[0]}, or leave it out with --skip-bad")
     cure = "replace them, or leave them out with --skip-bad"

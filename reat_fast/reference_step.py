@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from reat_fast import reference
-from reat_fast.attack import AttackLoss
-from reat_fast.config import flag
-from reat_fast.objective import AttackLossName
+from reat_fast.config import Config, flag
 from reat_fast.step import TrainStep
+
+UNKNOWN = (
+    *("tail_coefficient", "clip_norm", "label_smoothing", "ema", "accumulate", "objective"),
+    *("attack", "start", "radius", "head", "awp", "policy"),
+)
+"""Fields that the reference takes at their default only."""
 
 
 class ReferenceStep(TrainStep):
     """Take steps of the plain reference, with the face of TrainStep."""
 
-    def _make_attack_loss(self, name: AttackLossName) -> AttackLoss:
+    def _plan_attack(self, counts: Sequence[int], weight: Tensor) -> None:
         config = self.config
         if config.attack_batchnorm != "eval" or config.attack_loss not in ("auto", "rbl"):
             raise ValueError(
                 "--no-fused: the reference has REAT's own attack only; "
                 "leave out --attack-loss and --attack-batchnorm"
             )
-        for field, plain in (
-            ("tail_coefficient", 1),
-            ("clip_norm", 0),
-            ("label_smoothing", 0),
-            ("ema", 0),
-            ("accumulate", 1),
-        ):
-            if getattr(config, field) != plain:
+        for field in UNKNOWN:
+            if getattr(config, field) != getattr(Config(), field):
                 raise ValueError(f"--no-fused: the reference has no {flag(field)}; leave it out")
         if self.world.size > 1:
-            raise ValueError(
-                "--no-fused: the reference runs in one process; start it without torchrun"
-            )
-        return super()._make_attack_loss(name)
+            raise ValueError("--no-fused: the reference runs in one process; leave out torchrun")
+        super()._plan_attack(counts, weight)
 
     def _step(
         self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int

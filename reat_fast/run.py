@@ -13,6 +13,7 @@ from reat_fast import checkpoint
 from reat_fast.attack import pgd
 from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
+from reat_fast.cosine_head import use_cosine_head
 from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
 from reat_fast.env import environment
 from reat_fast.evaluate import evenly
@@ -38,6 +39,8 @@ class Run:
         self.plan, self.config, self.world = plan, plan.config, plan.world
         if self.world.size > 1 and self.config.on_nonfinite == "rollback":
             raise ValueError("--on-nonfinite rollback: works in one process; leave it out")
+        if self.world.size > 1 and self.config.attack == "free":
+            raise ValueError("--attack free: works in one process; leave it out")
         self.device = plan.device
         self.dataset, self.splits = load_splits(plan)
         use_precision(self.config, self.device)
@@ -50,9 +53,14 @@ class Run:
             width=self.config.width,
             stem_stride=self.config.stem_stride,
             class_names=self.dataset.class_names,
+            head=self.config.head,
         )
         torch.manual_seed(self.config.seed)
-        self.model: Network = self.spec.build().to(
+        network = self.spec.build()
+        if self.config.head == "cosine":
+            head = use_cosine_head(network, self.config.head_scale)
+            head.compensate_(self.splits.counts, self.config.post_tau)
+        self.model: Network = network.to(
             self.device,
             memory_format=torch.channels_last,  # type: ignore[call-overload]
         )

@@ -160,7 +160,7 @@ def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
                 if member.isfile() and name in wanted and (stream := archive.extractfile(member)):
                     contents[name] = stream.read()
             while archive.fileobj and archive.fileobj.read(1 << 20):
-                pass  # gzip compares its checksum only at the very end, behind that of tar
+                pass  # gzip looks at its checksum at the very end, where tar need not go
         return contents
 
 

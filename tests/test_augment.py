@@ -202,8 +202,8 @@ def test_operations_signs_and_chances_come_as_often_as_they_should(name: PolicyN
         counts = torch.bincount(drawn[:, slot], minlength=len(limits)).tolist()
         for row in range(1, len(limits)):
             share = expected.get((slot, row), 0.0)
-            # Five standard deviations of a binomial: one of 256 rows in 10^4 runs would be beyond,
-            # and the draw is the same in every run.
+            # Five standard deviations of a binomial: with other seeds, one of the 156 shares would
+            # be further off in one run of 10^4.
             spread = 5 * math.sqrt(count * share * (1 - share))
             assert abs(counts[row] - count * share) <= spread, (slot, row)
     for place, (operation, _, bin_) in enumerate(steps):

@@ -27,6 +27,12 @@ CASES: dict[str, dict[str, Any]] = {
     "official tail": {},
     "pairwise tail": {"tail": "pairwise"},
     "batch statistics in the attack": {"attack_batchnorm": "train", "attack_loss": "rbl"},
+    "trades": {"objective": "trades", "attack_loss": "kl", "tail": "none"},
+    "class means and class radii": {
+        **{"objective": "taet", "second_stage": 0, "tail": "none", "radius": "class"},
+        "radius_warmup": 0.0,
+    },
+    "perturbed weights": {"objective": "ce", "tail": "none", "awp": 0.01},
     "extras": {"ema": 0.9, "clip_norm": 0.5, "label_smoothing": 0.1, "tail": "none"},
 }
 BATCHES = (12, 13, 1)  # even shares, uneven ones, and a rank with nothing to do
@@ -43,11 +49,11 @@ def take_steps(world: World, config: Config) -> dict[str, Tensor]:
     for size in BATCHES:
         indices = torch.randperm(40, generator=made)[:size]
         rows = indices.split(split(size, world.size))[world.rank]
-        images_adv = step_in_float64(step, Batch(images, labels[rows], rows, gather=True), size)
-        assert len(images_adv["logits"]) == len(rows)
-    outcome = {name: images_adv[name] for name in ("loss", "bsl", "tail")}
+        outcome = step_in_float64(step, Batch(images, labels[rows], rows, gather=True), size)
+        assert len(outcome["logits"]) == len(rows)
+    losses = {name: outcome[name] for name in ("loss", *step.objective.terms)}
     state = {name: value.clone() for name, value in step.state_dict().items()}
-    return {**model.state_dict(), **state, **outcome}
+    return {**model.state_dict(), **state, **losses}
 
 
 def step_in_float64(step: TrainStep, batch: Batch, total: int) -> dict[str, Tensor]:

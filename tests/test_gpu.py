@@ -42,7 +42,7 @@ def on_gpu(batch: Batch) -> Batch:
 
 
 def make_step(config: Config) -> TrainStep:
-    model = make_model().cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = make_model(head=config.head).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainStep(model, make_optimizer(model, config), COUNTS, config)
 
 

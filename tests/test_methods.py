@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reat_fast import reference_methods as reference
 from reat_fast.attack import ascend
 from reat_fast.attack_choices import FreePerturbation, choose_attack_loss, plan_attack
-from reat_fast.config import Config
+from reat_fast.config import PRESETS, Config
 from reat_fast.cosine_head import CosineHead, use_cosine_head
 from reat_fast.data import longtail_counts
 from reat_fast.frozen import FrozenNetwork
@@ -27,6 +27,7 @@ from reat_fast.models import create_model
 from reat_fast.networks import Network, TimmNetwork
 from reat_fast.objective import ClassStatistics
 from reat_fast.radii import ClassRadii, class_radius_factors
+from reat_fast.step import TrainStep
 from reat_fast.weight_perturbation import WeightPerturbation, statistics_kept
 
 COUNTS = [40, 24, 12, 7, 4]
@@ -116,16 +117,20 @@ METHODS = [name for name, changes in METHOD_PRESETS.items() if "objective" in ch
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_steps_made_of_the_pieces_equal_two_reference_steps(name: str) -> None:
+def test_two_steps_of_a_preset_equal_two_reference_steps(name: str) -> None:
     settings: dict[str, Any] = METHOD_PRESETS[name]
+    # The reference attacks in eval mode and takes images as they are.
+    config = dataclasses.replace(PRESETS[name], attack_batchnorm="eval", policy="none")
     epoch = 50
-    network = make_network(settings.get("head", "linear"))
+    network = make_network(config.head)
     plain = copy.deepcopy(network)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, 0, 5e-4) for n in (network, plain)]
+    step = TrainStep(network, optimizers[0], COUNTS, config)
+    step.epoch.fill_(epoch)
     clean, labels = make_images()
     for k in range(2):
         noise = make_noise(clean, seed=k)
-        fast = step_of_pieces(settings, network, optimizers[0], clean, labels, noise, epoch)
+        fast = step(clean, labels, noise * step.plan.noise_scale / EPS)["images_adv"]
         slow = reference_step(settings, plain, optimizers[1], clean, labels, noise, epoch)
         torch.testing.assert_close(fast, slow, **EXACT)
     for (key, tensor), other in zip(
@@ -133,63 +138,6 @@ def test_two_steps_made_of_the_pieces_equal_two_reference_steps(name: str) -> No
     ):
         # Two updates with momentum pass the difference of the gradients on.
         torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-9, msg=key)
-
-
-def constants_of(settings: dict[str, Any]) -> dict[str, Any]:
-    names = ("tail", "beta", "margin", "margin_tau", "prior_tau", "second_stage")
-    return {name: settings[name] for name in names if name in settings}
-
-
-def step_of_pieces(
-    settings: dict[str, Any],
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    clean: Tensor,
-    labels: Tensor,
-    noise: Tensor,
-    epoch: int,
-) -> Tensor:
-    statistics, position = make_statistics(), torch.tensor(epoch)
-    objective = make_objective(settings["objective"], network, statistics, **constants_of(settings))
-    plan = plan_attack(
-        "pgd",
-        eps=EPS,
-        step_size=STEP,
-        steps=settings.get("steps", 10),
-        start=settings.get("start", "uniform"),
-    )
-    radius: Any = plan.radius
-    step_size: Any = plan.step_size
-    if settings.get("radius") == "class":
-        warmup = settings["radius_warmup"] * settings["epochs"]
-        radii = ClassRadii(
-            COUNTS, settings["radius_alpha"], warmup, clean.device, clean.dtype
-        ).factors(labels, position)
-        radius, step_size = radius * radii, step_size * radii
-    frozen = FrozenNetwork(network)
-    attack_loss = settings.get("attack_loss", "ce")
-    loss = choose_attack_loss(attack_loss, network, statistics, partial(frozen, clean))
-    start = clean + noise * plan.noise_scale / EPS
-    steps = plan.steps
-    adv = ascend(
-        frozen, start, clean, labels, eps=radius, step_size=step_size, steps=steps, loss=loss
-    )
-    part = make_part(clean, adv, labels, epoch)
-
-    def backward() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        total(objective.compute(network.forward_features_logits, part)[1]).backward()
-
-    if settings.get("awp"):
-        with statistics_kept(network):
-            backward()
-        with WeightPerturbation(network, settings["awp"]).perturbed():
-            backward()
-            optimizer.step()
-    else:
-        backward()
-        optimizer.step()
-    return adv
 
 
 def reference_step(

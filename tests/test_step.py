@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast import reference
 from reat_fast.config import PRESETS, Config
+from reat_fast.cosine_head import use_cosine_head
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks import Network
@@ -37,9 +38,14 @@ def make_noise(images: Tensor, step: int) -> Tensor:
     return (torch.rand(images.shape, generator=made, dtype=images.dtype) * 2 - 1) * 8 / 255
 
 
-def make_model(dtype: torch.dtype = torch.float32, name: str = "resnet8") -> Network:
+def make_model(
+    dtype: torch.dtype = torch.float32, name: str = "resnet8", head: str = "linear"
+) -> Network:
     torch.manual_seed(0)
-    return create_model(name, 5, width=8).to(dtype)
+    network = create_model(name, 5, width=8)
+    if head == "cosine":
+        use_cosine_head(network).compensate_(COUNTS, 0.1)
+    return network.to(dtype)
 
 
 def run_both(dtype: torch.dtype, steps: int, tail: Any = "official") -> list[dict[str, Tensor]]:
@@ -136,6 +142,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"precision": "bf16"},
     {"ema": 0.99, "clip_norm": 1.0, "label_smoothing": 0.1},
     {"precision": "bf16", "attack_batchnorm": "train"},
+    {"attack": "fgsm-rs"},
+    {"attack": "n-fgsm", "accumulate": 3},
+    {"attack": "free", "replays": 2},
 ]
 CONFIGS = {
     **PRESETS,
@@ -149,7 +158,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_never_makes_the_host_wait(name: str) -> None:
     config = dataclasses.replace(CONFIGS[name], steps=2)
-    model = make_model()
+    model = make_model(head=config.head)
     step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
     batch = uint8_batch()
     step.train_on(batch)
