@@ -218,14 +218,14 @@ class Config:
             return value is None or value >= least
 
         def finite(value: float) -> bool:
-            return math.isfinite(value) and value >= 0
+            return 0 <= value <= 1e30  # float32 holds it, NaN fails
 
         unit, number = "must lie in [0, 1)", "must be a finite number, 0 or more"
         checks = {
             "imbalance": (0 < self.imbalance <= 1, "must lie in (0, 1]; 0.02 is ratio 50"),
             "largest": (whole(self.largest, 1), "must be at least 1"),
             "held_out": (0 <= self.held_out < 1, unit),
-            "split_seed": (whole(self.split_seed, 0), "must be 0 or more"),
+            "split_seed": (0 <= self.split_seed < 2**32, "must lie in [0, 2^32)"),
             "image_size": (whole(self.image_size, 1), "must be at least 1"),
             "width": (whole(self.width, 1), "must be at least 1"),
             "epochs": (whole(self.epochs, 1), "must be at least 1"),
@@ -260,7 +260,7 @@ class Config:
             "prior_tau": (finite(self.prior_tau), number),
             "post_tau": (finite(self.post_tau), number),
             "second_stage": (whole(self.second_stage, 0), "must be 0 or more"),
-            "head_scale": (math.isfinite(self.head_scale) and self.head_scale > 0, "not above 0"),
+            "head_scale": (0 < self.head_scale <= 1e30, "must be above 0"),
             "awp": (finite(self.awp), number),
             "policy_magnitude": (0 <= self.policy_magnitude <= 30, "must lie in 0..30"),
             "attack": (
@@ -294,6 +294,9 @@ class Config:
         for name, (fine, need) in checks.items():
             if not fine:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: {need}")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value >= 2**31 and not name.endswith("seed"):
+                raise ValueError(f"{flag(name)} {value}: must be below 2^31")
 
 
 def flag(name: str) -> str:
@@ -343,6 +346,8 @@ def from_json(text: str, source: str = "config.json") -> Config:
         if not isinstance(values, dict):
             raise ValueError("no object of fields")
         values = values.get("training", values)  # an exported config.json holds more
+        if isinstance(values.get("profile"), str):  # its name before --profile was a flag
+            values["imbalance_profile"] = values.pop("profile")
         known = {field.name for field in dataclasses.fields(Config)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -107,7 +107,7 @@ def _commit() -> tuple[str | None, bool | None]:
     checkout = Path(__file__).resolve().parent.parent
     # An installed package may lie inside somebody else's repository.
     if not (checkout / ".git").exists():
-        return None, None
+        return os.environ.get("REAT_FAST_COMMIT"), None  # for copies of a checkout
     commit = _output("git", "-C", str(checkout), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(checkout), "status", "--porcelain")
     return commit, None if changes is None else changes != ""

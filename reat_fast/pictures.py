@@ -83,9 +83,23 @@ def column(rows: Rows, name: str) -> tuple[list[float], list[float]]:
     return [e for e, _ in pairs if e is not None], [v for _, v in pairs if v is not None]
 
 
+TERMS = {
+    "bsl": "balanced softmax",
+    "tail": "tail penalty",
+    "ce": "cross-entropy",
+    "bce": "boosted cross-entropy",
+    "margin": "cross-entropy with margin",
+    "kl": "divergence",
+    "equal": "equalisation of classes",
+}
+"""Columns of metrics.csv that add up to the loss, and their names on paper."""
+
+
 def _draw_losses(axes: Axes, rows: Rows) -> None:
-    drawn = [("loss", "whole loss", INK, "-"), ("bsl", "balanced softmax", SERIES[0], "--")]
-    drawn.append(("tail", "tail penalty", SERIES[1], ":"))
+    terms = [(name, label) for name, label in TERMS.items() if name in rows[0]]
+    drawn = [("loss", "whole loss", INK, "-")]
+    for (name, label), colour, line in zip(terms, SERIES, ("--", ":"), strict=False):
+        drawn.append((name, label, colour, line))
     for name, label, colour, line in drawn:
         axes.plot(*column(rows, name), line, color=colour, label=label, marker=_marker(rows))
     axes.set_title("training loss")

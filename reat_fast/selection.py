@@ -74,6 +74,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         eps=config.eps,
         seed=config.seed,
         batch_size=config.eval_batch_size,
+        train_counts=run.splits.counts,
         progress=tick,
     )
     result |= {

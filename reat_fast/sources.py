@@ -20,12 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from reat_fast.terminal import one_line
+
 Array = npt.NDArray[Any]
 PARTS = ("training images", "training labels", "test images", "test labels")
 
 
 class DataError(ValueError):
     """Tell the user in one line which file or argument is wrong, and the cure."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # files name what they hold as they like
 
 
 class Source(NamedTuple):

@@ -211,11 +211,13 @@ def _run_target(name: str, cases: int, engine: str, number: int, found: Path) ->
         return ""
     command = [sys.executable, "-m", "tests.fuzz", "--only-here", "--targets", name]
     command += ["--cases", str(cases), "--seed", str(number), "--found", str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if done.returncode == 0:
         return ""
-    lines = [line for line in done.stderr.splitlines() if "Fault: " in line or "ERROR" in line]
-    return f"{' '.join(lines[-1:]) or done.stderr[-300:]} ({found / name}-*)"
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("Fault: ", "ALARM"))]
+    return f"{' '.join(lines[:1]) or done.stdout[-300:]} ({found / name}-*)"
 
 
 if __name__ == "__main__":

@@ -84,6 +84,25 @@ def test_replays_equal_eager_steps(precision: str, gather: bool, reproducible: N
     replayed.close()
 
 
+CHEAP = {"fgsm-rs": {"attack": "fgsm-rs"}, "free": {"attack": "free", "replays": 2}}
+CAPTURED = {**PRESETS, **{n: dataclasses.replace(Config(), **c) for n, c in CHEAP.items()}}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", CAPTURED)
+def test_every_preset_replays_as_it_runs(preset: str, reproducible: None) -> None:
+    config = dataclasses.replace(CAPTURED[preset], steps=2, batch_size=8)
+    eager, captured = make_step(config), make_step(config)
+    batch = on_gpu(uint8_batch())
+    replayed = CapturedStep(captured, batch)
+    for _ in range(3):
+        expected, found = eager.train_on(batch), replayed.train_on(batch)
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
+        assert torch.equal(a, b)
+    replayed.close()
+
+
 def test_noise_differs_between_epochs_of_a_replayed_step() -> None:
     step, batch = make_step(Config(steps=0, lr=0.0)), on_gpu(uint8_batch())
     replayed = CapturedStep(step, batch)
