@@ -197,7 +197,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
 def save_weights(path: Path, model: Network, spec: ModelSpec) -> None:
     """Write weights as safetensors, with what is needed to build the network in the header."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    header = {"reat_fast": json.dumps(asdict(spec)), "sha256": _digest(tensors)}
+    # One entry: safetensors writes several in a random order, and equal weights are equal files.
+    header = {"reat_fast": json.dumps({**asdict(spec), "sha256": _digest(tensors)})}
     write_atomically(path, lambda partial: partial.write_bytes(save(tensors, header)))
 
 
@@ -288,14 +289,16 @@ def _read_weights(
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{file}: damaged or not safetensors ({error})") from error
-    if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
-        raise CheckpointError(f"{file}: damaged, its weights are not those that were saved")
     if "reat_fast" not in metadata:
         raise CheckpointError(f"{file}: has no reat_fast header, so the network is unknown")
     try:
-        return _spec(json.loads(metadata["reat_fast"]), file), tensors
-    except (json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(metadata["reat_fast"])
+        digest = values.pop("sha256", None)
+    except (json.JSONDecodeError, RecursionError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged reat_fast header ({error})") from error
+    if digest is not None and digest != _digest(tensors):
+        raise CheckpointError(f"{file}: damaged, its weights are not those that were saved")
+    return _spec(values, file), tensors
 
 
 def _spec(values: dict[str, Any], file: Path) -> ModelSpec:
