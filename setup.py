@@ -7,8 +7,10 @@ serves clones whose links became text files.
 
 from setuptools import setup
 
+PARTS = ("evaluation", "kernels", "loaders", "methods", "reporting")
+
 setup(
-    packages=["reat_fast", "reat_fast.kernels", "reat_fast.loaders"],
+    packages=["reat_fast", *(f"reat_fast.{part}" for part in PARTS)],
     package_dir={"reat_fast.kernels": "kernels", "reat_fast.loaders": "loaders"},
     package_data={"reat_fast": ["py.typed"]},
 )

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from bench.records import Figure, record
 from reat_fast import checkpoint
-from reat_fast.attacks import LSA_SCALE, Attack
 from reat_fast.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import load_dataset
 from reat_fast.evaluate import evaluate, evenly
-from reat_fast.trial import Images
-from reat_fast.victim import Precision, attacked
+from reat_fast.evaluation.attacks import LSA_SCALE, Attack
+from reat_fast.evaluation.trial import Images
+from reat_fast.evaluation.victim import Precision, attacked
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _package(
     except ImportError:
         torchattacks = None
     if name == "aa":
-        from reat_fast.autoattack import package_autoattack
+        from reat_fast.evaluation.autoattack import package_autoattack
 
         settings = {"eps": options.eps, "seed": options.seed, "batch_size": options.batch_size}
         return package_autoattack(model, images, labels, **settings)

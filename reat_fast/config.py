@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from reat_fast.command import parse_flags
-from reat_fast.method_presets import METHOD_PRESETS
+from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.typed_fields import from_values
 
 
@@ -342,9 +342,10 @@ def from_json(text: str, source: str = "config.json") -> Config:
     """
     try:
         values = json.loads(text)
+        if isinstance(values, dict):
+            values = values.get("training", values)  # an exported config.json holds more
         if not isinstance(values, dict):
             raise ValueError("no object of fields")
-        values = values.get("training", values)  # an exported config.json holds more
         if isinstance(values.get("profile"), str):  # its name before --profile was a flag
             values["imbalance_profile"] = values.pop("profile")
         known = {field.name for field in dataclasses.fields(Config)}

@@ -12,13 +12,13 @@ import tyro
 from reat_fast.checkpoint import WEIGHTS, write_text
 from reat_fast.command import choose_device, parse_flags, run_command
 from reat_fast.memory import keep_freed_memory
-from reat_fast.picture_style import write_png
-from reat_fast.pictures import draw_accuracy, draw_learning
-from reat_fast.report_compared import compared_report
-from reat_fast.report_data import PARTS, RunRecord, read_run
-from reat_fast.report_pages import Report, run_report
-from reat_fast.report_probe import Probe, probe_run
-from reat_fast.report_tables import accuracy_table, markdown
+from reat_fast.reporting.compared import compared_report
+from reat_fast.reporting.data import PARTS, RunRecord, read_run
+from reat_fast.reporting.pages import Report, run_report
+from reat_fast.reporting.pictures import draw_accuracy, draw_learning
+from reat_fast.reporting.probe import Probe, probe_run
+from reat_fast.reporting.style import write_png
+from reat_fast.reporting.tables import accuracy_table, markdown
 from reat_fast.sources import DataError
 
 __all__ = ["PARTS", "accuracy_table", "draw_accuracy", "draw_learning"]

@@ -13,7 +13,6 @@ from reat_fast import checkpoint
 from reat_fast.attack import pgd
 from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
-from reat_fast.cosine_head import use_cosine_head
 from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
 from reat_fast.env import environment
 from reat_fast.evaluate import evenly
@@ -24,6 +23,7 @@ from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.logs import MetricLog
 from reat_fast.memory import keep_freed_memory
+from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.networks import Network
 from reat_fast.plan import Plan
 from reat_fast.precision import resolve_precision, use_precision

@@ -14,12 +14,6 @@ import torch
 from torch import Tensor
 
 from reat_fast.attack import ascend, with_batch_statistics
-from reat_fast.attack_choices import (
-    AttackLossName,
-    FreePerturbation,
-    choose_attack_loss,
-    plan_attack,
-)
 from reat_fast.augment import apply_policy
 from reat_fast.average import WeightAverage
 from reat_fast.config import Config
@@ -27,12 +21,18 @@ from reat_fast.distributed import SharedGradients, World, split, synchronise_bat
 from reat_fast.frozen import FrozenNetwork
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
-from reat_fast.methods import Part, make_objective
+from reat_fast.methods.attacks import (
+    AttackLossName,
+    FreePerturbation,
+    choose_attack_loss,
+    plan_attack,
+)
+from reat_fast.methods.objectives import Part, make_objective
+from reat_fast.methods.radii import ClassRadii
+from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
 from reat_fast.networks import Network
 from reat_fast.objective import ClassStatistics
 from reat_fast.precision import resolve_precision
-from reat_fast.radii import ClassRadii
-from reat_fast.weight_perturbation import WeightPerturbation, statistics_kept
 
 COUNTERS = ("epoch", "totals", "nonfinite", "bad_step")
 SUMS = ("correct", "samples", "steps")

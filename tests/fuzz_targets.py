@@ -188,7 +188,7 @@ def _sweep(path: Path, content: bytes) -> None:
 
 
 def _record(path: Path, content: bytes) -> None:
-    from reat_fast.report_data import read_run
+    from reat_fast.reporting.data import read_run
 
     (path.parent / "config.json").write_bytes(seeds("config")["whole"])
     read_run(path.parent)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.config import Config, to_json
-from reat_fast.report_data import PARTS
+from reat_fast.reporting.data import PARTS
 
 EVIL = ["<script>document.title='executed'</script>", "$x$", "a|b", '" onload="x', "&amp;"]
 COUNTS = [400, 200, 100, 50, 10]

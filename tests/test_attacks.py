@@ -8,12 +8,12 @@ import torch
 from made_data import made_images
 from torch import Tensor, nn
 
-from reat_fast.attacks import Attack, cw_loss, lsa_loss, margin
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import evaluate
+from reat_fast.evaluation.attacks import Attack, cw_loss, lsa_loss, margin
+from reat_fast.evaluation.victim import attacked
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
-from reat_fast.victim import attacked
 
 EPS, STEP = 16 / 255, 4 / 255
 

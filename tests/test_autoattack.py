@@ -11,11 +11,11 @@ import torch
 from made_data import made_images
 from torch import Tensor, nn
 
-from reat_fast import apgd, autoattack
-from reat_fast.autoattack import AutoAttack, package_autoattack
-from reat_fast.fab import fab, hyperplane_step
-from reat_fast.square import _squares, square
-from reat_fast.victim import Victim, attacked
+from reat_fast.evaluation import apgd, autoattack
+from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
+from reat_fast.evaluation.fab import fab, hyperplane_step
+from reat_fast.evaluation.square import _squares, square
+from reat_fast.evaluation.victim import Victim, attacked
 
 EPS = 0.1
 CLASSES = 6

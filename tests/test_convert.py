@@ -359,7 +359,7 @@ def test_without_ffcv_the_pip_line_is_given_and_npz_still_works(
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv.writer", None)
     message = error_of(capsys, *source, "--to", tmp_path / "set")
-    assert 'scripts/ffcv.sh, or convert to FILE.npz' in message
+    assert "scripts/ffcv.sh, or convert to FILE.npz" in message
     assert not list(tmp_path.glob("set*"))
     assert run(*source, "--to", tmp_path / "set.npz") == 0
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from reat_fast import evaluate, reference, train
 from reat_fast.attack import cross_entropy
-from reat_fast.autoattack import AutoAttack
-from reat_fast.class_figures import figures, tail_by_share
 from reat_fast.command import run_command
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evenly
+from reat_fast.evaluation.autoattack import AutoAttack
+from reat_fast.evaluation.figures import figures, tail_by_share
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
 from reat_fast.report import accuracy_table

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reat_fast import guards
-from reat_fast.guards import GuardError
+from reat_fast.evaluation import guards
+from reat_fast.evaluation.guards import GuardError
 
 
 class Classifier(nn.Module):

@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reat_fast import reference_methods as reference
 from reat_fast.attack import ascend
-from reat_fast.attack_choices import FreePerturbation, choose_attack_loss, plan_attack
 from reat_fast.config import PRESETS, Config
-from reat_fast.cosine_head import CosineHead, use_cosine_head
 from reat_fast.data import longtail_counts
 from reat_fast.frozen import FrozenNetwork
-from reat_fast.method_presets import METHOD_PRESETS
-from reat_fast.methods import Objective, Part, make_objective, robal_margins
+from reat_fast.methods import reference
+from reat_fast.methods.attacks import FreePerturbation, choose_attack_loss, plan_attack
+from reat_fast.methods.cosine_head import CosineHead, use_cosine_head
+from reat_fast.methods.objectives import Objective, Part, make_objective, robal_margins
+from reat_fast.methods.presets import METHOD_PRESETS
+from reat_fast.methods.radii import ClassRadii, class_radius_factors
+from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
 from reat_fast.models import create_model
 from reat_fast.networks import Network, TimmNetwork
 from reat_fast.objective import ClassStatistics
-from reat_fast.radii import ClassRadii, class_radius_factors
 from reat_fast.step import TrainStep
-from reat_fast.weight_perturbation import WeightPerturbation, statistics_kept
 
 COUNTS = [40, 24, 12, 7, 4]
 EPS, STEP = 8 / 255, 2 / 255

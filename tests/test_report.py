@@ -14,18 +14,20 @@ import torch
 from made_data import made_images, made_npz
 from made_run import COUNTS, EVIL, made_run
 
-from reat_fast import pictures, probe_pictures, report, report_html, train
+from reat_fast import report, train
 from reat_fast.command import run_command
-from reat_fast.compared_pictures import class_means
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_weights
-from reat_fast.picture_style import COLOURS, FEW, PART_COLOURS, Picture, svg
 from reat_fast.progress import TrainingClock
-from reat_fast.report_data import PARTS, read_run
-from reat_fast.report_probe import choose_examples, principal_points, probe, probe_run
-from reat_fast.report_tables import (
+from reat_fast.reporting import html as report_html
+from reat_fast.reporting import pictures, probe_pictures
+from reat_fast.reporting.compared_pictures import class_means
+from reat_fast.reporting.data import PARTS, read_run
+from reat_fast.reporting.probe import choose_examples, principal_points, probe, probe_run
+from reat_fast.reporting.style import COLOURS, FEW, PART_COLOURS, Picture, svg
+from reat_fast.reporting.tables import (
     attack_title,
     epoch_times,
     group_runs,

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pytest
 from made_run import EVIL, made_run
 
-from reat_fast.report_compared import compared_report
-from reat_fast.report_data import read_run
-from reat_fast.report_html import POLICY
-from reat_fast.report_pages import run_report
-from reat_fast.report_probe import Probe
+from reat_fast.reporting.compared import compared_report
+from reat_fast.reporting.data import read_run
+from reat_fast.reporting.html import POLICY
+from reat_fast.reporting.pages import run_report
+from reat_fast.reporting.probe import Probe
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)

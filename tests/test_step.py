@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast import reference
 from reat_fast.config import PRESETS, Config
-from reat_fast.cosine_head import use_cosine_head
 from reat_fast.loaders import Batch
+from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
 from reat_fast.networks import Network
 from reat_fast.reference_step import ReferenceStep

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reat_fast.data import head_body_tail
-from reat_fast.picture_style import (
+from reat_fast.reporting.pictures import column, label_classes
+from reat_fast.reporting.style import (
     FEW,
     INK,
     NARROW,
@@ -21,8 +22,7 @@ from reat_fast.picture_style import (
     style,
     whole_numbers,
 )
-from reat_fast.pictures import column, label_classes
-from reat_fast.report_tables import Group
+from reat_fast.reporting.tables import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

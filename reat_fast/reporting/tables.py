@@ -11,7 +11,7 @@ from typing import Any
 
 from reat_fast.config import LOCAL_FIELDS, fraction_text
 from reat_fast.data import head_body_tail
-from reat_fast.report_data import PARTS, TAIL80, RunRecord
+from reat_fast.reporting.data import PARTS, TAIL80, RunRecord
 
 Table = list[list[str]]
 """A heading and rows of equal length, as text."""

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reat_fast.attacks import AUTOATTACKS, Attack
-from reat_fast.autoattack import AutoAttack, package_autoattack
 from reat_fast.data import ImageSet
+from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
+from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
+from reat_fast.evaluation.victim import Victim
 from reat_fast.kernels.prepare import prepare
 from reat_fast.precision import full_precision
-from reat_fast.victim import Victim
 
 
 @dataclass(frozen=True)

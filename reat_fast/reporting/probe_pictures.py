@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reat_fast.data import head_body_tail
-from reat_fast.picture_style import (
+from reat_fast.reporting.pictures import name_rows
+from reat_fast.reporting.probe import Labels, Points, Probe
+from reat_fast.reporting.style import (
     FEW,
     PART_COLOURS,
     WIDE,
@@ -18,9 +20,7 @@ from reat_fast.picture_style import (
     style,
     whole_numbers,
 )
-from reat_fast.pictures import name_rows
-from reat_fast.report_probe import Labels, Points, Probe
-from reat_fast.report_tables import part_of_class
+from reat_fast.reporting.tables import part_of_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from reat_fast.picture_style import COLOURS, Picture, svg
-from reat_fast.report_tables import Table
+from reat_fast.reporting.style import COLOURS, Picture, svg
+from reat_fast.reporting.tables import Table
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

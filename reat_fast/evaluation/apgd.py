@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reat_fast.victim import PerImage, Victim
+from reat_fast.evaluation.victim import PerImage, Victim
 
 MOMENTUM = 0.75  # alpha of the paper: share of the gradient step, the rest is the last move
 RISING_SHARE = 0.75  # rho: a step size stays while this share of its steps raises the loss

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reat_fast.attacks import margin
+from reat_fast.evaluation.attacks import margin
+from reat_fast.evaluation.victim import PerImage, Victim
 from reat_fast.kernels import philox
-from reat_fast.victim import PerImage, Victim
 
 LARGEST_SHARE = 0.8  # p of the first queries: share of the pixels in a square
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

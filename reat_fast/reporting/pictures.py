@@ -14,7 +14,8 @@ import torch
 
 from reat_fast.data import head_body_tail
 from reat_fast.objective import rbl_weights
-from reat_fast.picture_style import (
+from reat_fast.reporting.data import read_metrics
+from reat_fast.reporting.style import (
     FEW,
     INK,
     MUTED,
@@ -31,8 +32,7 @@ from reat_fast.picture_style import (
     whole_numbers,
     write_png,
 )
-from reat_fast.report_data import read_metrics
-from reat_fast.report_tables import attack_title, epoch_times, main_attack
+from reat_fast.reporting.tables import attack_title, epoch_times, main_attack
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reat_fast import report_html
-from reat_fast.compared_pictures import compared_classes, compared_curves
-from reat_fast.picture_style import Picture
 from reat_fast.progress import duration
-from reat_fast.report_data import RunRecord
-from reat_fast.report_pages import THIRDS, Report
-from reat_fast.report_tables import (
+from reat_fast.reporting import html as report_html
+from reat_fast.reporting.compared_pictures import compared_classes, compared_curves
+from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting.pages import THIRDS, Report
+from reat_fast.reporting.style import Picture
+from reat_fast.reporting.tables import (
     Group,
     Table,
     attack_title,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from reat_fast import env, pictures, probe_pictures, report_html
+from reat_fast import env
 from reat_fast.config import LOCAL_FIELDS, Config
-from reat_fast.picture_style import FEW, Picture
 from reat_fast.progress import duration
-from reat_fast.report_data import RunRecord
-from reat_fast.report_probe import Probe
-from reat_fast.report_tables import (
+from reat_fast.reporting import html as report_html
+from reat_fast.reporting import pictures, probe_pictures
+from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting.probe import Probe
+from reat_fast.reporting.style import FEW, Picture
+from reat_fast.reporting.tables import (
     Table,
     attack_title,
     group_runs,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reat_fast.victim import PerImage, Victim
+from reat_fast.evaluation.victim import PerImage, Victim
 
 OVERSHOOT = 1.05  # eta
 LARGEST_BIAS = 0.1  # alpha_max: pull towards the clean image

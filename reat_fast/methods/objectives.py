@@ -8,7 +8,7 @@ They gather the rows of all processes, see Objective.whole; where one process co
 parts, they see one part at a time.
 
 Nothing syncs, and no shape depends on data. What is said of the official code is tested against
-reat_fast.reference_methods.
+reat_fast.methods.reference.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reat_fast.cosine_head import CosineHead
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.tail_penalty import tail_penalty
+from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.networks import Network
 from reat_fast.objective import ClassStatistics
 

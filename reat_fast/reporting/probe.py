@@ -21,7 +21,7 @@ from reat_fast.frozen import FrozenNetwork
 from reat_fast.kernels.prepare import prepare
 from reat_fast.networks import Network
 from reat_fast.precision import full_precision
-from reat_fast.report_data import RunRecord
+from reat_fast.reporting.data import RunRecord
 
 STEPS = 20
 EXAMPLES_PER_PART = 3

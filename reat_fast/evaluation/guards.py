@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reat_fast.attack import cross_entropy, evaluating
-from reat_fast.attacks import margin
+from reat_fast.evaluation.attacks import margin
 
 SQUARE_POINTS = 0.2
 """Square lowering the robust accuracy by more, in percentage points, is AutoAttack's own alarm."""

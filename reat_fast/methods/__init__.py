@@ -1,0 +1,1 @@
+"""In what methods differ: objective, attack, radii, classifier head, perturbed weights."""

@@ -1,0 +1,1 @@
+"""What report.html shows: figures read from run folders, tables, drawings and pages."""
