@@ -26,6 +26,7 @@ main() {
   pip_install --editable ".${extra:+[$extra]}"
   if [ "$extra" = dev ]; then
     install_triton
+    install_compared
     install_loaders
     install_browser
   fi
@@ -97,6 +98,9 @@ install_triton() {
   [ "$(uname -sm)" != "Linux x86_64" ] || stop "Triton is needed for the interpreter tests"
   say "No Triton for this machine: the interpreter tests will be skipped"
 }
+
+# What the tests compare with. --no-deps: both would replace this torch by one with CUDA and torchvision.
+install_compared() { pip_install scipy requests pyyaml && pip_install --no-deps torchattacks timm; }
 
 # The tests run every loader where it can be: FFCV is compiled here, DALI is 270 MB of wheels for Linux on x86-64.
 install_loaders() {
