@@ -34,6 +34,11 @@ CHECKPOINT = "checkpoint-last.pt"
 PREVIOUS = "checkpoint-previous.pt"
 WEIGHTS = ("best.safetensors", "last.safetensors")
 EXPORTED = "model.safetensors"
+POSITION = (
+    *("preset", "code", "config", "fingerprint", "epoch", "batch", "lr_scale", "optimizer", "step"),
+    *("metrics", "timing", "best"),
+)
+"""What a checkpoint holds beside its model where a run can go on from it."""
 
 
 class CheckpointError(ValueError):
@@ -163,13 +168,21 @@ def load_newest_checkpoint(run_dir: Path) -> tuple[dict[str, Any], Path]:
     """
     newest, previous = run_dir / CHECKPOINT, run_dir / PREVIOUS
     try:
-        return load_checkpoint(newest), newest
+        return _load_position(newest), newest
     except CheckpointError as error:
         if not previous.is_file():
             raise
-        state = load_checkpoint(previous)
+        state = _load_position(previous)
         print(f"{error}; going on from {previous}", file=sys.stderr, flush=True)
         return state, previous
+
+
+def _load_position(path: Path) -> dict[str, Any]:
+    state = load_checkpoint(path)
+    missing = set(POSITION) - state.keys()
+    if missing:
+        raise CheckpointError(f"{path}: nothing to go on from, has no {', '.join(sorted(missing))}")
+    return state
 
 
 def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_a_short_training_learns(
     data, run_dir = made_npz(tmp_path / "made.npz"), tmp_path / "run"
     arguments = ["reat", "--fused", "--dataset", "npz", "--data", data, "--run-dir", run_dir]
     arguments += ["--model", "resnet18", "--width", 16, "--epochs", 6, "--imbalance", 0.1]
-    arguments += ["--batch-size", 16, "--eps", "2/255", "--step-size", "1/255", "--no-augment"]
+    arguments += ["--batch-size", 12, "--eps", "2/255", "--step-size", "1/255", "--no-augment"]
     arguments += ["--lr", 0.05, "--graph", graph, "--device", "cuda"]
     assert run_command(train.main, [str(argument) for argument in arguments]) == 0
     assert ("one CUDA graph" in capsys.readouterr().out) == (graph == "auto")

@@ -84,7 +84,7 @@ def make_disk(tmp_path: Path) -> Iterator[MakeDisk]:
 
 
 @pytest.fixture
-def read_only(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+def read_only(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Give an empty folder that nobody can write to."""
     if os.geteuid():
         folder = tmp_path / "read-only"
@@ -94,8 +94,7 @@ def read_only(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
         folder = disk / "read-only"
         folder.mkdir()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    yield folder
-    folder.chmod(0o755) if os.geteuid() else None
+    return folder
 
 
 # Disks
@@ -387,6 +386,17 @@ def test_weights_with_a_header_that_lies_are_refused_before_a_network_is_built(
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.parametrize("field", checkpoint.POSITION)
+def test_a_checkpoint_of_another_version_is_named(
+    whole: Path, tmp_path: Path, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.load_checkpoint(whole / CHECKPOINT)
+    del state[field]
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert run("--resume", tmp_path) == 2
+    assert f"{CHECKPOINT}: nothing to go on from, has no {field}" in only_line(capsys)
+
+
 @pytest.mark.parametrize("content", [b"[" * 50_000, b"[]", b'{"train_counts": 5}', b"\xff", b""])
 def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "split.json").write_bytes(content)
@@ -397,7 +407,7 @@ def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[" * 50_000, "recursion"),
+        ("[" * 50_000, "not a configuration"),
         ('{"epochs": 2.5}', "epochs cannot be 2.5"),
         ('{"epochs": true}', "epochs cannot be True"),
         ('{"schedule": "step"}', "schedule cannot be 'step'"),
@@ -407,8 +417,9 @@ def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
     ],
 )
 def test_a_configuration_of_other_types_is_refused(text: str, named: str) -> None:
-    with pytest.raises(ValueError, match=f"config.json: not a configuration.*{named}|{named}"):
+    with pytest.raises(ValueError, match="config.json: not a configuration") as refused:
         from_json(text)
+    assert named in str(refused.value)
 
 
 # Commands

@@ -252,3 +252,13 @@ def test_profile_says_how_long_the_step_waited_for_data(
     line = next(row for row in capsys.readouterr().out.splitlines() if "waited for data" in row)
     share = float(line.split("waited for data ")[1].split(" %")[0])
     assert 0 <= share < 100
+
+
+def test_a_last_batch_that_batchnorm_cannot_take_is_explained(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--batch-size", 61]
+    assert run(*arguments, "--run-dir", tmp_path / "run") == 2  # 62 images, 1x1 in the last layer
+    error = capsys.readouterr().err
+    assert "--batch-size 61: a batch of 1 image leaves BatchNorm one value" in error
+    assert error.count("\n") == 1
