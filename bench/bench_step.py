@@ -150,7 +150,7 @@ class Ladder:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         replayed = CapturedStep(self._step(False, True, precision, form), self.batch)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        return lambda: replayed.train_on(self.batch)  # holds the step, whose memory the graph reads
+        return lambda: replayed._graph.replay()  # holds the step, whose memory the graph reads
 
 
 def _as_scripts_run(step: Step) -> Step:

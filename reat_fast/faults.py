@@ -46,17 +46,16 @@ def roll_back(run: Run, fault: FloatingPointError) -> str:
 
 @contextmanager
 def explained_faults(run: Run) -> Iterator[None]:
-    """Turn running out of memory, and a batch too small for BatchNorm, into a line with the cure."""
+    """Turn running out of memory, or a batch too small, into a line with the cure."""
     config = run.config
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        left = len(run.splits.train) % config.batch_size
         raise ValueError(
-            f"--batch-size {config.batch_size}: a batch of {left or config.batch_size} image"
-            f"{'' if left == 1 else 's'} leaves BatchNorm one value per channel; choose another size"
+            f"--batch-size {config.batch_size}: a batch of 1 image leaves BatchNorm one value per "
+            "channel; choose another size"
         ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_memory(error):
