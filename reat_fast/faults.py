@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from reat_fast import checkpoint
+from reat_fast.command import is_out_of_memory
 from reat_fast.run import Run
 
 SMALLEST_SCALE = 1 / 32
@@ -58,7 +59,7 @@ def explained_faults(run: Run) -> Iterator[None]:
             "channel; choose another size"
         ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_out_of_memory(error):
             raise
         device = "GPU memory" if run.device.type == "cuda" else "memory"
         raise ValueError(
@@ -66,10 +67,3 @@ def explained_faults(run: Run) -> Iterator[None]:
             f"{config.batch_size}) or --eval-batch-size (now {config.eval_batch_size}), or raise "
             f"--accumulate (now {config.accumulate}) to compute a batch in parts"
         ) from error
-
-
-def _is_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    text = str(error).lower()
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return memory or any(sign in text for sign in signs)

@@ -170,6 +170,10 @@ class Run:
         if self.world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder)
+            if self.plan.state is None and checkpoint.has_checkpoint(self.folder):
+                raise CheckpointError(
+                    f"--run-dir {self.folder}: another run ended here meanwhile; name another folder"
+                )
             describe_run(self.folder, self.plan.preset, self.config, self.dataset, self.splits)
             self.log = MetricLog(
                 self.config.log,

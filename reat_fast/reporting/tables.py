@@ -21,10 +21,15 @@ PROTOCOL = {"dataset": None, "eps": None, "step_size": None, "samples": None, "r
 where they do not say it."""
 
 
+MOST_CLASSES = 100
+"""Classes that a printed table has rows for; JSON and report have all of them."""
+
+
 def accuracy_table(evaluation: dict[str, Any]) -> str:
     """Write the figures of reat_fast.evaluate.evaluate as a table: overall, thirds, classes.
 
-    evaluation: what evaluate returns with class_names and, where known, train_counts [C].
+    evaluation: what evaluate returns with class_names and, where known, train_counts [C]. More than
+    MOST_CLASSES classes have no rows of their own.
     """
     names = list(evaluation["attacks"])
     counts = evaluation.get("train_counts")
@@ -35,7 +40,8 @@ def accuracy_table(evaluation: dict[str, Any]) -> str:
     for part in parts:
         values = [evaluation["attacks"][name][part] for name in names]
         rows.append((part, "", "", *map(_percent, values)))
-    for c, class_name in enumerate(class_names):
+    shown = class_names if len(class_names) <= MOST_CLASSES else []
+    for c, class_name in enumerate(shown):
         values = [evaluation["attacks"][name]["per_class"][c] for name in names]
         images = str(counts[c]) if counts else ""
         rows.append((f"  {class_name}", part_of[c], images, *map(_percent, values)))
