@@ -7,7 +7,7 @@ serves clones whose links became text files.
 
 from setuptools import setup
 
-PARTS = ("evaluation", "kernels", "loaders", "methods", "reporting")
+PARTS = ("evaluation", "kernels", "loaders", "methods", "reporting", "sources")
 
 setup(
     packages=["reat_fast", *(f"reat_fast.{part}" for part in PARTS)],

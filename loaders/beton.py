@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reat_fast.beton_file import BetonError, BetonFile, BetonImages, read_beton
 from reat_fast.data import ImageSet
 from reat_fast.kernels.philox import SAMPLER, permutation
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.prefetch import to_device
+from reat_fast.sources.beton_file import BetonError, BetonFile, BetonImages, read_beton
 
 ReadOrder = Literal["random", "quasi-random", "sequential"]
 Rows = npt.NDArray[np.int64]

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from reat_fast.beton_file import BetonImages
 from reat_fast.data import ImageSet
 from reat_fast.loaders import Loader
 from reat_fast.loaders.beton import BetonLoader
@@ -17,6 +16,7 @@ from reat_fast.loaders.dali import DaliLoader
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.resident import ResidentLoader, shortage
 from reat_fast.loaders.workers import WorkersLoader
+from reat_fast.sources.beton_file import BetonImages
 
 Rows = npt.NDArray[np.int64]
 

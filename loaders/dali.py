@@ -19,9 +19,9 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from reat_fast.data import Images, ImageSet
-from reat_fast.lazy import FileImages
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
+from reat_fast.sources.lazy import FileImages
 
 PREFETCH = 2  # batches in the pipeline
 

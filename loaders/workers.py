@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from reat_fast.data import ImageSet
-from reat_fast.lazy import LazyImages
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.prefetch import to_device
+from reat_fast.sources.lazy import LazyImages
 
 PREFETCH = 4  # batches that each worker reads ahead
 

@@ -24,13 +24,13 @@ import numpy.typing as npt
 import tyro
 from tqdm import tqdm
 
-from reat_fast import beton_folder, sources
-from reat_fast.beton_file import read_beton
 from reat_fast.command import parse_flags, run_command
 from reat_fast.data import Dataset, ImageSet, Indices, load_dataset, make_splits
-from reat_fast.lazy import Bytes, decode_all
-from reat_fast.lists import refuse_or_note
-from reat_fast.sources import DataError
+from reat_fast.sources import beton_folder, formats
+from reat_fast.sources.beton_file import read_beton
+from reat_fast.sources.formats import DataError
+from reat_fast.sources.lazy import Bytes, decode_all
+from reat_fast.sources.lists import refuse_or_note
 
 Progress = Callable[[], object]
 
@@ -244,7 +244,7 @@ def check(
     quality: of JPEG, whose pixels must be those of the source after the same encoding. Returns the
     peak signal-to-noise ratio in dB, infinite where nothing is lost. Raises DataError.
     """
-    npz = sources.read_npz(place).arrays if place.is_file() else None
+    npz = formats.read_npz(place).arrays if place.is_file() else None
     squares = pixels = 0
     for at, (part, image_set) in enumerate(parts.items()):
         if npz is not None:

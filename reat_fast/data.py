@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast import download, lists, sources
-from reat_fast.beton_folder import read as read_beton_folder
-from reat_fast.lazy import LazyImages
-from reat_fast.sources import DataError as DataError
-from reat_fast.sources import Source
+from reat_fast.sources import download, formats, lists
+from reat_fast.sources.beton_folder import read as read_beton_folder
+from reat_fast.sources.formats import DataError as DataError
+from reat_fast.sources.formats import Source
+from reat_fast.sources.lazy import LazyImages
 from reat_fast.terminal import one_line
 
 Images = npt.NDArray[np.uint8] | LazyImages
@@ -109,7 +109,7 @@ def load_dataset(
         raise DataError(f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}")
     if path is not None and not path.exists():
         raise DataError(f"--data {path}: no such file or folder")
-    source = sources.checked(_read(name, path, image_size, skip_bad), DATASETS[name])
+    source = formats.checked(_read(name, path, image_size, skip_bad), DATASETS[name])
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
     class_names = tuple(map(one_line, source.class_names or ()))  # which tables show
     return Dataset(name, train, test, class_names, source.notes)
@@ -124,7 +124,7 @@ def _read(name: str, path: Path | None, image_size: int | None, skip_bad: bool) 
     if image_size is not None:
         raise DataError(f"--image-size: the images of {name} have one size already; leave it out")
     if path is not None and is_npz:
-        return sources.read_npz(path)
+        return formats.read_npz(path)
     if path is not None and name == "beton":
         return read_beton_folder(path)
     folders = download.search_folders(name) if path is None else [path]

@@ -19,7 +19,7 @@ from reat_fast.reporting.pictures import draw_accuracy, draw_learning
 from reat_fast.reporting.probe import Probe, probe_run
 from reat_fast.reporting.style import write_png
 from reat_fast.reporting.tables import accuracy_table, markdown
-from reat_fast.sources import DataError
+from reat_fast.sources.formats import DataError
 
 __all__ = ["PARTS", "accuracy_table", "draw_accuracy", "draw_learning"]
 

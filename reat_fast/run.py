@@ -172,7 +172,7 @@ class Run:
             self._lock = FolderLock(self.folder)
             if self.plan.state is None and checkpoint.has_checkpoint(self.folder):
                 raise CheckpointError(
-                    f"--run-dir {self.folder}: another run ended here meanwhile; name another folder"
+                    f"--run-dir {self.folder}: another run ended here meanwhile; name another"
                 )
             describe_run(self.folder, self.plan.preset, self.config, self.dataset, self.splits)
             self.log = MetricLog(

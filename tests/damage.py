@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from reat_fast.sources import DataError
+from reat_fast.sources.formats import DataError
 
 MUTATIONS = 300
 

@@ -39,7 +39,7 @@ def seeds(target: str) -> dict[str, bytes]:
 
 
 def _idx(path: Path, content: bytes) -> None:
-    from reat_fast.sources import read_idx
+    from reat_fast.sources.formats import read_idx
 
     array = read_idx(path)
     plain = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
@@ -47,7 +47,7 @@ def _idx(path: Path, content: bytes) -> None:
 
 
 def _cifar(path: Path, content: bytes) -> None:
-    from reat_fast.sources import checked, read_cifar
+    from reat_fast.sources.formats import checked, read_cifar
 
     archive = path.name.endswith(".tar.gz")
     if not archive:  # the other batch is the seed
@@ -60,7 +60,7 @@ def _cifar(path: Path, content: bytes) -> None:
 
 
 def _npz(path: Path, content: bytes) -> None:
-    from reat_fast.sources import checked, read_npz
+    from reat_fast.sources.formats import checked, read_npz
 
     arrays = checked(read_npz(path)).arrays
     assert all(_known(images, "npz") for images in arrays[::2]), "pixels that no seed has"
@@ -76,7 +76,7 @@ def _sound(arrays: Sequence[Any]) -> None:
 @functools.lru_cache
 def _pixels(target: str) -> frozenset[bytes]:
     """Return what the images of the seeds hold: a checksum guards it, so nothing else may come."""
-    from reat_fast.sources import read_cifar, read_npz
+    from reat_fast.sources.formats import read_cifar, read_npz
 
     found = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -127,21 +127,21 @@ def _decoded(images: Any) -> None:
 
 
 def _image(path: Path, content: bytes) -> None:
-    from reat_fast.lazy import FileImages
+    from reat_fast.sources.lazy import FileImages
 
     assert FileImages([path], 4)[0].shape == (4, 4, 3)
 
 
 def _beton(path: Path, content: bytes) -> None:
-    from reat_fast.beton_file import read_beton
+    from reat_fast.sources.beton_file import read_beton
 
     beton = read_beton(path)
     assert beton.images[:].shape == (len(beton.labels), *beton.images.shape[1:])
 
 
 def _description(path: Path, content: bytes) -> None:
-    from reat_fast.beton_folder import read
-    from reat_fast.sources import checked
+    from reat_fast.sources.beton_folder import read
+    from reat_fast.sources.formats import checked
 
     for part in ("train", "test"):
         (path.parent / f"{part}.beton").write_bytes(seeds("beton")["whole-raw"])

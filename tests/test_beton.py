@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from reat_fast.beton_file import BetonError, read_beton
 from reat_fast.data import ImageSet
 from reat_fast.loaders import Batch
 from reat_fast.loaders import beton as beton_loader
 from reat_fast.loaders.beton import BetonLoader
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.resident import ResidentLoader
+from reat_fast.sources.beton_file import BetonError, read_beton
 
 pytest.importorskip("ffcv", reason="needs FFCV: scripts/ffcv.sh")
 from ffcv.fields import IntField, NDArrayField, RGBImageField  # noqa: E402

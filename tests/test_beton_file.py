@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reat_fast import beton_file
-from reat_fast.beton_file import BetonError, read_beton
+from reat_fast.sources import beton_file
+from reat_fast.sources.beton_file import BetonError, read_beton
 
 Bytes = npt.NDArray[np.uint8]
 PAGE = 1 << 12  # smaller than FFCV writes, so that small files have several

@@ -18,8 +18,7 @@ from damage import mutated, refused_or_valid
 from made_data import made_npz
 from PIL import Image
 
-from reat_fast import beton_folder, convert
-from reat_fast.beton_file import BetonImages
+from reat_fast import convert
 from reat_fast.command import run_command
 from reat_fast.data import (
     DataError,
@@ -29,6 +28,8 @@ from reat_fast.data import (
     longtail_counts,
     longtail_indices,
 )
+from reat_fast.sources import beton_folder
+from reat_fast.sources.beton_file import BetonImages
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from reat_fast.data import ImageSet
-from reat_fast.lazy import FileImages, LazyImages
 from reat_fast.loaders.dali import DaliLoader
 from reat_fast.loaders.order import EpochOrder
+from reat_fast.sources.lazy import FileImages, LazyImages
 
 CPU = torch.device("cpu")
 SIZE = 24

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reat_fast import data, download
+from reat_fast import data
 from reat_fast.data import (
     DataError,
     Dataset,
@@ -24,7 +24,8 @@ from reat_fast.data import (
     longtail_indices,
     make_splits,
 )
-from reat_fast.lazy import LazyImages
+from reat_fast.sources import download
+from reat_fast.sources.lazy import LazyImages
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reat_fast import download, sources
 from reat_fast.data import load_dataset
-from reat_fast.download import Remote
-from reat_fast.sources import DataError
+from reat_fast.sources import download, formats
+from reat_fast.sources.download import Remote
+from reat_fast.sources.formats import DataError
 
 CONTENT = np.random.default_rng(0).bytes(1_000_003)
 
@@ -208,7 +208,7 @@ def fashion(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict
         random.integers(0, 256, (10, 28, 28), np.uint8),
         np.arange(10, dtype=np.uint8),
     ]
-    files = {name: idx(array) for name, array in zip(sources.IDX_FILES, arrays, strict=True)}
+    files = {name: idx(array) for name, array in zip(formats.IDX_FILES, arrays, strict=True)}
     site.files = {f"/{name}.gz": gzip.compress(content) for name, content in files.items()}
     remotes = tuple(
         Remote(f"{name}.gz", (f"{site.url}/{name}.gz",), hashlib.sha256(content).hexdigest(), True)
@@ -324,7 +324,7 @@ def test_debians_package_is_taken_first_and_in_silence(
     for _ in range(2):
         place = download.fetch_dataset("fashion-mnist", tmp_path / "cache")
     assert debian.asked == ["dataset-fashion-mnist"] and not site.asked
-    assert sorted(os.listdir(place)) == sorted(f"{name}.gz" for name in sources.IDX_FILES)
+    assert sorted(os.listdir(place)) == sorted(f"{name}.gz" for name in formats.IDX_FILES)
     assert len(load_dataset("fashion-mnist", place).train) == 20
     assert capfd.readouterr() == ("", "")
 

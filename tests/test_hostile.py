@@ -27,14 +27,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_sources import as_images, batch, idx_bytes, python2_batch
 
-from reat_fast import checkpoint, data, download, evaluate, sources, train
+from reat_fast import checkpoint, data, evaluate, train
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS, CheckpointError, ModelSpec
 from reat_fast.command import run_command
 from reat_fast.config import from_json
-from reat_fast.download import Remote
-from reat_fast.lazy import FileImages
 from reat_fast.run import Run
-from reat_fast.sources import DataError
+from reat_fast.sources import download, formats
+from reat_fast.sources.download import Remote
+from reat_fast.sources.formats import DataError
+from reat_fast.sources.lazy import FileImages
 
 MakeDisk = Callable[[int], Path]
 SPEC = ModelSpec("resnet8", 3, 1, 2, None, ("a", "b", "c"))
@@ -356,10 +357,10 @@ def test_one_changed_bit_of_a_packed_archive_is_noticed(tmp_path: Path) -> None:
             archive.addfile(member, io.BytesIO(content))
     packed = gzip.compress(plain.getvalue(), compresslevel=0)  # so that only its checksum tells
     path.write_bytes(packed)
-    assert np.array_equal(sources.read_cifar(path, 100).arrays[0], as_images(rows))
+    assert np.array_equal(formats.read_cifar(path, 100).arrays[0], as_images(rows))
     path.write_bytes(flipped(packed, rows[1].tobytes()[:99]))
     with pytest.raises(DataError, match="cannot be read .CRC check failed"):
-        sources.read_cifar(path, 100)
+        formats.read_cifar(path, 100)
 
 
 @pytest.mark.parametrize(
@@ -499,7 +500,7 @@ print("codes", codes, "asked", asked)
 def test_nothing_asks_the_network_and_no_token_is_written_down(tmp_path: Path) -> None:
     made = np.random.RandomState(0)
     (tmp_path / "data").mkdir()
-    for name, count in zip(sources.IDX_FILES, (200, 200, 40, 40), strict=True):
+    for name, count in zip(formats.IDX_FILES, (200, 200, 40, 40), strict=True):
         images = made.randint(0, 256, (count, 28, 28)).astype(np.uint8)
         array = images if "images" in name else (np.arange(count) % 10).astype(np.uint8)
         (tmp_path / "data" / name).write_bytes(idx_bytes(array))

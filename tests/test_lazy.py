@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from reat_fast.lazy import FileImages, LazyImages, LazyView, find_damaged
-from reat_fast.sources import DataError
+from reat_fast.sources.formats import DataError
+from reat_fast.sources.lazy import FileImages, LazyImages, LazyView, find_damaged
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), np.uint8)
 

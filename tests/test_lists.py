@@ -11,10 +11,10 @@ import pytest
 from damage import MUTATIONS, mutated, refused_or_valid
 from PIL import Image
 
-from reat_fast import lists
 from reat_fast.data import load_dataset
-from reat_fast.lazy import FileImages
-from reat_fast.sources import DataError
+from reat_fast.sources import lists
+from reat_fast.sources.formats import DataError
+from reat_fast.sources.lazy import FileImages
 
 RANDOM = np.random.default_rng(0)
 

@@ -13,13 +13,13 @@ import torch
 from made_data import made_npz
 from torch import Tensor
 
-from reat_fast.beton_file import read_beton
 from reat_fast.data import ImageSet, load_dataset, make_splits
 from reat_fast.kernels.prepare import prepare
-from reat_fast.lazy import FileImages
 from reat_fast.loaders import Loader, choose, resident
 from reat_fast.loaders.choose import LOADERS, make_loader
 from reat_fast.loaders.order import EpochOrder
+from reat_fast.sources.beton_file import read_beton
+from reat_fast.sources.lazy import FileImages
 
 CPU = torch.device("cpu")
 NAMES = [name for name in LOADERS if name != "auto"]
@@ -43,7 +43,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
     splits = make_splits(dataset, imbalance=0.2, held_out=0.2)
     betons = {"train": folder / "train.beton", "test": folder / "test.beton"}
     try:
-        from reat_fast.beton_folder import write_beton
+        from reat_fast.sources.beton_folder import write_beton
 
         write_beton(betons["train"], dataset.train.images, dataset.train.labels)
         write_beton(betons["test"], dataset.test.images, dataset.test.labels)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from damage import MUTATIONS, mutated, refused_or_valid
 
-from reat_fast import sources
-from reat_fast.sources import DataError
+from reat_fast.sources import formats
+from reat_fast.sources.formats import DataError
 
 RANDOM = np.random.default_rng(0)
 
@@ -97,8 +97,8 @@ def test_idx_is_read_plain_and_packed(tmp_path: Path, shape: tuple[int, ...], pa
     array = RANDOM.integers(0, 256, shape, np.uint8)
     content = idx_bytes(array)
     (tmp_path / "file").write_bytes(gzip.compress(content) if packed else content)
-    assert np.array_equal(sources.read_idx(tmp_path / "file"), array)
-    assert sources.read_idx(tmp_path / "file").shape == shape
+    assert np.array_equal(formats.read_idx(tmp_path / "file"), array)
+    assert formats.read_idx(tmp_path / "file").shape == shape
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_idx_is_read_plain_and_packed(tmp_path: Path, shape: tuple[int, ...], pa
 def test_a_damaged_idx_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "train").write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        sources.read_idx(tmp_path / "train")
+        formats.read_idx(tmp_path / "train")
     assert str(caught.value).startswith(str(tmp_path / "train"))
 
 
 def fashion_files() -> dict[str, np.ndarray]:
     shapes = [(6, 28, 28), (6,), (4, 28, 28), (4,)]
     random = [RANDOM.integers(0, 10, shape, np.uint8) for shape in shapes]
-    return dict(zip(sources.IDX_FILES, random, strict=True))
+    return dict(zip(formats.IDX_FILES, random, strict=True))
 
 
 @pytest.mark.parametrize("under", [".", "fashion-mnist", "FashionMNIST/raw"])
@@ -133,18 +133,18 @@ def test_fashion_mnist_is_found_and_read_from_a_mixed_folder(tmp_path: Path, und
     folder = tmp_path / under
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, array) in enumerate(arrays.items()):
-        assert sources.find_idx(tmp_path) is None  # until all four are there
+        assert formats.find_idx(tmp_path) is None  # until all four are there
         if number % 2:
             (folder / name).write_bytes(idx_bytes(array))
         else:
             (folder / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array)))
-    assert sources.find_idx(tmp_path) == folder
-    source = sources.read_idx_folder(folder)
+    assert formats.find_idx(tmp_path) == folder
+    source = formats.read_idx_folder(folder)
     for read, array in zip(source.arrays, arrays.values(), strict=True):
         assert np.array_equal(read, array)
     (folder / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz: not found"):
-        sources.read_idx_folder(folder)
+        formats.read_idx_folder(folder)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -153,7 +153,7 @@ def test_no_damage_to_an_idx_file_gives_anything_but_an_error(tmp_path: Path, pa
     refused = 0
     for damaged in mutated(gzip.compress(content) if packed else content):
         (tmp_path / "file").write_bytes(damaged)
-        refused += refused_or_valid(lambda: sources.read_idx(tmp_path / "file"))
+        refused += refused_or_valid(lambda: formats.read_idx(tmp_path / "file"))
     assert refused > MUTATIONS // 3
 
 
@@ -171,8 +171,8 @@ def test_cifar10_python_version_is_read(
         place = write_tar(tmp_path / "cifar-10-python.tar.gz", files)
     else:
         place = write_folder(tmp_path / "cifar-10-batches-py", files)
-    assert sources.find_cifar(tmp_path, 10) == sources.find_cifar(place, 10) == place
-    x_train, y_train, x_test, y_test = sources.read_cifar(place, 10).arrays
+    assert formats.find_cifar(tmp_path, 10) == formats.find_cifar(place, 10) == place
+    x_train, y_train, x_test, y_test = formats.read_cifar(place, 10).arrays
     rows = np.concatenate([batches[name][0] for name in CIFAR10[:-1]])
     assert np.array_equal(x_train, as_images(rows)) and x_train.flags.c_contiguous
     assert y_train.tolist() == sum((batches[name][1] for name in CIFAR10[:-1]), [])
@@ -185,7 +185,7 @@ def test_cifar100_python_version_gives_the_fine_labels(tmp_path: Path, protocol:
     rows, fine = batch(9, 100)
     content = {"data": np.asfortranarray(rows), "coarse_labels": [0] * 9, "fine_labels": fine}
     files = {name: pickle.dumps(content, protocol) for name in ("train", "test")}
-    x_train, y_train, _, y_test = sources.read_cifar(write_folder(tmp_path, files), 100).arrays
+    x_train, y_train, _, y_test = formats.read_cifar(write_folder(tmp_path, files), 100).arrays
     assert np.array_equal(x_train, as_images(rows))
     assert y_train.tolist() == y_test.tolist() == fine
 
@@ -205,8 +205,8 @@ def test_cifar_binary_version_is_read(tmp_path: Path, packed: bool, classes: int
         write_tar(place, files, "cifar/")
     else:
         place = write_folder(tmp_path, files)
-    assert sources.find_cifar(tmp_path, classes) == place
-    x_train, y_train, x_test, y_test = sources.read_cifar(place, classes).arrays
+    assert formats.find_cifar(tmp_path, classes) == place
+    x_train, y_train, x_test, y_test = formats.read_cifar(place, classes).arrays
     assert np.array_equal(x_test, as_images(rows)) and y_test.tolist() == labels
     assert np.array_equal(x_train[-5:], as_images(rows)) and y_train[-5:].tolist() == labels
 
@@ -245,22 +245,22 @@ def test_cifar_faults_name_the_file(tmp_path: Path) -> None:
         else:
             (folder / "data_batch_3").write_bytes(content)
         with pytest.raises(DataError, match=message):
-            sources.read_cifar(folder, 10)
+            formats.read_cifar(folder, 10)
 
 
 def test_a_truncated_binary_batch_and_a_strange_archive_are_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "bin", {"train.bin": bytes(3074 * 2 - 1), "test.bin": b""})
     with pytest.raises(DataError, match=r"train\.bin: truncated, 6147 bytes"):
-        sources.read_cifar(folder, 100)
+        formats.read_cifar(folder, 100)
     (folder / "train.bin").write_bytes(bytes(3074))
     with pytest.raises(DataError, match=r"test\.bin: truncated, 0 bytes"):
-        sources.read_cifar(folder, 100)
+        formats.read_cifar(folder, 100)
     page = tmp_path / "cifar-100-python.tar.gz"
     page.write_bytes(b"<html>not found</html>")
     with pytest.raises(DataError, match="cifar-100-python.tar.gz: cannot be read"):
-        sources.read_cifar(page, 100)
+        formats.read_cifar(page, 100)
     with pytest.raises(DataError, match="train is missing .found: nothing of CIFAR"):
-        sources.read_cifar(write_tar(page, {"readme": b""}), 100)
+        formats.read_cifar(write_tar(page, {"readme": b""}), 100)
 
 
 def test_archives_are_read_by_name_and_leave_nothing_on_the_disk(tmp_path: Path) -> None:
@@ -271,8 +271,8 @@ def test_archives_are_read_by_name_and_leave_nothing_on_the_disk(tmp_path: Path)
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     with pytest.raises(DataError, match="data_batch_1 is missing"):
-        sources.read_cifar(place, 10)
-    sources.read_cifar(write_tar(place, files, "../../escaped/"), 10)
+        formats.read_cifar(place, 10)
+    formats.read_cifar(write_tar(place, files, "../../escaped/"), 10)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [place.name]
     assert not (tmp_path.parents[1] / "escaped").exists()
 
@@ -307,10 +307,10 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) 
         content = pickle.dumps({"data": rows, "labels": Hostile(function, "CALLED")}, protocol)
         folder = write_folder(tmp_path, {"train": content, "test": content})
         with pytest.raises(DataError, match="refused: its pickle asks for|cannot be read"):
-            sources.read_cifar(folder, 100)
+            formats.read_cifar(folder, 100)
     with pytest.raises(DataError, match="refused: its pickle asks for .*call"):
         content = pickle.dumps(Hostile(call), protocol)
-        sources.read_cifar(write_folder(tmp_path, {"train": content}), 100)
+        formats.read_cifar(write_folder(tmp_path, {"train": content}), 100)
     assert not CALLED
     assert pickle.loads(content) == {} and CALLED.pop()  # the plain reader does run it
 
@@ -330,10 +330,10 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) 
     ],
 )
 def test_odd_opcodes_are_refused(tmp_path: Path, content: bytes) -> None:
-    before = dict(vars(sources._Recorded))
+    before = dict(vars(formats._Recorded))
     with pytest.raises(DataError):
-        sources.read_cifar(write_folder(tmp_path, {"train": content, "test": content}), 100)
-    assert dict(vars(sources._Recorded)) == before
+        formats.read_cifar(write_folder(tmp_path, {"train": content, "test": content}), 100)
+    assert dict(vars(formats._Recorded)) == before
 
 
 def test_a_damaged_memo_index_does_not_fill_the_memory(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_damaged_memo_index_does_not_fill_the_memory(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train": content, "test": content})
     tracemalloc.start()
     with pytest.raises(DataError, match="train: no CIFAR batch"):
-        sources.read_cifar(tmp_path, 100)
+        formats.read_cifar(tmp_path, 100)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000  # pickle's own reader takes 16 bytes for each index below this one
@@ -358,7 +358,7 @@ def test_no_damage_to_a_pickle_gives_anything_but_an_error(
     for damaged in mutated(structure, 2 * MUTATIONS):
         middle = len(damaged) // 2
         write_folder(tmp_path, {"train": damaged[:middle] + content[150:-150] + damaged[middle:]})
-        refused += refused_or_valid(lambda: sources.read_cifar(tmp_path, 100))
+        refused += refused_or_valid(lambda: formats.read_cifar(tmp_path, 100))
     assert refused > MUTATIONS
 
 
@@ -369,7 +369,7 @@ def test_no_damage_to_an_archive_gives_anything_but_an_error(tmp_path: Path) -> 
     refused = 0
     for damaged in (*mutated(packed, 150), *mutated(plain, 150, reach=1024)):
         (tmp_path / "cifar.tar.gz").write_bytes(damaged)
-        refused += refused_or_valid(lambda: sources.read_cifar(tmp_path / "cifar.tar.gz", 100))
+        refused += refused_or_valid(lambda: formats.read_cifar(tmp_path / "cifar.tar.gz", 100))
     assert refused > 150
 
 
@@ -386,7 +386,7 @@ def npz_arrays() -> dict[str, np.ndarray]:
 def test_npz_is_read(tmp_path: Path, write: Callable[..., None]) -> None:
     arrays = npz_arrays()
     write(tmp_path / "set.npz", **arrays)
-    source = sources.read_npz(tmp_path / "set.npz")
+    source = formats.read_npz(tmp_path / "set.npz")
     assert all(map(np.array_equal, source.arrays, arrays.values())) and source.class_names is None
 
 
@@ -396,18 +396,18 @@ def test_npz_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"no array y_train, x_test, y_test \(found: x_train, images"
     ):
-        sources.read_npz(path)
+        formats.read_npz(path)
     np.savez(path, **(npz_arrays() | {"y_test": np.array([Hostile(call)])}))
     with pytest.raises(DataError, match="allow_pickle=False"):
-        sources.read_npz(path)
+        formats.read_npz(path)
     assert not CALLED
     path.write_bytes(b"")
     with pytest.raises(DataError, match="set.npz: cannot be read"):
-        sources.read_npz(path)
+        formats.read_npz(path)
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(DataError, match="set.npz: cannot be read"):
-        sources.read_npz(path)
+        formats.read_npz(path)
 
 
 def test_no_damage_to_an_npz_gives_anything_but_an_error(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_no_damage_to_an_npz_gives_anything_but_an_error(tmp_path: Path) -> None
     refused = 0
     for damaged in mutated(content):
         path.write_bytes(damaged)
-        refused += refused_or_valid(lambda: sources.read_npz(path))
+        refused += refused_or_valid(lambda: formats.read_npz(path))
     assert refused > MUTATIONS // 2
 
 
@@ -433,5 +433,5 @@ def test_no_damage_to_an_npy_header_gives_anything_but_an_error(tmp_path: Path) 
         (tmp_path / "set.npz").write_bytes(rest)
         with zipfile.ZipFile(tmp_path / "set.npz", "a") as archive:
             archive.writestr("y_train.npy", damaged)
-        refused += refused_or_valid(lambda: sources.read_npz(tmp_path / "set.npz"))
+        refused += refused_or_valid(lambda: formats.read_npz(tmp_path / "set.npz"))
     assert refused > MUTATIONS // 2

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from reat_fast.data import ImageSet
-from reat_fast.lazy import LazyImages
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.workers import WorkersLoader
+from reat_fast.sources.lazy import LazyImages
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reat_fast import sources
-from reat_fast.sources import DataError
+from reat_fast.sources import formats
+from reat_fast.sources.formats import DataError
 
 TIMEOUT_SECONDS = 10.0  # to connect, and between two blocks
 ATTEMPTS = 4  # per address, each going on where the last one broke off
@@ -84,7 +84,7 @@ _CIFAR_HOME = "https://www.cs.toronto.edu/~kriz"
 REMOTES: dict[str, tuple[Remote, ...]] = {
     "fashion-mnist": tuple(
         Remote(f"{name}.gz", tuple(f"{home}/{name}.gz" for home in _FASHION_HOMES), digest, True)
-        for name, digest in zip(sources.IDX_FILES, _FASHION_SHA256, strict=True)
+        for name, digest in zip(formats.IDX_FILES, _FASHION_SHA256, strict=True)
     ),
 } | {
     name: (Remote(file, (f"{_CIFAR_HOME}/{file}",), digest),)
@@ -111,20 +111,20 @@ def find(name: str, folders: Iterable[Path]) -> Path | None:
     """Return the first place at or under `folders` that holds the named set, or None."""
     for folder in folders:
         if name == "fashion-mnist":
-            place = sources.find_idx(folder)
+            place = formats.find_idx(folder)
         else:
-            place = sources.find_cifar(folder, len(CLASS_NAMES[name]))
+            place = formats.find_cifar(folder, len(CLASS_NAMES[name]))
         if place is not None:
             return place
     return None
 
 
-def read(name: str, place: Path) -> sources.Source:
+def read(name: str, place: Path) -> formats.Source:
     """Read the named set from where `find` found it; raises DataError."""
     if name == "fashion-mnist":
-        source = sources.read_idx_folder(place)
+        source = formats.read_idx_folder(place)
     else:
-        source = sources.read_cifar(place, len(CLASS_NAMES[name]))
+        source = formats.read_cifar(place, len(CLASS_NAMES[name]))
     return source._replace(class_names=CLASS_NAMES[name])
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast.beton_file import read_beton
-from reat_fast.lazy import LazyImages, decode_all
-from reat_fast.lists import refuse_or_note
-from reat_fast.sources import DataError, Source, checked, reading
+from reat_fast.sources.beton_file import read_beton
+from reat_fast.sources.formats import DataError, Source, checked, reading
+from reat_fast.sources.lazy import LazyImages, decode_all
+from reat_fast.sources.lists import refuse_or_note
 
 if TYPE_CHECKING:
     from reat_fast.data import ImageSet

@@ -36,7 +36,7 @@ class DataError(ValueError):
 class Source(NamedTuple):
     """What a reader found, unchecked: x_train, y_train, x_test, y_test and what to call each.
 
-    The images may be lazy, see reat_fast.lazy. notes: lines to tell the user.
+    The images may be lazy, see reat_fast.sources.lazy. notes: lines to tell the user.
     """
 
     arrays: list[Any]

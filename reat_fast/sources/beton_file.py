@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast.lazy import Bytes, LazyImages, Rows
-from reat_fast.sources import Array, DataError
+from reat_fast.sources.formats import Array, DataError
+from reat_fast.sources.lazy import Bytes, LazyImages, Rows
 
 VERSION = 2
 _HEADER = np.dtype(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from reat_fast.sources import Array, DataError, reading
+from reat_fast.sources.formats import Array, DataError, reading
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,0 +1,1 @@
+"""Reading data sets: binary formats, image files, lists, .beton files, downloads."""
