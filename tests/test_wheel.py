@@ -15,10 +15,12 @@ import pytest
 from made_data import made_npz
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+INNER = ("evaluation", "methods", "reporting", "sources")
 PACKAGES = {
     "reat_fast": "reat_fast",
     "kernels": "reat_fast/kernels",
     "loaders": "reat_fast/loaders",
+    **{f"reat_fast/{name}": f"reat_fast/{name}" for name in INNER},
 }
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
@@ -97,9 +99,10 @@ def test_the_sdist_needs_no_links_and_makes_the_same_wheel(
 
 
 def test_the_installed_package_runs_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+    modules = [package.replace("/", ".") for package in PACKAGES.values()]
     imports = (
-        "import reat_fast, reat_fast.kernels, reat_fast.loaders as loaders;"
-        "print(reat_fast.__file__, reat_fast.kernels.__file__, loaders.__file__, sep='\\n')"
+        "from importlib import import_module;"
+        f"print(*(import_module(name).__file__ for name in {modules}), sep='\\n')"
     )
     files = run("-c", imports, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()
     assert files == [str(installed / package / "__init__.py") for package in PACKAGES.values()]
