@@ -116,7 +116,7 @@ def test_the_installed_package_trains(installed: Path, tmp_path: Path) -> None:
     data, run_dir = made_npz(tmp_path / "made.npz", train=20), tmp_path / "run"
     options = ["reat", "--fused", "--dataset", "npz", "--data", data, "--run-dir", run_dir]
     options += ["--model", "resnet8", "--width", "8", "--epochs", "1", "--steps", "1"]
-    options += ["--imbalance", "0.5"]
+    options += ["--imbalance", "0.5", "--batch-size", "32"]
     run("-m", "reat_fast.train", *options, cwd=tmp_path, PYTHONPATH=str(installed))
     assert (run_dir / "evaluation.json").exists()
     shown = run("-m", "reat_fast.evaluate", run_dir, cwd=tmp_path, PYTHONPATH=str(installed))
