@@ -30,10 +30,8 @@ verify: .venv/installed ## compare every fast path with the reference on this ma
 	$(python) -m reat_fast.verify
 
 # python=... names an interpreter that has what the tests need, where no environment can be made.
-gpu: ## run what only a CUDA device can show, hold every fast path against the reference, time the kernels
-	$(python) -m pytest -m gpu tests
-	$(python) -m reat_fast.verify --device cuda
-	$(python) -m pytest bench --benchmark-only -q
+gpu: ## run what only a CUDA device can show: parity, tests, kernels, the ladder of the step, loaders
+	$(python) -m bench.gpu --out gpu-results
 
 clean: ## remove .venv, caches and build leftovers
 	rm -rf .venv build dist *.egg-info .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

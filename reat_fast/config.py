@@ -132,8 +132,8 @@ class Config:
     """What the attack maximises; auto is ce where REAT's rbl cannot change an example."""
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
-    attack_form: Literal["eager", "compiled", "cudnn"] = "eager"
-    """How the attacked network computes: op by op, compiled, or by cuDNN's fused convolutions."""
+    attack_form: Literal["auto", "eager", "compiled", "cudnn"] = "auto"
+    """How the attacked network computes: op by op, compiled, or (auto on a GPU) by fused cuDNN."""
 
     objective: Literal["bsl", "ce", "trades", "mart", "robal", "taet"] = "bsl"
     """What training minimises; docs/methods.md has the formulas."""

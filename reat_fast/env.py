@@ -104,10 +104,12 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
+    if "REAT_FAST_COMMIT" in os.environ:  # what a copy of a checkout was made from
+        return os.environ["REAT_FAST_COMMIT"], False
     checkout = Path(__file__).resolve().parent.parent
     # An installed package may lie inside somebody else's repository.
     if not (checkout / ".git").exists():
-        return os.environ.get("REAT_FAST_COMMIT"), None  # for copies of a checkout
+        return None, None
     commit = _output("git", "-C", str(checkout), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(checkout), "status", "--porcelain")
     return commit, None if changes is None else changes != ""
