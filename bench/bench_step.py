@@ -198,12 +198,26 @@ def main(arguments: Sequence[str]) -> int:
     if options.keep:
         shape = f"{options.model} B={options.batch_size} {options.size}x{options.size}"
         figures = [
-            Figure(f"step: {name}", statistics.median(t), max(t) - min(t), len(t), "s", shape)
+            Figure(
+                f"step: {name}",
+                statistics.median(t),
+                max(t) - min(t),
+                len(t),
+                "s",
+                shape,
+                _dtype(name),
+            )
             for name, t in times.items()
         ]
         command = shlex.join(["python", "-m", "bench.bench_step", *arguments])
         print(f"figures appended to {record(figures, device.type, command)}")
     return 0
+
+
+def _dtype(rung: str) -> str:
+    if "tf32" in rung:
+        return "tf32"
+    return "bfloat16" if "bf16" in rung or "captured" in rung else "float32"
 
 
 def _seconds(step: Step, device: torch.device) -> float:

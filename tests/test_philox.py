@@ -147,6 +147,7 @@ def test_purposes_are_distinct() -> None:
         philox.ORDER,
         philox.SAMPLER,
         philox.EVALUATION,
+        philox.POLICY,
     ]
     assert len(set(purposes)) == len(purposes)
 
