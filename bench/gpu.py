@@ -71,7 +71,8 @@ def parts(options: Options) -> Iterator[Part]:
     yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120)
     if options.data is not None:
         run = ["--data", str(options.data), "--run-dir", str(options.out / "run")]
-        run += ["--epochs", str(options.epochs), "--milestones", str(options.epochs - 2)]
+        drops = (str(options.epochs * share // 16) for share in (12, 15))  # as 60 and 75 of 80
+        run += ["--epochs", str(options.epochs), "--milestones", *drops]
         train = ["-m", "reat_fast.train", "reat", "--fused", "--profile", "--eval-every", "100"]
         yield Part("training", [*train, *run], 300)
 

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# The others wait while the first process evaluates; a dead process is noticed at once all the same.
-TIMEOUT = timedelta(hours=12)
+# Connecting takes seconds, or hangs. Later the others wait while the first process evaluates; a
+# dead process is noticed at once all the same.
+CONNECT, WAIT = timedelta(seconds=60), timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,19 @@ class World:
     def joined(self, device: torch.device) -> Iterator[None]:
         """Connect the processes for as long as the block runs.
 
-        Errors: ConnectionError in one line where another process of the job is lost.
+        Errors: ConnectionError in one line where another process of the job is lost or not found.
         """
         if self.size == 1:
             yield
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=CONNECT)
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"the {self.size} processes could not connect ({error})"
+            ) from error
+        dist.distributed_c10d._set_pg_timeout(WAIT)
         try:
             yield
         except RuntimeError as error:

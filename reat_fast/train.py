@@ -8,6 +8,7 @@ import time
 import torch
 
 from reat_fast import report, selection
+from reat_fast.checkpoint import has_checkpoint
 from reat_fast.command import run_command
 from reat_fast.config import fraction_text
 from reat_fast.distributed import World
@@ -220,6 +221,8 @@ def _tick(stop: StopRequest) -> selection.Tick:
 
 
 def _go_on(plan: Plan) -> str:
+    if not has_checkpoint(plan.run_dir):
+        return "nothing was saved yet: start it again"
     return f"go on with: python -m reat_fast.train --resume {plan.run_dir}"
 
 

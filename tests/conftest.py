@@ -94,8 +94,8 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(allocate)
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return tensor  # a compiler that meets a write it did not plan for gives up
+        if type(tensor) is not Tensor:
+            return tensor  # a compiler is tracing, and gives up at a write it cannot take away
         if tensor.is_floating_point() or tensor.is_complex():
             value: float = float("nan")
         elif tensor.dtype == torch.bool:

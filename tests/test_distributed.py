@@ -82,10 +82,18 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (str(folder), port), nprocs=2)
+    for attempt in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        try:
+            torch.multiprocessing.spawn(one_of_two, (str(folder), port), nprocs=2)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            # gloo sometimes does not connect, and says so after a minute.
+            if attempt == 2 or "could not connect" not in str(error):
+                raise
+            continue
+        break
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
