@@ -56,6 +56,7 @@ class ModelSpec:
     stem_stride: int | None
     class_names: tuple[str, ...]
     head: str = "linear"
+    small_stem: bool = False
 
     def build(self) -> Network:
         """Build the network with fresh weights."""
@@ -65,6 +66,7 @@ class ModelSpec:
             in_channels=self.in_channels,
             width=self.width,
             stem_stride=self.stem_stride,
+            small_stem=self.small_stem,
         )
         if self.head == "cosine":
             use_cosine_head(network)

@@ -76,6 +76,8 @@ class Config:
     """Channels of the first stage; unset: the network's own."""
     stem_stride: Literal[1, 2] | None = None
     """Stride of the first convolution; unset: the network's own, 2 in resnet8 and else 1."""
+    small_stem: bool = False
+    """Start a ResNet of timm with a 3x3 convolution and no pooling, for small images."""
 
     epochs: int = 80
     """Passes over the training images."""
@@ -87,6 +89,8 @@ class Config:
         "instance"
     )
     """Which images an epoch shows: each one once, or drawn with replacement by class."""
+    drop_last: bool = False
+    """Leave out the last batch of an epoch where it is short."""
     lr: float = 0.1
     """Peak learning rate of SGD."""
     momentum: float = 0.9

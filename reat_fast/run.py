@@ -54,6 +54,7 @@ class Run:
             stem_stride=self.config.stem_stride,
             class_names=self.dataset.class_names,
             head=self.config.head,
+            small_stem=self.config.small_stem,
         )
         torch.manual_seed(self.config.seed)
         network = self.spec.build()
@@ -96,6 +97,7 @@ class Run:
             sampler=config.sampler,
             seed=config.seed,
             epochs=config.epochs,
+            drop_last=config.drop_last,
             rank=self.world.rank,
             world=self.world.size,
         )

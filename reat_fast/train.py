@@ -179,8 +179,9 @@ def announce(run: Run) -> None:
             "attack: plain cross-entropy; REAT's RBL weights cannot change an adversarial "
             "example while BatchNorm is in eval mode"
         )
-    if run.step.unfolded:
-        print(f"BatchNorm that stays beside its convolution: {', '.join(run.step.unfolded)}")
+    if kept := run.step.unfolded:
+        shown = ", ".join(kept[:5]) + (" and others" if len(kept) > 5 else "")
+        print(f"{len(kept)} BatchNorms follow no convolution, so the attack keeps them: {shown}")
     how = "one CUDA graph" if run.captures else "eager"
     print(f"step: {resolve_precision(config, run.device)}, {how}; {run.loader_reason}")
     if config.graph == "on" and not run.captures:

@@ -262,3 +262,18 @@ def test_a_last_batch_that_batchnorm_cannot_take_is_explained(
     error = capsys.readouterr().err
     assert "--batch-size 61: a batch of 1 image leaves BatchNorm one value" in error
     assert error.count("\n") == 1
+
+
+def test_a_short_last_batch_is_left_out_where_asked(data: Path, tmp_path: Path) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--drop-last"]
+    assert run(*arguments, "--run-dir", tmp_path / "run") == 0
+    seen = sum(map(int, rows(tmp_path / "run")[0]["ae_counts"].split()))
+    assert seen == 48  # 62 images in batches of 16
+
+
+def test_batchnorms_that_cannot_be_folded_are_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["reat", *SMALL, "--model", "preact_resnet18", "--data", data, "--epochs", 1]
+    assert run(*arguments, "--limit-batches", 1, "--run-dir", tmp_path / "run") == 0
+    assert "9 BatchNorms follow no convolution" in capsys.readouterr().out
