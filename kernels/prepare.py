@@ -59,8 +59,11 @@ def prepare_torch(
     first = (batch[:, None] * padded.shape[1] + rows) * stride + corner[:, 1:] * channels
     crops = runs.index_select(0, first.flatten()).view_as(pixels)
     either = torch.cat((crops, crops.flip(2)))
-    clean = either.index_select(0, batch + len(batch) * flipped).to(torch.float32) / 255
-    start = clean + _noise_torch(seed, epoch, indices, eps, noise, clean)
+    clean = either.index_select(0, batch + len(batch) * flipped).to(torch.float32).div_(255)
+    if noise == "none":
+        start = clean.clone()
+    else:
+        start = clean + _noise_torch(seed, epoch, indices, eps, noise, clean)
     return clean.to(dtype).permute(0, 3, 1, 2), start.to(dtype).permute(0, 3, 1, 2)
 
 
@@ -68,8 +71,6 @@ def _noise_torch(
     seed: Tensor, epoch: Tensor, indices: Tensor, eps: Tensor, noise: str, clean: Tensor
 ) -> Tensor:
     # Element e of a sample, in the order of memory, takes word e of its purpose.
-    if noise == "none":
-        return torch.zeros_like(clean)
     size = clean.shape[1:].numel()
     words = philox.random_bits(seed, epoch, indices, philox.START, size + size % 2)
     unit = philox.normal(words) if noise == "normal" else philox.uniform(words) * 2 - 1
