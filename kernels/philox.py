@@ -12,6 +12,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ EVALUATION = 4
 POLICY = 5
 
 WORDS = 4  # words per counter
+SMALL = 2**14  # words on a CPU that take less time than starting the operations on tensors
 _MASK = 0xFFFFFFFF
 
 
@@ -40,6 +42,9 @@ def random_bits(
     Returns int64 [B, count] of values in [0, 2**32); a larger count continues a smaller one.
     """
     blocks = torch.arange(-(-count // WORDS), device=samples.device)
+    if type(samples) is Tensor and samples.device.type == "cpu" and len(samples) * count <= SMALL:
+        # The same arithmetic on arrays, which start an operation sooner than tensors do.
+        blocks, samples, seed, epoch = (_array(v) for v in (blocks, samples, seed, epoch))
     counter = (blocks[None, :], (samples & _MASK)[:, None], epoch & _MASK, purpose & _MASK)
     words = philox(counter, (seed & _MASK, seed >> 32 & _MASK))  # 4 x [B, blocks]
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
@@ -112,6 +117,10 @@ def _multiply(word: int | Tensor, factor: int) -> tuple[int | Tensor, int | Tens
     # factor - 2**32 is above -2**31, so this product fits int64 where word * factor would not
     product = word * (factor - 2**32)
     return (product >> 32) + word, product & _MASK
+
+
+def _array(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 @jit
