@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 # Connecting takes seconds, or hangs. Later the others wait while the first process evaluates; a
 # dead process is noticed at once all the same.
@@ -57,7 +58,7 @@ class World:
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=CONNECT)
+            self._connect(backend)
         except RuntimeError as error:
             raise ConnectionError(
                 f"the {self.size} processes could not connect ({error})"
@@ -73,6 +74,13 @@ class World:
             raise
         finally:
             dist.destroy_process_group()
+
+    def _connect(self, backend: str) -> None:
+        store, rank, size = next(rendezvous("env://", timeout=CONNECT))
+        # One store serves every attempt of a job: without names of its own, a process that is
+        # started again may find the address that a dead one left there, and knock in vain.
+        attempt = dist.PrefixStore(f"attempt {self.restarts}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=CONNECT)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the processes, in place."""
