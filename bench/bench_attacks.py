@@ -29,7 +29,8 @@ from reat_fast.data import load_dataset
 from reat_fast.evaluate import evaluate, evenly
 from reat_fast.evaluation.attacks import LSA_SCALE, Attack
 from reat_fast.evaluation.trial import Images
-from reat_fast.evaluation.victim import Precision, attacked
+from reat_fast.evaluation.victim import attacked
+from reat_fast.precision import Precision
 
 
 @dataclass(frozen=True)

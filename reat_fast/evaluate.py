@@ -21,12 +21,14 @@ from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import Dataset, ImageSet, load_dataset
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import Attack as Attack
+from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.figures import figures as figures
 from reat_fast.evaluation.figures import tail_by_share
 from reat_fast.evaluation.trial import Images, Trial
-from reat_fast.evaluation.victim import Precision, attacked
+from reat_fast.evaluation.victim import attacked
 from reat_fast.memory import keep_freed_memory
 from reat_fast.networks import Network
+from reat_fast.precision import Precision
 
 STATE = "autoattack-state.pt"
 GUARDED_IMAGES = 64
@@ -58,7 +60,8 @@ def evaluate(
     precision: in which attacks search. train_counts: training images per class, for tail80.
     state: file from which AutoAttack goes on, and which it keeps. progress is called with the
     number of images after each batch and attack; bar counts forward passes.
-    The mode is left as found.
+    The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
+    CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
     also "after": the accuracy after each of its attacks.
     Errors: ValueError from AutoAttack, see there.
@@ -69,9 +72,14 @@ def evaluate(
     labels = torch.from_numpy(image_set.labels[:count])
     samples = labels.bincount(minlength=num_classes).tolist()
     found = {}
-    with attacked(model, precision, bar) as victim:
+    with (
+        attacked(model, precision, bar) as victim,
+        Ascents(victim, min(batch_size, count)) as ascents,
+    ):
         images = Images(image_set, victim, seed, eps)
-        trial = Trial(victim, images, labels, eps, seed, batch_size, restarts, state, progress)
+        trial = Trial(
+            victim, images, labels, eps, seed, batch_size, restarts, state, progress, ascents
+        )
         for attack in attacks:
             right, details = trial.run(attack)
             correct = labels[right.cpu()].bincount(minlength=num_classes).tolist()

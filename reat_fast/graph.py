@@ -8,6 +8,8 @@ the graph reads and writes. What a replay cannot take raises; nothing falls back
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from reat_fast.step import TrainStep
 # Libraries choose algorithms and make their workspaces, and kernels are compiled, in the first
 # steps; a capture must find all of that done.
 WARM_UP_STEPS = 3
+
+Outcome = TypeVar("Outcome")
 
 
 class CapturedStep:
@@ -40,7 +44,7 @@ class CapturedStep:
         self._indices = batch.indices.clone()
         self._total = len(batch.labels) if total is None else total
         self._static = Batch(self._images, self._labels, self._indices, gather=batch.gather)
-        self._settings = self._flags()
+        self._settings = baked_settings()
         self._graph = torch.cuda.CUDAGraph()
         self._capture()
 
@@ -74,33 +78,16 @@ class CapturedStep:
         kept = [tensor.clone() for tensor in state]
         places = [tensor.data_ptr() for tensor in state]
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # One side stream for both: autograd remembers the stream on which it first met a weight.
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self._body()
-        torch.cuda.synchronize()
+        warm_up(self._body, stream)
         with torch.no_grad():
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
         del kept
-        gc.collect()  # a tensor freed during the capture would be freed in the graph's pool
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._outcome = self._body()
-        torch.cuda.current_stream().wait_stream(stream)
+        self._outcome = record(self._graph, self._body, stream)
         assert places == [tensor.data_ptr() for tensor in state], "state moved during the capture"
 
     def _body(self) -> dict[str, Tensor]:
         return self.step.train_on(self._static, self._total)
-
-    def _flags(self) -> tuple[object, ...]:
-        """Settings that are baked into the graph."""
-        return (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cudnn.allow_tf32,
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.backends.cudnn.benchmark,
-        )
 
     def _refuse_changes(self, batch: Batch) -> None:
         static = self._static
@@ -116,5 +103,50 @@ class CapturedStep:
                         f"{name} have {what} {getattr(given, what)}, the step was captured with "
                         f"{getattr(fixed, what)}: capture it again"
                     )
-        if self._flags() != self._settings:
-            raise ValueError("TF32, cuDNN or determinism settings changed since the capture")
+        refuse_changed_settings(self._settings)
+
+
+def warm_up(body: Callable[[], object], stream: torch.cuda.Stream) -> None:
+    """Run a body a few times on the stream on which it is going to be captured, and wait for it.
+
+    One side stream for both: autograd remembers the stream on which it first met a weight.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_STEPS):
+            body()
+    torch.cuda.synchronize()
+
+
+def record(
+    graph: torch.cuda.CUDAGraph,
+    body: Callable[[], Outcome],
+    stream: torch.cuda.Stream,
+    error_mode: str = "global",
+) -> Outcome:
+    """Capture a body that was warmed up on `stream`; return what it returned, which replays fill.
+
+    error_mode: whose forbidden calls end the capture, see torch.cuda.graph.
+    Errors: RuntimeError for a body that cannot be captured.
+    """
+    gc.collect()  # a tensor freed during the capture would be freed in the graph's pool
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=error_mode):
+        outcome = body()
+    torch.cuda.current_stream().wait_stream(stream)
+    return outcome
+
+
+def baked_settings() -> tuple[object, ...]:
+    """Return the settings that a graph keeps as they were when it was captured."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )
+
+
+def refuse_changed_settings(baked: tuple[object, ...]) -> None:
+    """Raise ValueError unless baked_settings() are those given."""
+    if baked_settings() != baked:
+        raise ValueError("TF32, cuDNN or determinism settings changed since the capture")

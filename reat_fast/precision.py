@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
 from reat_fast.config import Config
 
+Precision = Literal["float32", "tf32", "bf16"]
 
-def resolve_precision(config: Config, device: torch.device) -> str:
+
+def resolve_precision(config: Config, device: torch.device) -> Precision:
     """Say in which arithmetic the network trains: float32, tf32 or bf16."""
     if config.precision != "auto":
         return config.precision

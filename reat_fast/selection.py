@@ -11,6 +11,7 @@ from typing import Any
 from reat_fast import checkpoint, report
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.precision import resolve_precision
 from reat_fast.run import Run
 
 SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
@@ -46,6 +47,8 @@ def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, 
         eps=config.eps,
         seed=config.seed,
         batch_size=config.eval_batch_size,
+        # As in training: these figures only rank epochs, and their verdicts are in float32 anyway.
+        precision=resolve_precision(config, run.device),
         progress=tick,
     )["attacks"]
     robust, tail = result[name][figure], result[name]["tail"]

@@ -39,6 +39,19 @@ class FakeGraph:
         del self.captured
 
 
+def patch_cuda(monkeypatch: pytest.MonkeyPatch, **graphs: object) -> None:
+    """Put stand-ins in the place of graphs, as given, and of streams, which do nothing."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Stream": lambda *device: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: nullcontext(),
+        "synchronize": lambda: None,
+    }
+    for name, fake in {**fakes, **graphs}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
 @pytest.fixture(autouse=True)
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
@@ -57,17 +70,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         captures.append(self)
         inner(self)
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {
-        "CUDAGraph": FakeGraph,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda s: nullcontext(),
-        "synchronize": lambda: None,
-        "graph": capture,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    patch_cuda(monkeypatch, CUDAGraph=FakeGraph, graph=capture)
     monkeypatch.setattr(CapturedStep, "_capture", noted)
 
 

@@ -55,13 +55,17 @@ class Attack:
         """Forward passes that an image costs, the verdict included; AutoAttack counts its own."""
         return self.steps * WITH_GRADIENT + FORWARD
 
+    def begin(self, clean: Tensor, start: Tensor) -> Tensor:
+        """Return where the first step begins: at `start`, clean plus noise, or at the images."""
+        return start if self.random_start else clean
+
     def perturb(
         self, victim: Victim, clean: Tensor, start: Tensor, labels: Tensor, eps: float
     ) -> Tensor:
         """Return adversarial images for clean ones [B, C, H, W]; start is clean plus noise."""
         return ascend(
             victim,
-            (start if self.random_start else clean).clone(),  # ascend writes into it
+            self.begin(clean, start).clone(),  # ascend writes into it
             clean,
             labels,
             eps=eps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from reat_fast.data import ImageSet
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
+from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.victim import Victim
 from reat_fast.kernels.prepare import prepare
 from reat_fast.precision import full_precision
@@ -58,6 +60,7 @@ class Trial:
     restarts: int
     state: Path | None
     progress: Callable[[int], object] | None
+    ascents: Ascents
 
     def run(self, attack: Attack) -> tuple[Tensor, dict[str, Any]]:
         """Return which images the model gets right, bool [N], and what else there is to report."""
@@ -73,18 +76,33 @@ class Trial:
 
     def _ascent(self, attack: Attack) -> Tensor:
         right = torch.ones(len(self.labels), dtype=torch.bool)
-        for restart in range(self.restarts if attack.random_start else 1):
+        restarts = self.restarts if attack.random_start else 1
+        steps = attack.steps * restarts * math.ceil(len(right) / self.batch_size)
+        for restart in range(restarts):
             standing = right.nonzero().squeeze(1)  # what fell to an earlier start need not again
-            left = len(standing) * attack.passes
-            for rows in standing.split(self.batch_size):
-                self.victim.expect(attack.name, left)
-                clean, start = self.images(rows, restart)
-                labels = self.labels[rows].to(clean.device)
-                adv = attack.perturb(self.victim, clean, start, labels, self.eps)
-                right[rows] = ~self.victim.fooled(adv, labels).cpu()
-                left -= len(rows) * attack.passes
-                self._done(len(rows))
+            if len(standing):
+                right[standing] = self._survive(attack, restart, standing, steps).cpu()
         return right
+
+    def _survive(self, attack: Attack, restart: int, standing: Tensor, steps: int) -> Tensor:
+        """Attack the images at `standing` once; return which the model still gets right, bool [B].
+
+        The verdicts stay on the device. What waits for it is the copy of the next images, so that
+        progress is told of what is done.
+        """
+        left = len(standing) * attack.passes
+        labels = self.labels[standing].to(self.victim.device)
+        right = []
+        for rows, own in zip(
+            standing.split(self.batch_size), labels.split(self.batch_size), strict=True
+        ):
+            self.victim.expect(attack.name, left)
+            clean, start = self.images(rows, restart)
+            adv = self.ascents.perturb(attack, clean, start, own, self.eps, steps)
+            right.append(~self.victim.fooled(adv, own))
+            left -= len(rows) * attack.passes
+            self._done(len(rows))
+        return torch.cat(right)
 
     def _autoattack(self) -> tuple[Tensor, dict[str, Any]]:
         search = AutoAttack(

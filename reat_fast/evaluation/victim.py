@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from reat_fast.attack import evaluating
-from reat_fast.frozen import FrozenNetwork
+from reat_fast.frozen import Form, FrozenNetwork
 from reat_fast.networks import Network
-from reat_fast.precision import full_precision
-
-Precision = Literal["float32", "tf32", "bf16"]
+from reat_fast.precision import Precision, full_precision
 
 FORWARD, WITH_GRADIENT = 1, 2
 """What an image costs, in forward passes; weights are constant, so a gradient is one pass more."""
@@ -35,14 +34,32 @@ class Victim:
         self.precision = precision
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._fine = self._frozen = FrozenNetwork(model)
+        self._source = _channels_last(model) if self.device.type == "cuda" else model
+        form: Form = "winograd" if self.device.type == "cpu" else "eager"
+        self._fine = self._frozen = FrozenNetwork(self._source, form=form)
         if precision == "bf16":
-            self._frozen = FrozenNetwork(model, torch.bfloat16)
+            self._frozen = FrozenNetwork(self._source, torch.bfloat16)
         self._bar = tqdm(disable=True) if bar is None else bar
 
     def __call__(self, images: Tensor) -> Tensor:
-        self._bar.update(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))
+        self.count(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))
         return self._frozen(images).to(self.dtype)
+
+    def for_one_shape(self) -> Callable[[Tensor], Tensor]:
+        """Return what gives the same logits, to rounding, for batches of one shape; counts none.
+
+        In bf16 on a GPU it is the form of the network that was fastest in training. Calling the
+        victim does not use it: cuDNN plans its fused convolutions anew for each shape, and the
+        batches of AutoAttack shrink.
+        """
+        frozen = self._frozen
+        if self.precision == "bf16" and self.device.type == "cuda":
+            frozen = FrozenNetwork(self._source, torch.bfloat16, "cudnn")
+        return lambda images: frozen(images).to(self.dtype)
+
+    def count(self, passes: int) -> None:
+        """Move the progress bar on by forward passes of one image."""
+        self._bar.update(passes)
 
     def gradient(
         self, images: Tensor, objective: Callable[[Tensor], Tensor]
@@ -58,7 +75,7 @@ class Victim:
     @torch.no_grad()
     def true_logits(self, images: Tensor) -> Tensor:
         """Return the logits of the model itself, in float32 without TF32."""
-        self._bar.update(len(images))
+        self.count(len(images))
         with full_precision():
             logits: Tensor = self.model(images)
         return logits
@@ -89,6 +106,16 @@ class Victim:
         self._bar.set_description_str(what, refresh=False)
         self._bar.total = self._bar.n + passes
         self._bar.refresh()
+
+
+def _channels_last(model: Network) -> Network:
+    """Copy a model, with its weights in the layout of the images.
+
+    Others would be turned round again at every convolution.
+    """
+    turned: Network = copy.deepcopy(model)
+    turned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return turned
 
 
 class PerImage:

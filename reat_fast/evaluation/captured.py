@@ -1,0 +1,223 @@
+"""Signed gradient ascent from a CUDA graph: one step, captured once and replayed for every step.
+
+Launching the kernels of a step takes longer than running them where the network computes in
+bfloat16. Radius, step size and number of steps are no part of the graph, so that all attacks with
+one loss share it. Images do not meet in an attack: a short batch is filled up with copies of its
+rows, which are cut off again.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from reat_fast.attack import ascend
+from reat_fast.evaluation.attacks import LOSSES, Attack
+from reat_fast.evaluation.victim import WITH_GRADIENT, Victim
+from reat_fast.graph import (
+    WARM_UP_STEPS,
+    baked_settings,
+    record,
+    refuse_changed_settings,
+    warm_up,
+)
+
+# Before it is replayed a step is launched to warm up, checked and captured, five times in all: a
+# graph has to be replayed a few times as often to save anything.
+WORTHWHILE_STEPS = 4 * (WARM_UP_STEPS + 2)
+
+
+class CapturedAscent:
+    """Replay one step of ascent on batches of one shape, for all attacks with one loss.
+
+    loss: a name in attacks.LOSSES. size: images of a whole batch; clean [B, C, H, W]: images of the
+    batches to come, on a CUDA device, whose number and values do not matter.
+    Errors: RuntimeError for a network that cannot be captured.
+    """
+
+    def __init__(self, victim: Victim, loss: str, size: int, clean: Tensor) -> None:
+        self.loss = loss
+        self._victim, self._network = victim, victim.for_one_shape()
+        shape, strides = (size, *clean.shape[1:]), (clean[0].numel(), *clean.stride()[1:])
+        self._clean = clean.new_empty_strided(shape, strides).zero_()
+        self._adv = self._clean.clone()
+        self._labels = torch.zeros(size, dtype=torch.int64, device=clean.device)
+        self._eps, self._step_size = clean.new_zeros(()), clean.new_zeros(())
+        self._settings = baked_settings()
+        self._graph = torch.cuda.CUDAGraph()
+        self._capture()
+
+    def perturb(
+        self, attack: Attack, clean: Tensor, start: Tensor, labels: Tensor, eps: float
+    ) -> Tensor:
+        """Return what attack.perturb returns for a batch of at most the captured size; never syncs.
+
+        Errors: ValueError for no images or too many, another shape, dtype, device, loss or setting,
+        and for an attack without steps.
+        """
+        self._refuse_changes(attack, clean, start, labels)
+        _fill_(self._adv, attack.begin(clean, start))
+        _fill_(self._clean, clean)
+        _fill_(self._labels, labels)
+        self._eps.fill_(eps)
+        self._step_size.fill_(attack.step_size)
+        for _ in range(attack.steps):
+            self._graph.replay()
+            self._victim.count(len(clean) * WITH_GRADIENT)
+        return self._outcome[: len(clean)].clone()
+
+    def close(self) -> None:
+        """Free the graph and its memory."""
+        torch.cuda.synchronize()
+        self._graph.reset()
+        del self._outcome
+        torch.cuda.empty_cache()
+
+    def _capture(self) -> None:
+        stream = _side_stream(self._clean.device)
+        warm_up(self._step, stream)
+        with torch.cuda.stream(stream):
+            _refuse_waiting(self._step)
+        # Threads of a loader may be at work, and are no part of this.
+        self._outcome = record(self._graph, self._step, stream, "thread_local")
+
+    def _step(self) -> Tensor:
+        """Take one step from where self._adv stands, in place; return the images it leads to."""
+        return ascend(
+            self._network,
+            self._adv,
+            self._clean,
+            self._labels,
+            eps=self._eps,
+            step_size=self._step_size,
+            steps=1,
+            loss=LOSSES[self.loss],
+        )
+
+    def _refuse_changes(self, attack: Attack, clean: Tensor, start: Tensor, labels: Tensor) -> None:
+        if attack.loss != self.loss or attack.steps < 1:
+            raise ValueError(f"{attack.name}: steps on the loss {self.loss} were captured")
+        for name, given, fixed in (
+            ("clean images", clean, self._clean),
+            ("starts", start, self._clean),
+            ("labels", labels, self._labels),
+        ):
+            fits = 1 <= len(given) <= len(fixed) and given.shape[1:] == fixed.shape[1:]
+            same = given.dtype == fixed.dtype and given.device == fixed.device
+            if not (fits and same and len(given) == len(clean)):
+                raise ValueError(
+                    f"{name} are {given.dtype} {list(given.shape)} on {given.device}, captured "
+                    f"were up to {fixed.dtype} {list(fixed.shape)} on {fixed.device}: capture again"
+                )
+        refuse_changed_settings(self._settings)
+
+
+class Ascents:
+    """Take the steps of attacks on one victim, from a graph on a GPU where that is worth it.
+
+    size: images of a whole batch. There is one graph at a time, that of the last loss; leaving the
+    block frees it.
+    """
+
+    def __init__(self, victim: Victim, size: int) -> None:
+        self._victim, self._size = victim, size
+        self._captured: CapturedAscent | None = None
+        self._failed = False
+
+    def perturb(
+        self,
+        attack: Attack,
+        clean: Tensor,
+        start: Tensor,
+        labels: Tensor,
+        eps: float,
+        steps_in_all: int,
+    ) -> Tensor:
+        """Return adversarial images as attack.perturb does, see there.
+
+        steps_in_all: how many steps on batches the attack takes from its beginning to its end.
+        """
+        captured = self._captured_for(attack, clean, steps_in_all)
+        if captured is None:
+            return attack.perturb(self._victim, clean, start, labels, eps)
+        return captured.perturb(attack, clean, start, labels, eps)
+
+    def __enter__(self) -> Ascents:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _captured_for(
+        self, attack: Attack, clean: Tensor, steps_in_all: int
+    ) -> CapturedAscent | None:
+        if not can_capture(clean.device) or not attack.steps or self._failed:
+            return None
+        if self._captured is not None and self._captured.loss == attack.loss:
+            return self._captured
+        if steps_in_all < WORTHWHILE_STEPS:
+            return None
+        self._close()
+        try:
+            self._captured = CapturedAscent(self._victim, attack.loss, self._size, clean)
+        except RuntimeError as error:
+            self._failed = True
+            warnings.warn(
+                f"{attack.name}: a step of the attack cannot be captured as a CUDA graph "
+                f"({str(error).splitlines()[0]}); steps are launched one by one, which is slower",
+                stacklevel=2,
+            )
+        return self._captured
+
+    def _close(self) -> None:
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
+
+
+def can_capture(device: torch.device) -> bool:
+    """Say whether steps on this device can be captured."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures here, which is that of no other graph.
+
+    Streams come from a pool of 32: a new one for each evaluation would in time be that of the
+    training step's graph, whose cuBLAS workspace would go when the evaluation's graph is freed.
+    """
+    return torch.cuda.Stream(device)
+
+
+def _refuse_waiting(body: Callable[[], object]) -> None:
+    """Run a body and raise RuntimeError where it waits for the device.
+
+    Found here and not by a capture, which such a call breaks off and leaves PyTorch's allocator and
+    generator in no defined state, while the evaluation is to go on.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype is PyTorch's own warning
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            body()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def _fill_(buffer: Tensor, batch: Tensor) -> None:
+    """Write a batch into a buffer that is as long or longer, its rows in turn up to the end."""
+    if len(batch) < len(buffer):
+        batch = batch[torch.arange(len(buffer), device=batch.device) % len(batch)]
+    buffer.copy_(batch)
