@@ -16,10 +16,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-# Connecting takes seconds, or hangs. Later the others wait while the first process evaluates; a
-# dead process is noticed at once all the same.
+# Connecting takes seconds, unless a process is missing. Later the others wait while the first
+# process evaluates; a dead process is noticed at once all the same.
 CONNECT, WAIT = timedelta(seconds=60), timedelta(hours=12)
 
 
@@ -79,7 +80,7 @@ class World:
         store, rank, size = next(rendezvous("env://", timeout=CONNECT))
         # One store serves every attempt of a job: without names of its own, a process that is
         # started again may find the address that a dead one left there, and knock in vain.
-        attempt = dist.PrefixStore(f"attempt {self.restarts}", store)
+        attempt = PrefixStore(f"attempt {self.restarts}", store)
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=CONNECT)
 
     def sum_(self, tensor: Tensor) -> Tensor:

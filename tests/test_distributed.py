@@ -89,7 +89,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, di
         try:
             torch.multiprocessing.spawn(one_of_two, (str(folder), port), nprocs=2)
         except torch.multiprocessing.ProcessRaisedException as error:
-            # gloo sometimes does not connect, and says so after a minute.
+            # Another program may have taken the port since it was probed.
             if attempt == 2 or "could not connect" not in str(error):
                 raise
             continue
