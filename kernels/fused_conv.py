@@ -6,6 +6,9 @@
 For networks whose weights are constant, as during an attack: w and b get no gradient. On a GPU the
 forward is one cuDNN call, whose sums are in float32 and rounded once. The mask is read off the
 output, so neither the sum before the ReLU nor the convolution's own output is kept.
+
+cuDNN's fused engines want input channels that fill 16 bytes, which those of images do not. So w may
+have more input channels than x: x is read as if zeros followed, and their gradient is left out.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ def conv_relu_torch(
     groups: int,
 ) -> Tensor:
     """Compute the forward with PyTorch's own operators: the definition, and the path on the CPU."""
+    x = _filled(x, weight, groups)
     output = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     if residual is None:
         return F.relu(output)
@@ -48,6 +52,7 @@ def _conv_relu_cudnn(
     groups: int,
 ) -> Tensor:
     geometry = (stride, padding, dilation, groups)
+    x = _filled(x, weight, groups)
     output: Tensor
     if residual is None:
         output = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
@@ -55,6 +60,27 @@ def _conv_relu_cudnn(
         add_relu = torch.ops.aten.cudnn_convolution_add_relu
         output = add_relu(x, weight, residual, 1.0, bias, *geometry)
     return output
+
+
+def _missing(x: Tensor, weight: Tensor, groups: int) -> int:
+    """Return how many channels of the weight x has not."""
+    return max(weight.shape[1] - x.shape[1], 0) if groups == 1 else 0
+
+
+def _filled(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    missing = _missing(x, weight, groups)
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+
+
+def _shaped_as_filled(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Return x, or in place of the filled one memory of its shape, whose values are nothing."""
+    missing = _missing(x, weight, groups)
+    if not missing:
+        return x
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    shape = (len(x), x.shape[1] + missing, *x.shape[2:])
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 @torch.library.custom_op("reat_fast::conv_relu", mutates_args=())
@@ -90,7 +116,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x, _, _ = torch.ops.aten.convolution_backward(
             masked,
-            x,
+            _shaped_as_filled(x, weight, groups),  # the input's values are for other gradients
             weight,
             None,
             stride,
@@ -101,6 +127,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             groups,
             [True, False, False],
         )
+        grad_x = grad_x[:, : x.shape[1]]
     return grad_x, None, None, masked if ctx.has_residual else None, None, None, None, None
 
 
@@ -120,8 +147,9 @@ def conv_relu(
     """Return relu(conv2d(x, weight) + bias + residual); only x and residual get a gradient.
 
     x [B, C, H, W] and weight [K, C / groups, R, S] of one dtype, bias [K], residual shaped like the
-    output [B, K, H', W']; the rest as in torch.nn.functional.conv2d. The gradient of ReLU at 0 is
-    0, as in PyTorch. float64 and CPU tensors take PyTorch's operators.
+    output [B, K, H', W']; the rest as in torch.nn.functional.conv2d. Without groups the weight may
+    be [K, C + n, R, S]: x is filled with n channels of zeros. The gradient of ReLU at 0 is 0, as in
+    PyTorch. float64 and CPU tensors take PyTorch's operators.
     Raises ValueError for a weight or bias that asks for a gradient, or a residual of another shape.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):

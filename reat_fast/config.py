@@ -136,8 +136,11 @@ class Config:
     """What the attack maximises; auto is ce where REAT's rbl cannot change an example."""
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
-    attack_form: Literal["auto", "eager", "compiled", "cudnn"] = "auto"
-    """How the attacked network computes: op by op, compiled, or (auto on a GPU) by fused cuDNN."""
+    attack_form: Literal["auto", "eager", "compiled", "cudnn", "cudnn-stem", "winograd"] = "auto"
+    """How the attacked network computes: op by op, compiled, by fused cuDNN (auto on a GPU; with
+    cudnn-stem the first convolution too), or with fewer products (winograd, auto on a CPU)."""
+    update_form: Literal["eager", "compiled"] = "eager"
+    """How the update computes: op by op, or compiled, once for each size of a batch."""
 
     objective: Literal["bsl", "ce", "trades", "mart", "robal", "taet"] = "bsl"
     """What training minimises; docs/methods.md has the formulas."""
@@ -286,6 +289,10 @@ class Config:
                 self.fused or self.precision != "bf16",
                 "the reference of --no-fused computes in float32 or tf32",
             ),
+            "update_form": (
+                self.fused or self.update_form == "eager",
+                "the reference of --no-fused is not compiled",
+            ),
             "graph": (self.fused or self.graph != "on", "the reference of --no-fused has no graph"),
             "workers": (whole(self.workers, 0), "must be 0 or more"),
             "save_minutes": (self.save_minutes > 0, "must be above 0"),
@@ -326,7 +333,7 @@ PRESETS: dict[str, Config] = {"reat": METHODS["reat"], "quickstart": QUICKSTART,
 others are the methods of the field: docs/methods.md."""
 
 LOCAL_FIELDS = (
-    *("run_dir", "resume", "device", "data", "loader", "workers", "attack_form"),
+    *("run_dir", "resume", "device", "data", "loader", "workers", "attack_form", "update_form"),
     *("on_nonfinite", "save_minutes", "profile", "quiet", "log"),
 )
 """Fields that say where a run lives and how it reports, not what it computes: they may differ on

@@ -31,6 +31,9 @@ _BATCHNORMS = (
     "SyncedBatchNorm",  # of reat_fast.distributed
 )
 
+CHANNELS = 8
+"""What the channels of cuDNN's fused engines must be a multiple of: 16 bytes of bfloat16."""
+
 _RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
 _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
@@ -64,9 +67,10 @@ def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
     return folds
 
 
-def fuse_relus(network: nn.Module) -> tuple[nn.Module, int]:
+def fuse_relus(network: nn.Module, stem: bool = False) -> tuple[nn.Module, int]:
     """Rewrite relu(conv(x)) and relu(conv(x) + y) of a network in eval mode as conv_relu.
 
+    stem: those of few input channels too, whose weights become views of memory with zeros behind.
     Returns a network on the same weights and the number of fused convolutions; the given network
     itself and 0 where it cannot be traced.
     """
@@ -78,7 +82,8 @@ def fuse_relus(network: nn.Module) -> tuple[nn.Module, int]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     relus = [node for node in graph.nodes if _is_relu(network, node)]
-    fused = sum(_fuse(network, graph, relu) for relu in relus)
+    kind = _is_any_dense_conv if stem else _is_dense_conv
+    fused = sum(_fuse(network, graph, relu, kind) for relu in relus)
     return (fx.GraphModule(network, graph) if fused else network), fused
 
 
@@ -102,17 +107,20 @@ def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
     return folds
 
 
-def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node) -> bool:
+def _fuse(
+    network: nn.Module, graph: fx.Graph, relu: fx.Node, kind: Callable[[nn.Module], bool]
+) -> bool:
     """Put one conv_relu in the place of a ReLU and what it reads, if that allows it."""
     end: Any = relu.args[0] if relu.args else None
     if not isinstance(end, fx.Node) or len(end.users) != 1:
         return False
-    conv, residual = _summands(network, end)
+    conv, residual = _summands(network, end, kind)
     if conv is None or len(conv.users) != 1:
         return False
     module: Any = network.get_submodule(conv.target)
+    name = _fill_channels_(module)
     with graph.inserting_before(end):
-        weight = graph.get_attr(f"{conv.target}.weight")
+        weight = graph.get_attr(f"{conv.target}.{name}")
         bias = None if module.bias is None else graph.get_attr(f"{conv.target}.bias")
         geometry = (module.stride, module.padding, module.dilation, module.groups)
         output = graph.call_function(conv_relu, (conv.args[0], weight, bias, residual, *geometry))
@@ -122,26 +130,41 @@ def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node) -> bool:
     return True
 
 
-def _summands(network: nn.Module, end: fx.Node) -> tuple[Any, fx.Node | None]:
+def _fill_channels_(conv: nn.Conv2d) -> str:
+    """Name the weight of a convolution whose input channels fill CHANNELS, zeros behind.
+
+    Where they do not, the convolution's own weight becomes a view of that, so it follows what is
+    written to the weight.
+    """
+    missing = -conv.in_channels % CHANNELS
+    if not missing:
+        return "weight"
+    if hasattr(conv, "filled_weight"):  # a module in two places
+        return "filled_weight"
+    filled = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, missing))
+    conv.weight.data = filled[:, : conv.in_channels]
+    conv.register_buffer("filled_weight", filled, persistent=False)
+    return "filled_weight"
+
+
+def _summands(
+    network: nn.Module, end: fx.Node, kind: Callable[[nn.Module], bool]
+) -> tuple[Any, fx.Node | None]:
     """Return the convolution and the other summand that a ReLU reads; None for what is not there.
 
     A convolution added into another tensor, in place, is none: that tensor may be read later.
     """
-    if _calls(network, end, _is_dense_conv):
+    if _calls(network, end, kind):
         return end, None
     if not _is_add(end) or end.kwargs or len(end.args) != 2:
         return None, None
     first, second = end.args
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
         return None, None
-    if _calls(network, first, _is_dense_conv):
+    if _calls(network, first, kind):
         return first, second
     in_place = end.target in (operator.iadd, "add_")
-    return (
-        (second, first)
-        if _calls(network, second, _is_dense_conv) and not in_place
-        else (None, None)
-    )
+    return (second, first) if _calls(network, second, kind) and not in_place else (None, None)
 
 
 def _calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
@@ -161,11 +184,13 @@ def _is_plain_batchnorm(module: nn.Module) -> bool:
 
 
 def _is_dense_conv(module: nn.Module) -> bool:
-    # Grouped ones have kernels of their own in PyTorch; cuDNN's fused engines want channels that
-    # fill 16 bytes, which those of the images do not.
-    if type(module) is not nn.Conv2d or module.groups != 1:
-        return False
-    if module.in_channels % 8 or module.out_channels % 8:
+    filled = isinstance(module, nn.Conv2d) and module.in_channels % CHANNELS == 0
+    return filled and _is_any_dense_conv(module)
+
+
+def _is_any_dense_conv(module: nn.Module) -> bool:
+    # Grouped ones have kernels of their own in PyTorch.
+    if type(module) is not nn.Conv2d or module.groups != 1 or module.out_channels % CHANNELS:
         return False
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 

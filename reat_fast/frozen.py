@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reat_fast.folding import Fold, fold_batchnorms_, fuse_relus
+from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 
-Form = Literal["eager", "compiled", "cudnn"]
+Form = Literal["eager", "compiled", "cudnn", "cudnn-stem", "winograd"]
 # The fastest where it was timed; the others are there to be compared with it.
 DEFAULT_FORM: Form = "eager"
 
@@ -32,10 +33,12 @@ class FrozenNetwork:
     images [B, C, H, W] in [0, 1] returns logits [B, K] that equal those of the network in eval mode
     up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
     then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
-    the sum optional, as one op with its own backward.
+    the sum optional, as one op with its own backward, "cudnn-stem" the convolution of the images
+    too, padded to 8 channels; "winograd" lets wide 3x3 convolutions multiply less (for CPUs).
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
-    a network that cannot be traced. fused: number of convolutions that "cudnn" rewrote.
+    a network that cannot be traced. fused: number of convolutions rewritten. transformed: those
+    that "winograd" changed.
     input_gradient: with "compiled", forward and gradient in one torch.compile region: a function
     of (images, labels, loss) that returns the gradient of the scalar loss(logits, labels) with
     respect to the images; else None, for torch.autograd does it.
@@ -54,7 +57,12 @@ class FrozenNetwork:
         for batchnorm in batchnorms.values():
             batchnorm.to(precision)
         self._kept_own, self._kept_source = _kept(own, network, self._folds)
-        self._copy, self.fused = fuse_relus(own) if form == "cudnn" else (own, 0)
+        self._copy, self.fused = own, 0
+        if form in ("cudnn", "cudnn-stem"):
+            self._copy, self.fused = fuse_relus(own, stem=form == "cudnn-stem")
+        self.transformed: list[WinogradConv2d] = []
+        if form == "winograd" and self._dtype.itemsize >= 4:  # its sums are too fine for bfloat16
+            self.transformed = use_winograd_(own)
         self.input_gradient: Callable[[Tensor, Tensor, Loss], Tensor] | None = None
         if form == "compiled":
             # fullgraph: a network it cannot take as a whole must raise rather than run in pieces.
@@ -65,8 +73,16 @@ class FrozenNetwork:
     def refresh(self) -> None:
         """Take up the weights and statistics that the network has now; may not sync."""
         torch._foreach_copy_(self._kept_own, self._kept_source)
-        if not self._folds:
-            return
+        if self._folds:
+            self._fold()
+        for conv in self.transformed:
+            conv.refresh_()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits: Tensor = self._copy(images.to(self._dtype))
+        return logits
+
+    def _fold(self) -> None:
         convs, bns = [fold.conv for fold in self._folds], [fold.bn for fold in self._folds]
         scales = torch._foreach_add([bn.running_var for bn in bns], [bn.eps for bn in bns])
         torch._foreach_rsqrt_(scales)
@@ -80,10 +96,6 @@ class FrozenNetwork:
         for fold, scale in zip(self._folds, scales, strict=True):
             # One pass: multiplied in the precision of the network, rounded as it is written.
             torch.mul(fold.conv.weight, scale.view(-1, 1, 1, 1), out=fold.weight)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._copy(images.to(self._dtype))
-        return logits
 
     def _gradient(self, images: Tensor, labels: Tensor, loss: Loss) -> Tensor:
         def total(at: Tensor) -> Tensor:

@@ -7,35 +7,27 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from reat_fast.attack import ascend, with_batch_statistics
 from reat_fast.augment import apply_policy
 from reat_fast.average import WeightAverage
 from reat_fast.config import Config
-from reat_fast.distributed import SharedGradients, World, split, synchronise_batchnorm_
-from reat_fast.frozen import Form, FrozenNetwork
+from reat_fast.distributed import World
+from reat_fast.epoch_sums import EpochSums
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
-from reat_fast.methods.attacks import (
-    AttackLossName,
-    FreePerturbation,
-    choose_attack_loss,
-    plan_attack,
-)
-from reat_fast.methods.objectives import Part, make_objective
-from reat_fast.methods.radii import ClassRadii
-from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
+from reat_fast.methods.attacks import AttackPlan, FreePerturbation
+from reat_fast.methods.objectives import make_objective
 from reat_fast.networks import Network
 from reat_fast.objective import ClassStatistics
 from reat_fast.precision import resolve_precision
+from reat_fast.step_attack import StepAttack, resolve_attack_loss
+from reat_fast.step_update import StepUpdate
 
-COUNTERS = ("epoch", "totals", "nonfinite", "bad_step")
-SUMS = ("correct", "samples", "steps")
+__all__ = ["TrainStep", "make_optimizer", "resolve_attack_loss"]
 
 
 def make_optimizer(model: Network, config: Config) -> torch.optim.SGD:
@@ -57,29 +49,6 @@ def make_optimizer(model: Network, config: Config) -> torch.optim.SGD:
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def resolve_attack_loss(config: Config) -> AttackLossName:
-    """Say what the attack maximises when the configuration leaves it open.
-
-    REAT multiplies each sample's loss by a positive weight and PGD takes the sign of each sample's
-    own gradient, so with BatchNorm in eval mode, where samples do not meet, RBL changes nothing.
-    """
-    if config.attack_loss != "auto":
-        return config.attack_loss
-    return "ce" if config.attack_batchnorm == "eval" else "rbl"
-
-
-def resolve_form(config: Config, device: torch.device) -> Form:
-    """Say how the attacked network computes when the configuration leaves it open.
-
-    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.3 ms, compiled 15.5, cudnn 15.6,
-    which starts without compiling (python -m bench.bench_step).
-    """
-    if config.attack_form != "auto":
-        return config.attack_form
-    low = resolve_precision(config, device) == "bf16"
-    return "cudnn" if device.type == "cuda" and low else "eager"
 
 
 class TrainStep:
@@ -121,44 +90,34 @@ class TrainStep:
             second_stage=config.second_stage,
         )
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
-        self._names = ("loss", *self.objective.terms, *SUMS)
-        self.totals = torch.zeros(len(self._names), dtype=torch.float64, device=device)
-        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
+        self.sums = EpochSums(self.objective.terms, device)
+        self._low = resolve_precision(config, device) == "bf16"
         self._free: FreePerturbation | None = None
         self._plan_attack(counts, weight)
-        self._awp = WeightPerturbation(model, config.awp) if config.awp else None
-        self._shared: SharedGradients | None = None
-        self._histogram = self.statistics.next_ae_counts
-        if self.world.size > 1:
-            if config.sync_batchnorm:
-                synchronise_batchnorm_(model, self.world)
-            self._histogram = torch.zeros_like(self._histogram)
-            summed = len(self.objective.terms) + 2 + len(counts)
-            self._shared = SharedGradients(list(model.parameters()), summed, self.world)
+        self.update = StepUpdate(
+            model,
+            optimizer,
+            self.objective,
+            self.statistics,
+            self.sums,
+            self.epoch,
+            config,
+            self.world,
+            self._autocast,
+        )
 
     def _plan_attack(self, counts: Sequence[int], weight: Tensor) -> None:
-        config, device, dtype = self.config, weight.device, weight.dtype
-        eval_mode = config.attack_batchnorm == "eval"
-        self._frozen = (
-            FrozenNetwork(self.model, self._low, resolve_form(config, device))
-            if eval_mode
-            else None
-        )
-        self._attack_loss = resolve_attack_loss(config)
-        self._radii: ClassRadii | None = None
-        if config.radius == "class":
-            warmup = config.radius_warmup * config.epochs
-            self._radii = ClassRadii(counts, config.radius_alpha, warmup, device, dtype)
-        name = "pgd" if config.attack == "free" else config.attack
-        self.plan = plan_attack(
-            name,
-            eps=config.eps,
-            step_size=config.step_size,
-            steps=config.steps,
-            start=config.start,
-        )
+        self.attack = StepAttack(self.model, self.statistics, counts, self.config, self._autocast)
+
+    @property
+    def plan(self) -> AttackPlan:
+        """The numbers of the attack."""
+        return self.attack.plan
+
+    @property
+    def bad_step(self) -> Tensor:
+        """The first step of the epoch whose loss was not finite, or -1: int64, on the device."""
+        return self.sums.bad_step
 
     def train_on(self, batch: Batch, total: int | None = None) -> dict[str, Tensor]:
         """Augment a batch of a loader, draw its random start and take a step on it.
@@ -219,17 +178,15 @@ class TrainStep:
         """
         self.statistics.end_epoch()
         means = self.running_means()
-        means["nonfinite"] = int(self.nonfinite)
-        self.totals.zero_()
-        self.nonfinite.zero_()
-        self.bad_step.fill_(-1)
+        means["nonfinite"] = int(self.sums.nonfinite)
+        self.sums.clear_()
         self.epoch += 1
         return means
 
     @property
     def unfolded(self) -> list[str]:
         """Names of the BatchNorms that the attack does not fold into a convolution."""
-        return [] if self._frozen is None else self._frozen.unfolded
+        return [] if self.attack.network is None else self.attack.network.unfolded
 
     def evaluated_network(self) -> Network:
         """Return what is evaluated and saved: the averaged network where there is one."""
@@ -237,17 +194,19 @@ class TrainStep:
 
     def running_means(self) -> dict[str, float]:
         """Return the means of the epoch so far; syncs."""
-        sums = dict(zip(self._names, self.totals.tolist(), strict=True))
-        samples = max(sums["samples"], 1.0)
-        means = {name: sums[name] / samples for name in self._names[: -len(SUMS)]}
-        return {**means, "adv_accuracy": 100 * sums["correct"] / samples}
+        return self.sums.means()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs beside the weights and the optimiser."""
-        own = {name: getattr(self, name) for name in COUNTERS}
         average = {} if self.average is None else self.average.state_dict()
         free = {} if self._free is None else self._free.state_dict()
-        return {**self.statistics.state_dict(), **average, **free, **own}
+        return {
+            **self.statistics.state_dict(),
+            **average,
+            **free,
+            **self.sums.state_dict(),
+            "epoch": self.epoch,
+        }
 
     def state_tensors(self) -> list[Tensor]:
         """Return every tensor that a step changes and the next one reads, the model's included."""
@@ -266,110 +225,33 @@ class TrainStep:
         if self.average is not None:
             self.average.load_state_dict(state)
         if "free_perturbation" in state:
-            self.allocate(state["free_perturbation"].to(self.totals.device))
+            self.allocate(state["free_perturbation"].to(self.epoch.device))
             assert self._free is not None
             self._free.load_state_dict(state)
-        for name in COUNTERS:
-            getattr(self, name).copy_(state[name])
+        self.sums.load_state_dict(state)
+        self.epoch.copy_(state["epoch"])
 
     def _step(
         self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int
     ) -> dict[str, Tensor]:
         """Take one step on this process's share of a batch of `total` images."""
         self.model.train()
-        if self._frozen is not None:
-            self._frozen.refresh()
+        self.attack.refresh()
         if self.config.attack == "free":
             outcome = self._free_updates(images, labels, total)
         else:
-            images_adv = self._attack(images, labels, adv_start, total)
-            outcome = self._update(images, images_adv, labels, total)
+            images_adv = self.attack.examples(
+                images,
+                labels,
+                adv_start,
+                parts=[rows for rows, _ in self.update.parts(total)],
+                epoch=self.epoch,
+                nonfinite=self.sums.nonfinite,
+            )
+            outcome = self.update(images, images_adv, labels, total)
         if self.average is not None:
             self.average.update_()
         return outcome
-
-    def _attack(self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int) -> Tensor:
-        victim, plan = self._frozen or self._on_batch_statistics, self.plan
-        eps: float | Tensor = plan.radius
-        step_size: float | Tensor = plan.step_size
-        if self._radii is not None:
-            factors = self._radii.factors(labels, self.epoch)
-            eps, step_size = eps * factors, step_size * factors
-        found = []
-        for rows, _ in self._parts(total):
-            clean = images[rows]
-            loss = choose_attack_loss(
-                self._attack_loss, self.model, self.statistics, partial(victim, clean)
-            )
-            adv = ascend(
-                victim,
-                adv_start[rows],
-                clean,
-                labels[rows],
-                eps=eps[rows] if isinstance(eps, Tensor) else eps,
-                step_size=step_size[rows] if isinstance(step_size, Tensor) else step_size,
-                steps=plan.steps,
-                loss=loss,
-                nonfinite=self.nonfinite,
-            )
-            found.append(adv)
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _update(
-        self, images: Tensor, images_adv: Tensor, labels: Tensor, total: int
-    ) -> dict[str, Tensor]:
-        """Update the weights by the gradient of the objective, where AWP asks at worse weights."""
-        if self._awp is None:
-            return self._descend(images, images_adv, labels, total)
-        with statistics_kept(self.model):
-            self._gradients(images, images_adv, labels, total, torch.zeros_like(self._histogram))
-            if self._shared is not None:
-                self._shared.sum_()
-        with self._awp.perturbed():
-            return self._descend(images, images_adv, labels, total)
-
-    def _descend(
-        self, images: Tensor, images_adv: Tensor, labels: Tensor, total: int
-    ) -> dict[str, Tensor]:
-        outcome = self._gradients(images, images_adv, labels, total, self._histogram)
-        self._share_and_record(outcome, labels)
-        if self.config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        return outcome | {"images_adv": images_adv.detach()}
-
-    def _gradients(
-        self, images: Tensor, images_adv: Tensor, labels: Tensor, total: int, histogram: Tensor
-    ) -> dict[str, Tensor]:
-        """Leave the gradient of the objective in grad; returns its terms and the logits."""
-        self.optimizer.zero_grad(set_to_none=False)
-        logits: list[Tensor] = []
-        terms: list[dict[str, Tensor]] = []
-        for rows, sizes in self._parts(total):
-            part = Part(
-                images[rows],
-                images_adv[rows],
-                labels[rows],
-                total,
-                self.epoch,
-                histogram,
-                partial(self.world.gather, sizes=sizes),
-            )
-            found, values = self.objective.compute(self._forward, part)
-            torch.stack(list(values.values())).sum().backward()
-            logits.append(found.detach())
-            terms.append({name: value.detach() for name, value in values.items()})
-        summed = {name: torch.stack([t[name] for t in terms]).sum(0) for name in terms[0]}
-        return {"logits": logits[0] if len(logits) == 1 else torch.cat(logits), **summed}
-
-    def _parts(self, total: int) -> Iterator[tuple[slice, list[int]]]:
-        """Yield this process's rows of each part of a batch, and the rows every process has."""
-        per_process = [split(n, self.config.accumulate) for n in split(total, self.world.size)]
-        first = 0
-        for sizes in zip(*per_process, strict=True):
-            if any(sizes):
-                rows = slice(first, first := first + sizes[self.world.rank])
-                yield rows, list(sizes)
 
     def _free_updates(self, images: Tensor, labels: Tensor, total: int) -> dict[str, Tensor]:
         """Update `replays` times on one batch, each time moving the perturbation after it."""
@@ -377,41 +259,14 @@ class TrainStep:
         assert self._free is not None
         for _ in range(self.config.replays):
             attacked = self._free.attacked(images)
-            outcome = self._update(images, attacked, labels, total)
-            self._free.update_(attacked, images, self.nonfinite)
+            outcome = self.update(images, attacked, labels, total)
+            self._free.update_(attacked, images, self.sums.nonfinite)
         return outcome
-
-    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with self._autocast():
-            return self.model.forward_features_logits(images)
-
-    def _on_batch_statistics(self, images: Tensor) -> Tensor:
-        with self._autocast():
-            return with_batch_statistics(self.model)(images)
 
     def _autocast(self) -> torch.autocast:
         # No cache: casts kept from outside a capture would be stale in its replays.
-        device = self.totals.device.type
-        enabled = self._low is not None
-        return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        device, dtype = self.epoch.device.type, torch.bfloat16
+        return torch.autocast(device, dtype, enabled=self._low, cache_enabled=False)
 
     def _share_and_record(self, outcome: dict[str, Tensor], labels: Tensor) -> None:
-        """Sum gradients and statistics over the processes; complete the outcome, keep the sums."""
-        names, size = self.objective.terms, self.world.size
-        correct = (outcome["logits"].argmax(1) == labels).sum()
-        # Each process knows its part of most terms, and all of them the whole of the others.
-        own = [outcome[name] / (size if name in self.objective.whole else 1) for name in names]
-        own += [correct, labels.new_full((), labels.numel())]
-        sums = torch.stack([value.double() for value in own])
-        if self._shared is not None:
-            sums = self._shared.sum_(torch.cat([sums, self._histogram.double()])).double()
-            self.statistics.next_ae_counts += sums[len(own) :].long()
-            self._histogram.zero_()
-            outcome |= {n: t.to(outcome[n].dtype) for n, t in zip(names, sums, strict=False)}
-        outcome["loss"] = torch.stack([outcome[name] for name in names]).sum()
-        first_bad = ~outcome["loss"].isfinite() & (self.bad_step < 0)
-        self.bad_step.copy_(torch.where(first_bad, self.totals[-1].long(), self.bad_step))
-        terms, (correct, samples) = sums[: len(names)], sums[len(names) : len(own)]
-        means = torch.cat([terms.sum()[None], terms]) * samples
-        counts = torch.stack([correct, samples, torch.ones_like(samples)])
-        self.totals += torch.cat([means, counts])
+        self.update.share_and_record(outcome, labels)

@@ -87,6 +87,37 @@ def test_random_values_agree_with_autograd() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_that_only_the_weight_has_are_zeros(
+    with_residual: bool, stride: int, channels_last: bool
+) -> None:
+    given = case({"stride": (stride, stride), "padding": (1, 1)}, True, with_residual)
+    if channels_last:
+        x = given["x"].detach().contiguous(memory_format=torch.channels_last)
+        given["x"] = x.requires_grad_()
+    more = F.pad(given["weight"], (0, 0, 0, 0, 0, 4))
+    more[:, 4:] = integers(6, 4, 3, 3)  # they meet zeros
+    wanted, found = conv_relu(**given), conv_relu(**{**given, "weight": more})
+    assert torch.equal(found, wanted)
+    for a, b in zip(gradients(found, given), gradients(wanted, given), strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+
+
+def test_filled_channels_change_float32_by_rounding_alone() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 9, 9), torch.randn(8, 3, 3, 3), torch.randn(8)
+    results = []
+    for given in (weight, F.pad(weight, (0, 0, 0, 0, 0, 5))):
+        leaf = x.clone().requires_grad_()
+        output = conv_relu(leaf, given, bias, padding=(1, 1))
+        results.append((output.detach(), *torch.autograd.grad(output.square().sum(), leaf)))
+    for a, b in zip(*results, strict=True):
+        # Sums of 27 and 72 products near 1, each rounded by 2^-24, in whatever order.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
 def test_only_what_is_asked_for_is_computed() -> None:
     given = case({}, True, True)
     given["x"] = given["x"].detach()
@@ -100,6 +131,12 @@ def test_only_what_is_asked_for_is_computed() -> None:
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_the_op_is_registered_as_torch_wants_it(with_residual: bool) -> None:
     given = case({"padding": (1, 1)}, True, with_residual)
+    torch.library.opcheck(torch.ops.reat_fast.conv_relu.default, tuple(given.values()))
+
+
+def test_the_op_with_filled_channels_is_registered_as_torch_wants_it() -> None:
+    given = case({"padding": (1, 1)}, True, False)
+    given["weight"] = F.pad(given["weight"], (0, 0, 0, 0, 0, 4))
     torch.library.opcheck(torch.ops.reat_fast.conv_relu.default, tuple(given.values()))
 
 
@@ -133,15 +170,17 @@ def test_a_residual_that_would_be_spread_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "channels"), [(1, 64), (2, 64), (1, 3)])
 def test_cudnn_computes_the_same_on_a_gpu(
-    dtype: torch.dtype, with_residual: bool, with_bias: bool, stride: int
+    dtype: torch.dtype, with_residual: bool, with_bias: bool, stride: int, channels: int
 ) -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
     layout = {"device": "cuda", "dtype": dtype, "memory_format": torch.channels_last}
-    x = torch.randn(8, 64, 16, 16).to(**layout).requires_grad_()  # type: ignore[call-overload]
-    weight = (torch.randn(128, 64, 3, 3) / 24).to(**layout)  # type: ignore[call-overload]
+    x = torch.randn(8, channels, 16, 16).to(**layout).requires_grad_()  # type: ignore[call-overload]
+    weight = (torch.randn(128, channels, 3, 3) / 24).to(**layout)  # type: ignore[call-overload]
+    missing = -channels % 8
+    filled = F.pad(weight, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
     size = 16 // stride
     residual = torch.randn(8, 128, size, size).to(**layout)  # type: ignore[call-overload]
     residual = residual.requires_grad_() if with_residual else None
@@ -152,7 +191,7 @@ def test_cudnn_computes_the_same_on_a_gpu(
         shape, place = (8, 128, size, size), {"device": "cuda", "dtype": dtype}
         poison = [torch.full(shape, float("nan"), **place) for _ in range(4)]  # type: ignore[call-overload]
         del poison
-        output = conv_relu(x, weight, bias, residual, (stride, stride), (1, 1))
+        output = conv_relu(x, filled, bias, residual, (stride, stride), (1, 1))
     seed = torch.randn_like(output)
     wanted_of = [tensor for tensor in (x, residual) if tensor is not None]
     found = [output, *torch.autograd.grad(output, wanted_of, seed)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import official_values as official
@@ -14,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast import reference
-from reat_fast.config import PRESETS, Config
+from reat_fast.config import PRESETS, Config, parse
+from reat_fast.distributed import World
 from reat_fast.loaders import Batch
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
@@ -351,3 +354,111 @@ def test_official_values_are_reached_by_the_fused_step() -> None:
     for k in range(3):
         outcome = step(made["images"], made["labels"], made["noise"][k])
         assert float(outcome["loss"]) == pytest.approx(official.STEP_LOSSES[k], rel=1e-4)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch.compile run what it traced, forward and backward, without generating code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+COMPILED: dict[str, dict[str, Any]] = {
+    "reat": {},
+    "accumulate": {"accumulate": 3},
+    "awp": {"awp": 0.005},
+    "free": {"attack": "free", "replays": 2},
+    "trades": {"objective": "trades", "tail": "none"},
+    "train-mode attack": {"attack_batchnorm": "train"},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_update_is_the_eager_one_with_its_running_statistics(
+    name: str, traced: None
+) -> None:
+    images, labels = make_batch(torch.float64)
+    results = []
+    for form in ("eager", "compiled"):
+        config = dataclasses.replace(
+            Config(lr=0.125, update_form=form, batch_size=12),  # type: ignore[arg-type]
+            **COMPILED[name],
+        )
+        model = make_model(torch.float64)
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        for k in range(2):
+            outcome = step(images, labels, make_noise(images, k))
+        results.append({**outcome, **dict(model.state_dict())})
+    assert "stem.bn.running_var" in results[0]
+    for key, expected in results[0].items():
+        # As above: sums of float64 in another order, through two updates.
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-9, atol=1e-11, msg=key)
+
+
+def test_a_compiled_update_in_bfloat16_is_near_the_eager_one(traced: None) -> None:
+    images, labels = make_batch(size=32)
+    losses = []
+    for form in ("eager", "compiled"):
+        config = Config(update_form=form, precision="bf16", steps=1)  # type: ignore[arg-type]
+        model = make_model()
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        losses.append(step(images, labels, make_noise(images, 0))["loss"])
+        assert all(tensor.dtype != torch.bfloat16 for tensor in model.state_dict().values())
+    # A bfloat16 has 8 bits; what is traced rounds where the operators do.
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.01, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs the C++ compiler g++")
+def test_generated_code_updates_as_the_eager_form_does() -> None:
+    torch.compiler.reset()
+    made, results = official.inputs(), []
+    images, noise = made["images"].double(), made["noise"].double()
+    for form in ("eager", "compiled"):
+        model: Any = official.TinyNetwork().double()
+        config = Config(update_form=form)  # type: ignore[arg-type]
+        step = TrainStep(model, make_optimizer(model, config), official.COUNTS, config)
+        for k in range(2):
+            outcome = step(images, made["labels"], noise[k])
+        results.append({**outcome, **dict(model.state_dict())})
+    for key, expected in results[0].items():
+        # As above.
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-9, atol=1e-11, msg=key)
+
+
+class Breaking(official.TinyNetwork):
+    """A network that no compiler takes as a whole."""
+
+    def forward_features_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        torch._dynamo.graph_break()
+        return super().forward_features_logits(images)
+
+
+def test_a_compiled_update_that_cannot_be_is_refused_in_one_line(
+    traced: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="--update-form compiled: the reference of --no-fused"):
+        parse(["reat", "--no-fused", "--update-form", "compiled"], "reat")
+    config, model = Config(update_form="compiled", steps=0), make_model()
+    with pytest.raises(ValueError, match="--update-form compiled: works in one process"):
+        monkeypatch.setattr(World, "take_from_main_", lambda self, tensors: None)
+        TrainStep(model, make_optimizer(model, config), COUNTS, config, World(size=2))
+    broken: Any = Breaking()
+    step = TrainStep(broken, make_optimizer(broken, config), official.COUNTS, config)
+    made = official.inputs()
+    with pytest.raises(ValueError, match="--update-form compiled: this network cannot") as refused:
+        step(made["images"], made["labels"], made["noise"][0])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flag", ["update_form", "attack_form"])
+def test_a_missing_compiler_is_said_at_once(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    config = dataclasses.replace(Config(), **{flag: "compiled"})
+    model = make_model()
+    with pytest.raises(
+        ValueError, match="form compiled: needs the C\\+\\+ compiler no-such-compil"
+    ):
+        TrainStep(model, make_optimizer(model, config), COUNTS, config)

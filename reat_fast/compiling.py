@@ -1,0 +1,45 @@
+"""torch.compile of a whole network, or one clear line where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Found = TypeVar("Found")
+
+
+def compile_whole(forward: Callable[[Tensor], Found], flag: str) -> Callable[[Tensor], Found]:
+    """Compile a function of images as one graph, for each of their shapes anew.
+
+    flag: what asked for it, for the errors. The first call on a shape compiles, the backward too,
+    so a call in a capture needs one on the same shape before it.
+    Errors of a call: ValueError where the function cannot be compiled as a whole.
+    """
+    # fullgraph: what it cannot take as a whole must raise rather than run in pieces.
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    def call(images: Tensor) -> Found:
+        try:
+            return compiled(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{flag}: this network cannot be compiled as a whole ({reason}); leave it out"
+            ) from error
+
+    return call
+
+
+def require_compiler(flag: str, device: torch.device) -> None:
+    """Raise ValueError where torch.compile would miss the C++ compiler that it needs on a CPU."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    wanted = words[0] if words else ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(wanted) is None:
+        raise ValueError(f"{flag}: needs the C++ compiler {wanted} on a CPU; install it")

@@ -1,0 +1,132 @@
+"""The attack of a training step: which network it sees, what it maximises, how far it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from reat_fast.attack import ascend, with_batch_statistics
+from reat_fast.compiling import require_compiler
+from reat_fast.config import Config
+from reat_fast.frozen import Form, FrozenNetwork
+from reat_fast.methods.attacks import AttackLossName, choose_attack_loss, plan_attack
+from reat_fast.methods.radii import ClassRadii
+from reat_fast.networks import Network
+from reat_fast.objective import ClassStatistics
+from reat_fast.precision import resolve_precision
+
+
+def resolve_attack_loss(config: Config) -> AttackLossName:
+    """Say what the attack maximises when the configuration leaves it open.
+
+    REAT multiplies each sample's loss by a positive weight and PGD takes the sign of each sample's
+    own gradient, so with BatchNorm in eval mode, where samples do not meet, RBL changes nothing.
+    """
+    if config.attack_loss != "auto":
+        return config.attack_loss
+    return "ce" if config.attack_batchnorm == "eval" else "rbl"
+
+
+def resolve_form(config: Config, device: torch.device) -> Form:
+    """Say how the attacked network computes when the configuration leaves it open.
+
+    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.3 ms, compiled 15.5, cudnn 15.6,
+    which starts without compiling (python -m bench.bench_step). docs/performance.md has winograd.
+    """
+    if config.attack_form != "auto":
+        return config.attack_form
+    low = resolve_precision(config, device) == "bf16"
+    if device.type == "cuda":
+        return "cudnn" if low else "eager"
+    return "eager" if low else "winograd"
+
+
+class StepAttack:
+    """Make the adversarial examples that a training step trains on.
+
+    model, statistics, counts, config: those of the step. autocast: makes the context in which the
+    network itself computes. plan: the numbers of the attack. network: the frozen copy that is
+    attacked, None where BatchNorm takes the statistics of the attacked batch.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        statistics: ClassStatistics,
+        counts: Sequence[int],
+        config: Config,
+        autocast: Callable[[], torch.autocast],
+    ) -> None:
+        weight = next(model.parameters())
+        device = weight.device
+        self._model, self._statistics, self._autocast = model, statistics, autocast
+        self._loss = resolve_attack_loss(config)
+        self.network: FrozenNetwork | None = None
+        if config.attack_batchnorm == "eval":
+            form = resolve_form(config, device)
+            if form == "compiled":
+                require_compiler("--attack-form compiled", device)
+            low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
+            self.network = FrozenNetwork(model, low, form)
+        self._radii: ClassRadii | None = None
+        if config.radius == "class":
+            warmup = config.radius_warmup * config.epochs
+            self._radii = ClassRadii(counts, config.radius_alpha, warmup, device, weight.dtype)
+        self.plan = plan_attack(
+            "pgd" if config.attack == "free" else config.attack,
+            eps=config.eps,
+            step_size=config.step_size,
+            steps=config.steps,
+            start=config.start,
+        )
+
+    def refresh(self) -> None:
+        """Take up the weights that the model has now; may not sync."""
+        if self.network is not None:
+            self.network.refresh()
+
+    def examples(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        adv_start: Tensor,
+        *,
+        parts: Iterable[slice],
+        epoch: Tensor,
+        nonfinite: Tensor,
+    ) -> Tensor:
+        """Return adversarial examples of images [B, C, H, W], found from adv_start; may not sync.
+
+        parts: rows that are attacked one after another. epoch: int64, on which radii depend.
+        nonfinite: int64, to which bad gradient elements are added.
+        """
+        victim = self.network or self._on_batch_statistics
+        eps: float | Tensor = self.plan.radius
+        step_size: float | Tensor = self.plan.step_size
+        if self._radii is not None:
+            factors = self._radii.factors(labels, epoch)
+            eps, step_size = eps * factors, step_size * factors
+        found = []
+        for rows in parts:
+            clean = images[rows]
+            clean_logits = partial(victim, clean)
+            adv = ascend(
+                victim,
+                adv_start[rows],
+                clean,
+                labels[rows],
+                eps=eps[rows] if isinstance(eps, Tensor) else eps,
+                step_size=step_size[rows] if isinstance(step_size, Tensor) else step_size,
+                steps=self.plan.steps,
+                loss=choose_attack_loss(self._loss, self._model, self._statistics, clean_logits),
+                nonfinite=nonfinite,
+            )
+            found.append(adv)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _on_batch_statistics(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return with_batch_statistics(self._model)(images)

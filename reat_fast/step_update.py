@@ -1,0 +1,146 @@
+"""The update of a training step: objective, backward, sums over processes, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from reat_fast.compiling import compile_whole, require_compiler
+from reat_fast.config import Config
+from reat_fast.distributed import SharedGradients, World, split, synchronise_batchnorm_
+from reat_fast.epoch_sums import EpochSums
+from reat_fast.methods.objectives import Forward, Objective, Part
+from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
+from reat_fast.networks import Network
+from reat_fast.objective import ClassStatistics
+
+
+class StepUpdate:
+    """Update the weights of a network by the gradient of an objective, on adversarial examples.
+
+    All of it is that of the step: its network, optimiser, objective, statistics, sums, epoch
+    (int64, on the device), configuration and processes. autocast: makes the context in which the
+    network computes.
+    Errors: ValueError for a compiled update that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        statistics: ClassStatistics,
+        sums: EpochSums,
+        epoch: Tensor,
+        config: Config,
+        world: World,
+        autocast: Callable[[], torch.autocast],
+    ) -> None:
+        self._model, self._optimizer, self._objective = model, optimizer, objective
+        self._statistics, self._sums, self._epoch = statistics, sums, epoch
+        self._config, self._world, self._autocast = config, world, autocast
+        self._features_logits = _features_logits(model, config, epoch.device, world)
+        self._awp = WeightPerturbation(model, config.awp) if config.awp else None
+        self._shared: SharedGradients | None = None
+        self._histogram = statistics.next_ae_counts
+        if world.size > 1:
+            if config.sync_batchnorm:
+                synchronise_batchnorm_(model, world)
+            self._histogram = torch.zeros_like(self._histogram)
+            summed = len(objective.terms) + 2 + len(self._histogram)
+            self._shared = SharedGradients(list(model.parameters()), summed, world)
+
+    def __call__(
+        self, images: Tensor, images_adv: Tensor, labels: Tensor, total: int
+    ) -> dict[str, Tensor]:
+        """Update by this process's share of a batch of `total` images; may not sync.
+
+        Where AWP asks, the gradient is taken at worse weights. Returns what TrainStep does.
+        """
+        if self._awp is None:
+            return self._descend(images, images_adv, labels, total)
+        with statistics_kept(self._model):
+            self._gradients(images, images_adv, labels, total, torch.zeros_like(self._histogram))
+            if self._shared is not None:
+                self._shared.sum_()
+        with self._awp.perturbed():
+            return self._descend(images, images_adv, labels, total)
+
+    def parts(self, total: int) -> Iterator[tuple[slice, list[int]]]:
+        """Yield this process's rows of each part of a batch, and the rows every process has."""
+        world = self._world
+        per_process = [split(n, self._config.accumulate) for n in split(total, world.size)]
+        first = 0
+        for sizes in zip(*per_process, strict=True):
+            if any(sizes):
+                rows = slice(first, first := first + sizes[world.rank])
+                yield rows, list(sizes)
+
+    def share_and_record(self, outcome: dict[str, Tensor], labels: Tensor) -> None:
+        """Sum gradients and statistics over the processes; complete the outcome, keep the sums."""
+        names, size = self._objective.terms, self._world.size
+        correct = (outcome["logits"].argmax(1) == labels).sum()
+        # Each process knows its part of most terms, and all of them the whole of the others.
+        own = [outcome[name] / (size if name in self._objective.whole else 1) for name in names]
+        own += [correct, labels.new_full((), labels.numel())]
+        sums = torch.stack([value.double() for value in own])
+        if self._shared is not None:
+            sums = self._shared.sum_(torch.cat([sums, self._histogram.double()])).double()
+            self._statistics.next_ae_counts += sums[len(own) :].long()
+            self._histogram.zero_()
+            outcome |= {n: t.to(outcome[n].dtype) for n, t in zip(names, sums, strict=False)}
+        outcome["loss"] = torch.stack([outcome[name] for name in names]).sum()
+        terms, (correct, samples) = sums[: len(names)], sums[len(names) : len(own)]
+        self._sums.add_(outcome["loss"], terms, correct, samples)
+
+    def _descend(
+        self, images: Tensor, images_adv: Tensor, labels: Tensor, total: int
+    ) -> dict[str, Tensor]:
+        outcome = self._gradients(images, images_adv, labels, total, self._histogram)
+        self.share_and_record(outcome, labels)
+        if self._config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.clip_norm)
+        self._optimizer.step()
+        return outcome | {"images_adv": images_adv.detach()}
+
+    def _gradients(
+        self, images: Tensor, images_adv: Tensor, labels: Tensor, total: int, histogram: Tensor
+    ) -> dict[str, Tensor]:
+        """Leave the gradient of the objective in grad; returns its terms and the logits."""
+        self._optimizer.zero_grad(set_to_none=False)
+        logits: list[Tensor] = []
+        terms: list[dict[str, Tensor]] = []
+        for rows, sizes in self.parts(total):
+            part = Part(
+                images[rows],
+                images_adv[rows],
+                labels[rows],
+                total,
+                self._epoch,
+                histogram,
+                partial(self._world.gather, sizes=sizes),
+            )
+            found, values = self._objective.compute(self._forward, part)
+            torch.stack(list(values.values())).sum().backward()
+            logits.append(found.detach())
+            terms.append({name: value.detach() for name, value in values.items()})
+        summed = {name: torch.stack([t[name] for t in terms]).sum(0) for name in terms[0]}
+        return {"logits": logits[0] if len(logits) == 1 else torch.cat(logits), **summed}
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            return self._features_logits(images)
+
+
+def _features_logits(model: Network, config: Config, device: torch.device, world: World) -> Forward:
+    """Return what computes features and logits as --update-form asks."""
+    if config.update_form == "eager":
+        return model.forward_features_logits
+    flag = "--update-form compiled"
+    if world.size > 1:  # BatchNorm sums over the processes, which no compiled graph can hold
+        raise ValueError(f"{flag}: works in one process; leave it out")
+    require_compiler(flag, device)
+    return compile_whole(model.forward_features_logits, flag)

@@ -1,0 +1,137 @@
+"""The convolution with fewer products equals PyTorch's, forward and input gradient."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from test_frozen import assert_equal_to_rounding, trained, with_statistics
+from torch import Tensor, nn
+
+from reat_fast.config import Config
+from reat_fast.frozen import FrozenNetwork
+from reat_fast.kernels import winograd
+from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
+from reat_fast.models import NAMES, create_model
+from reat_fast.step_attack import resolve_form
+
+# Of a batch's 70 images of 8x8, 32 are computed at a time and 6 in the end.
+SHAPES = [(3, 5, 7, 6, 6), (2, 3, 4, 7, 5), (1, 1, 1, 2, 2), (70, 4, 6, 8, 8), (2, 1, 9, 1, 12)]
+
+
+def pair(inputs: int, outputs: int, bias: bool = True) -> tuple[nn.Sequential, nn.Sequential]:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias).double().requires_grad_(False)
+    plain = nn.Sequential(conv)
+    quick = copy.deepcopy(plain)
+    assert len(use_winograd_(quick, least_channels=1)) == 1
+    return plain, quick
+
+
+def outcome(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = network(x)
+    weights = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).sin()
+    (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+    return y.detach(), gradient
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_input_gradient_are_those_of_conv2d(
+    shape: tuple[int, ...], layout: torch.memory_format, bias: bool
+) -> None:
+    batch, inputs, outputs, height, width = shape
+    plain, quick = pair(inputs, outputs, bias)
+    x = torch.randn(batch, inputs, height, width, dtype=torch.float64).to(memory_format=layout)
+    for found, wanted in zip(outcome(quick, x), outcome(plain, x), strict=True):
+        # The largest terms of the transforms are a few times the values; float64 rounds by 1e-16.
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_in_float32_it_rounds_no_more_than_conv2d() -> None:
+    plain, quick = pair(160, 160)
+    x = torch.randn(2, 160, 8, 8, dtype=torch.float64)
+    true = outcome(plain, x)
+    direct, ours = outcome(plain.float(), x.float()), outcome(quick.float(), x.float())
+    for exact, theirs, own in zip(true, direct, ours, strict=True):
+        assert (own - exact).abs().max() < 2 * (theirs - exact).abs().max()
+
+
+def test_new_weights_count_after_refresh() -> None:
+    plain, quick = pair(4, 3)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    for network in (plain, quick):
+        network[0].weight.data.mul_(-2)
+        network[0].bias.data.add_(1)
+    quick[0].refresh_()
+    torch.testing.assert_close(quick(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_only_plain_wide_3x3_convolutions_change() -> None:
+    wide, narrow = winograd.LEAST_CHANNELS, winograd.LEAST_CHANNELS - 1
+    network = nn.Sequential(
+        nn.Conv2d(wide, wide, 3, padding=1),
+        nn.Conv2d(wide, narrow, 3, padding=1),
+        nn.Conv2d(narrow, wide, 3, padding=1),
+        nn.Conv2d(wide, wide, 3, padding=1, stride=2),
+        nn.Conv2d(wide, wide, 3, padding=2, dilation=2),
+        nn.Conv2d(wide, wide, 3, padding=1, groups=2),
+        nn.Conv2d(wide, wide, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(wide, wide, 3, padding="same"),
+        nn.Conv2d(wide, wide, 3),
+        nn.Conv2d(wide, wide, 1),
+        nn.Conv2d(wide, wide, (3, 1), padding=(1, 0)),
+    ).requires_grad_(False)
+    names = list(network.state_dict())
+    assert use_winograd_(network) == [network[0]]
+    assert list(network.state_dict()) == names
+
+
+def test_images_that_a_tile_hardly_covers_take_conv2d() -> None:
+    plain, quick = pair(4, 3)
+    one_pixel = torch.randn(5, 4, 1, 1, dtype=torch.float64)
+    with mock.patch.object(winograd, "winograd_conv", side_effect=AssertionError):
+        for found, wanted in zip(outcome(quick, one_pixel), outcome(plain, one_pixel), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_weights_that_ask_for_a_gradient_are_refused() -> None:
+    with pytest.raises(ValueError, match="0: its weights ask for a gradient"):
+        use_winograd_(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), least_channels=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_in_this_form_equals_the_network(name: str) -> None:
+    model = trained(name)
+    with mock.patch.object(winograd, "LEAST_CHANNELS", 1):
+        frozen = FrozenNetwork(model, form="winograd")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with_statistics(model)
+    frozen.refresh()
+    assert frozen.transformed and all(type(m) is WinogradConv2d for m in frozen.transformed)
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    assert_equal_to_rounding(frozen, model, images)
+
+
+def test_resnet18_has_its_wide_convolutions_changed() -> None:
+    frozen = FrozenNetwork(create_model("resnet18", 10), form="winograd")
+    assert [conv.out_channels for conv in frozen.transformed] == [256] * 3 + [512] * 3
+
+
+def test_bfloat16_stays_with_conv2d() -> None:
+    frozen = FrozenNetwork(create_model("resnet18", 10), torch.bfloat16, "winograd")
+    assert not frozen.transformed
+
+
+def test_it_is_the_form_of_a_cpu() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_form(Config(), cpu) == "winograd"
+    assert resolve_form(Config(precision="bf16"), cpu) == "eager"
+    assert resolve_form(Config(), cuda) == "cudnn"
+    assert resolve_form(Config(attack_form="eager"), cpu) == "eager"
