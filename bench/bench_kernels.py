@@ -103,13 +103,14 @@ def _tail_case(batch: int, width: int, form: Any) -> Case:
 
 
 CASES = [
-    *(_prepare_case(batch) for batch in (128, 1024)),
+    *(_prepare_case(batch) for batch in (128, 1024, 8192)),  # the last is beyond the L2 cache
     *(
         _step_case(name, step, batch, dtype)
         for name, step in (("linf_step", linf_step_), ("l2_step", l2_step_))
         for batch in (128, 1024)
         for dtype in (torch.float32, torch.bfloat16)
     ),
+    *(_step_case("linf_step", linf_step_, 8192, d) for d in (torch.float32, torch.bfloat16)),
     *(_class_loss_case(*shape, torch.float32) for shape in ((128, 10), (1024, 100), (1024, 1000))),
     *(
         _tail_case(*shape, form)

@@ -2,7 +2,9 @@
 
 Every rung takes the same training step on the same batch. Warm-up stands apart; then the rungs take
 turns, one timed step each, so that what the machine does meanwhile meets all of them. Rungs that
-need a CUDA device are left out without one.
+need a CUDA device are left out without one, as are the steps of others: plain PyTorch written well,
+and the official code where --official names a clone of it. A rung that fails is named, and the exit
+code is 1; the others are timed all the same.
 """
 
 from __future__ import annotations
@@ -11,31 +13,20 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, get_args
-from unittest import mock
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.host_time import host_seconds, host_waits
+from bench.ladder import DEFAULT, Labels, Ladder, Rung, Step
 from bench.records import Figure, record
 from reat_fast.command import choose_device, parse_flags, run_command
-from reat_fast.config import Config
-from reat_fast.frozen import DEFAULT_FORM, Form, FrozenNetwork
-from reat_fast.graph import CapturedStep
-from reat_fast.kernels import triton_support
-from reat_fast.loaders import Batch
-from reat_fast.memory import give_back_freed_memory, keep_freed_memory
+from reat_fast.memory import keep_freed_memory
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.reference_step import ReferenceStep
-from reat_fast.step import TrainStep, make_optimizer
-
-COUNTS = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
-Step = Callable[[], object]
+from reat_fast.terminal import one_line
 
 
 @dataclass(frozen=True)
@@ -50,120 +41,49 @@ class Options:
     """Height and width of the images."""
     steps: int = 10
     """Steps of the attack."""
+    labels: Labels = "uniform"
+    """Classes of the batch: evenly drawn, or with the shares of CIFAR-10-LT of ratio 50, as in
+    training. The reference and the official code loop over samples of rare classes."""
     repeats: int = 5
     """Timed steps of each rung."""
     rungs: tuple[str, ...] = ()
     """Names of the rungs to time; unset: all that this machine can take."""
+    official: Path | None = None
+    """A clone of the official REAT code, whose step is timed too."""
+    seconds: float | None = None
+    """Make no further rung ready after so many seconds, and say which are left out."""
+    max_autotune: bool = False
+    """Time plain PyTorch under torch.compile(mode="max-autotune") too, which compiles for
+    minutes."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     keep: bool = False
     """Append the figures to bench/results."""
 
-
-class Unfolded:
-    """The attack on the network itself in eval mode, with the face of FrozenNetwork."""
-
-    def __init__(self, model: Network) -> None:
-        self.model = model
-
-    def refresh(self) -> None:
-        """Nothing to take up: the weights are the network's own."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self.model.eval()
-        logits: Tensor = self.model(images)
-        self.model.train()
-        return logits
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "size", "repeats"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)}: must be at least 1")
 
 
-@contextmanager
-def pytorch_forms() -> Iterator[None]:
-    """Let every op take its PyTorch form on a GPU too."""
-    with mock.patch.object(triton_support, "TRITON_INSTALLED", False):
-        yield
+@dataclass
+class Timing:
+    """What was measured of one rung: seconds of each step and of the warm-up, and its memory."""
 
+    rung: Rung
+    step: Step
+    warm_up: float
+    mebibytes: float
+    seconds: list[float] = field(default_factory=list)
 
-class Ladder:
-    """The rungs: each is a name and a step to call."""
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
-    def __init__(self, options: Options, device: torch.device) -> None:
-        made = torch.Generator().manual_seed(0)
-        size = (options.batch_size, options.size, options.size, 3)
-        images = torch.randint(0, 256, size, generator=made, dtype=torch.uint8)
-        labels = torch.randint(0, 10, (options.batch_size,), generator=made)
-        indices = torch.arange(options.batch_size)
-        on_device = (tensor.to(device) for tensor in (images, labels, indices))
-        self.batch = Batch(*on_device, gather=True)
-        self.options, self.device = options, device
-
-    def rungs(self) -> Iterator[tuple[str, Step]]:
-        """Yield the rungs, from the plainest to the fastest this machine can take."""
-        yield "loop reference", _as_scripts_run(self._rung(reference=True))
-        if self.device.type == "cpu":
-            yield "memory kept", self._rung(reference=True)
-        yield "eager", self._plain(self._rung(folded=False))
-        yield "channels_last", self._plain(self._rung(folded=False, channels_last=True))
-        yield "folded", self._plain(self._rung(channels_last=True))
-        yield "folded, compiled", self._plain(self._rung(channels_last=True, form="compiled"))
-        if self.device.type == "cuda":
-            yield "folded, cudnn", self._plain(self._rung(channels_last=True, form="cudnn"))
-            yield "kernels", self._rung(channels_last=True)
-            yield "kernels, bf16", self._rung(channels_last=True, precision="bf16")
-            for form in get_args(Form):
-                yield f"captured, {form}", self._captured("bf16", form)
-            yield "captured, tf32", self._captured("tf32")
-
-    def _rung(
-        self,
-        reference: bool = False,
-        folded: bool = True,
-        channels_last: bool = False,
-        form: Form = DEFAULT_FORM,
-        precision: Any = "float32",
-    ) -> Step:
-        step = self._step(reference, channels_last, precision, form)
-        if not folded:
-            step._frozen = Unfolded(step.model)  # type: ignore[assignment]
-        return lambda: step.train_on(self.batch)
-
-    def _step(
-        self, reference: bool, channels_last: bool, precision: Any, form: Form = DEFAULT_FORM
-    ) -> TrainStep:
-        torch.manual_seed(0)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        model = create_model(self.options.model, 10).to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        config = Config(steps=self.options.steps, precision=precision, lr=1e-3)
-        kind = ReferenceStep if reference else TrainStep
-        step = kind(model, make_optimizer(model, config), COUNTS, config)
-        step._frozen = FrozenNetwork(model, step._low, form)
-        return step
-
-    def _plain(self, step: Step) -> Step:
-        def call() -> object:
-            with pytorch_forms():
-                return step()
-
-        return call if self.device.type == "cuda" else step
-
-    def _captured(self, precision: str, form: Form = DEFAULT_FORM) -> Step:
-        tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        replayed = CapturedStep(self._step(False, True, precision, form), self.batch)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        return lambda: replayed._graph.replay()  # holds the step, whose memory the graph reads
-
-
-def _as_scripts_run(step: Step) -> Step:
-    """Let a step run with the memory settings that a process has by itself."""
-
-    def call() -> object:
-        give_back_freed_memory()
-        try:
-            return step()
-        finally:
-            keep_freed_memory()
-
-    return call
+    @property
+    def spread(self) -> float:
+        return max(self.seconds) - min(self.seconds)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -174,53 +94,98 @@ def main(arguments: Sequence[str]) -> int:
     torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()  # for every rung but the first, which is as a script would run it
-    ladder = Ladder(options, device)
-    rungs: dict[str, Step] = {}
-    warm_up, memory = {}, {}
-    for name, step in ladder.rungs():
-        if options.rungs and name not in options.rungs:
-            continue
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        warm_up[name] = _seconds(step, device)
-        warm_up[name] += _seconds(step, device)
-        memory[name] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        rungs[name] = step
-    if not rungs:
-        raise ValueError(f"--rungs {' '.join(options.rungs)}: none of these can be timed here")
-    times: dict[str, list[float]] = {name: [] for name in rungs}
-    for _ in range(options.repeats):
-        for name, step in rungs.items():
-            times[name].append(_seconds(step, device))
+    ladder = Ladder(
+        device,
+        model=options.model,
+        batch_size=options.batch_size,
+        size=options.size,
+        steps=options.steps,
+        labels=options.labels,
+        official=options.official,
+        max_autotune=options.max_autotune,
+    )
     flops = options.batch_size * _flops_per_image(options)
-    peak = _peak(device)
-    _print(options, device, times, warm_up, memory, flops, peak)
+    timings, failed = _time(ladder, options, device)
+    _print(options, device, timings, flops, _peak(device))
+    shape = f"{options.model} B={options.batch_size} {options.size}x{options.size}"
+    if options.labels != "uniform":
+        shape += f" {options.labels}"
+    figures = [
+        Figure(f"step: {t.rung.name}", t.median, t.spread, len(t.seconds), "s", shape, t.rung.dtype)
+        for t in timings
+    ]
+    figures += _host_figures(ladder, shape)
     if options.keep:
-        shape = f"{options.model} B={options.batch_size} {options.size}x{options.size}"
-        figures = [
-            Figure(
-                f"step: {name}",
-                statistics.median(t),
-                max(t) - min(t),
-                len(t),
-                "s",
-                shape,
-                _dtype(name),
-            )
-            for name, t in times.items()
-        ]
         command = shlex.join(["python", "-m", "bench.bench_step", *arguments])
         print(f"figures appended to {record(figures, device.type, command)}")
-    return 0
+    return int(failed > 0)
 
 
-def _dtype(rung: str) -> str:
-    if "tf32" in rung:
-        return "tf32"
-    return "bfloat16" if "bf16" in rung or "captured" in rung else "float32"
+def _time(ladder: Ladder, options: Options, device: torch.device) -> tuple[list[Timing], int]:
+    """Make the wanted rungs ready and time them in turns; returns how many failed beside it."""
+    wanted = [r for r in ladder.rungs() if not options.rungs or r.name in options.rungs]
+    unknown = sorted(set(options.rungs) - {rung.name for rung in wanted})
+    if unknown:
+        names = ", ".join(repr(rung.name) for rung in ladder.rungs())
+        raise ValueError(f"--rungs {unknown[0]!r}: cannot be timed here; there are {names}")
+    timings: list[Timing] = []
+    failed = 0
+    began = time.perf_counter()
+    for rung in wanted:
+        late = options.seconds is not None and time.perf_counter() - began > options.seconds
+        if late and timings:
+            print(f"{rung.name}: left out, {options.seconds} s have passed", flush=True)
+            continue
+        try:
+            timings.append(_made_ready(rung, device))
+        except Exception as error:  # compilers and code of others: anything can come of it
+            failed += 1
+            print(f"{rung.name}: failed: {one_line(error)[:500]}", flush=True)
+    if not timings:
+        raise ValueError("no rung could be timed; the lines before say why")
+    for _ in range(options.repeats):
+        for timing in timings:
+            timing.seconds.append(_seconds(timing.step, device))
+    return timings, failed
 
 
-def _seconds(step: Step, device: torch.device) -> float:
+def _made_ready(rung: Rung, device: torch.device) -> Timing:
+    on_gpu = device.type == "cuda"
+    before = 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    began = time.perf_counter()
+    step = rung.make()
+    for _ in range(2):
+        step()
+    _wait(device)
+    warm_up = time.perf_counter() - began
+    memory = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    print(f"{rung.name}: ready after {warm_up:.1f} s", file=sys.stderr, flush=True)
+    return Timing(rung, step, warm_up, memory / 2**20)
+
+
+def _host_figures(ladder: Ladder, shape: str) -> list[Figure]:
+    """Measure and print what the captured step of the default costs the host."""
+    if DEFAULT not in ladder.captured:
+        return []
+    captured = ladder.captured[DEFAULT]
+
+    def step() -> object:
+        return captured.train_on(ladder.batch)
+
+    seconds, waits = host_seconds(step), host_waits(step)
+    median = statistics.median(seconds)
+    print(f"{DEFAULT}: {median * 1e6:.0f} us of the host a step, which waits {waits} times")
+    spread, name = max(seconds) - min(seconds), f"step: {DEFAULT}, host"
+    return [
+        Figure(name, median, spread, len(seconds), "s", shape, "bfloat16"),
+        Figure(f"{name} waits", waits, 0, 1, "waits", shape, "bfloat16"),
+    ]
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
     _wait(device)
     began = time.perf_counter()
     step()
@@ -244,7 +209,7 @@ def _flops_per_image(options: Options) -> float:
     once, back = forward.get_total_flops() / 2, backward.get_total_flops() / 2
     # The backward counted here holds both gradients; the attack needs that of the images only,
     # which costs a forward, and the update that of the weights too.
-    return options.steps * 2 * once + once + back
+    return float(options.steps * 2 * once + once + back)
 
 
 def _peak(device: torch.device) -> float:
@@ -252,34 +217,30 @@ def _peak(device: torch.device) -> float:
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (3072, torch.float32)
     a, b = torch.rand(2, size, size, device=device).to(dtype)
     seconds = min(_seconds(lambda: a @ b, device) for _ in range(6))
-    return 2 * size**3 / seconds
+    return 2.0 * float(size) ** 3 / seconds
 
 
 def _print(
-    options: Options,
-    device: torch.device,
-    times: dict[str, list[float]],
-    warm_up: dict[str, float],
-    memory: dict[str, int],
-    flops: float,
-    peak: float,
+    options: Options, device: torch.device, timings: list[Timing], flops: float, peak: float
 ) -> None:
     print(
-        f"{options.model}, batch {options.batch_size}, {options.steps} attack steps on {device}: "
-        f"{flops / 1e12:.2f} TFLOP a step; matrix product {peak / 1e12:.3g} TFLOP/s"
+        f"{options.model}, batch {options.batch_size}, {options.steps} attack steps on {device}, "
+        f"{options.labels} labels: {flops / 1e12:.2f} TFLOP a step; matrix product "
+        f"{peak / 1e12:.3g} TFLOP/s"
     )
+    width = max(18, *(len(timing.rung.name) for timing in timings))
     print(
-        f"{'rung':18} {'ms/step':>9} {'spread':>8} {'images/s':>9} {'TFLOP/s':>8} {'of peak':>8} "
-        f"{'ratio':>6} {'MiB':>7} {'warm-up s':>10}"
+        f"{'rung':{width}} {'ms/step':>9} {'spread':>8} {'images/s':>9} {'TFLOP/s':>8} "
+        f"{'of peak':>8} {'ratio':>6} {'MiB':>7} {'warm-up s':>10}"
     )
-    first = statistics.median(next(iter(times.values())))
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
+    first = timings[0].median
+    for timing in timings:
+        median = timing.median
         print(
-            f"{name:18} {median * 1e3:9.1f} {(max(seconds) - min(seconds)) * 1e3:8.1f} "
+            f"{timing.rung.name:{width}} {median * 1e3:9.1f} {timing.spread * 1e3:8.1f} "
             f"{options.batch_size / median:9.1f} {flops / median / 1e12:8.3f} "
             f"{100 * flops / median / peak:6.1f} % {first / median:6.2f} "
-            f"{memory[name] / 2**20:7.0f} {warm_up[name]:10.1f}"
+            f"{timing.mebibytes:7.0f} {timing.warm_up:10.1f}"
         )
 
 

@@ -1,8 +1,9 @@
 """python -m bench.gpu --out DIR: everything that only a CUDA device can show, in one command.
 
-Parity, the tests marked gpu, kernel times, the ladder of the step, loaders and a short real
-training run one after another, each a program of its own with a limit, so that one that fails or
-hangs leaves the others. Nothing is left out in silence: the table at the end has a row for each.
+Parity, the tests marked gpu, the ladder of the step, a whole epoch, evaluation, kernel times,
+loaders and a short real training run one after another, each a program of its own with a limit, so
+that one that fails or hangs leaves the others. The clocks of each are in the summary. Nothing is
+left out in silence: the table at the end has a row for each.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from bench.clocks import read_clocks, summary, watched_clocks
+from bench.official import load_official
 from bench.records import RESULTS
 from reat_fast.command import parse_flags, run_command
 from reat_fast.env import environment
@@ -32,12 +35,14 @@ class Options:
     """Folder for logs, tables and summary.json."""
     data: Path | None = None
     """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the training; unset: none is run."""
+    official: Path | None = None
+    """A clone of the official REAT code, whose step and epoch are timed too."""
     epochs: int = 8
     """Epochs of the training."""
     parts: tuple[str, ...] = ()
     """Names of the parts to run; unset: all."""
     minutes: float = 9.5
-    """A part does not begin when so many minutes have passed."""
+    """The part that runs when so many minutes have passed is ended, and no other begins."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +62,45 @@ class Outcome:
     command: str
     ended: int | str
     seconds: float
+    clocks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+WIDE = (
+    *("captured, eager", "captured, compiled", "captured, cudnn-stem"),
+    *("captured, compiled, compiled update", "baseline, eager"),
+)
+"""Rungs of the ladder that WideResNet climbs too."""
+
+WHOLE = ("captured, cudnn", "baseline, max-autotune")
+"""The default beside what compiles for minutes."""
 
 
 def parts(options: Options) -> Iterator[Part]:
-    """Yield the parts, the checks before the measurements."""
+    """Yield the parts: checks, measurements by weight, and last what compiles for minutes."""
+    official = [] if options.official is None else ["--official", str(options.official)]
     yield Part("verify", ["-m", "reat_fast.verify", "--device", "cuda"], 150)
     tests = ["-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
-    yield Part("tests", [*tests, "--timeout=120", "--durations=5"], 240)
-    yield Part("step", ["-m", "bench.bench_step", "--keep"], 240)
+    yield Part("tests", [*tests, "--timeout=120", "--durations=5"], 300)
+    # Classes as in training: the plain and the official form loop over samples of rare ones.
+    step = ["-m", "bench.bench_step", "--labels", "long-tailed", "--keep"]
+    yield Part("step", [*step, *official, "--seconds", "150"], 240)
+    yield Part("epoch", ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *official], 150)
+    # One timed call: true float32, which only arithmetic limits, takes up to 20 s for each.
+    evaluation = ["-m", "bench.bench_evaluation", "--repeats", "1", "--keep"]
+    yield Part("evaluation", evaluation, 200)
     timed = ["--benchmark-only", "-q", "-p", "no:cacheprovider"]
     table = f"--benchmark-json={options.out / 'kernels.json'}"
     yield Part("kernels", ["-m", "pytest", "bench/bench_kernels.py", *timed, table], 200)
-    yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120)
+    wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "90", "--rungs", *WIDE]
+    yield Part("step-wrn", [*step, *wide], 150)
     if options.data is not None:
         run = ["--data", str(options.data), "--run-dir", str(options.out / "run")]
         drops = (str(options.epochs * share // 16) for share in (12, 15))  # as 60 and 75 of 80
         run += ["--epochs", str(options.epochs), "--milestones", *drops]
         train = ["-m", "reat_fast.train", "reat", "--fused", "--profile", "--eval-every", "100"]
         yield Part("training", [*train, *run], 300)
+    yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120)
+    yield Part("step-autotune", [*step, "--max-autotune", "--rungs", *WHOLE], 400)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,43 +108,51 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_flags(Options, list(arguments), "python -m bench.gpu")
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device was found: this suite measures nothing else")
+    if options.official is not None:
+        load_official(options.official)  # what is no clone of it is said before anything runs
+    known = [part.name for part in parts(options)]
+    for name in options.parts:
+        if name not in known:
+            raise ValueError(f"--parts {name}: there are {', '.join(known)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    outcomes = []
+    ends = time.perf_counter() + 60 * options.minutes
+    outcomes: list[Outcome] = []
     for part in parts(options):
         if options.parts and part.name not in options.parts:
             continue
-        late = time.perf_counter() - began > 60 * options.minutes
-        outcomes.append(_skipped(part) if late else _run(part, options.out))
+        left = ends - time.perf_counter()
+        outcomes.append(_skipped(part) if left <= 0 else _run(part, options.out, left))
         _print(outcomes[-1])
         _summarise(outcomes, options.out)
     for table in RESULTS.glob("*.csv"):
         (options.out / table.name).write_bytes(table.read_bytes())
-    print(f"\n{'part':10} {'ended':>10} {'seconds':>8}")
+    print(f"\n{'part':14} {'ended':>10} {'seconds':>8}")
     for outcome in outcomes:
-        print(f"{outcome.name:10} {outcome.ended!s:>10} {outcome.seconds:8.1f}")
+        print(f"{outcome.name:14} {outcome.ended!s:>10} {outcome.seconds:8.1f}")
     return int(any(outcome.ended != 0 for outcome in outcomes))
 
 
-def _run(part: Part, out: Path) -> Outcome:
+def _run(part: Part, out: Path, left: float) -> Outcome:
     command = [sys.executable, *part.arguments]
     began = time.perf_counter()
     ended: int | str
-    with (out / f"{part.name}.log").open("w", encoding="utf-8") as log:
+    file = out / f"{part.name}.log"
+    with file.open("w", encoding="utf-8") as log, watched_clocks() as readings:
         try:
             environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
             ended = subprocess.run(
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                timeout=part.seconds,
+                timeout=min(part.seconds, left),
                 env=environment,
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             ended = "timed out"
     shown = shlex.join(["python", *part.arguments])
-    return Outcome(part.name, shown, ended, round(time.perf_counter() - began, 1))
+    seconds = round(time.perf_counter() - began, 1)
+    return Outcome(part.name, shown, ended, seconds, summary(readings))
 
 
 def _skipped(part: Part) -> Outcome:
@@ -130,8 +164,12 @@ def _print(outcome: Outcome) -> None:
 
 
 def _summarise(outcomes: list[Outcome], out: Path) -> None:
-    summary = {"environment": environment(), "parts": [asdict(outcome) for outcome in outcomes]}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    found = {
+        "environment": environment(),
+        "clocks_now": read_clocks(),
+        "parts": [asdict(outcome) for outcome in outcomes],
+    }
+    (out / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,225 @@
+"""python -m bench.bench_epoch: a whole epoch with its evaluation, ours and the official one.
+
+An epoch of CIFAR-10-LT of ratio 50, then PGD-20 on the balanced test set, on random images: how
+long that takes depends on neither. Ours gathers and augments its images in the clock; the official
+loader is left out of it. Warm-up, capture included, stands apart. The official code needs a CUDA
+device and a clone of it: --official.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.official import Official
+from bench.records import Figure, record
+from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.config import Config
+from reat_fast.data import ImageSet, longtail_counts
+from reat_fast.evaluate import Attack, evaluate
+from reat_fast.graph import CapturedStep
+from reat_fast.loaders import Batch
+from reat_fast.loaders.order import EpochOrder
+from reat_fast.loaders.resident import ResidentLoader
+from reat_fast.memory import keep_freed_memory
+from reat_fast.models import create_model
+from reat_fast.networks import Network
+from reat_fast.precision import Precision, use_precision
+from reat_fast.step import TrainStep, make_optimizer
+
+CLASSES, SIZE = 10, 32
+PRECISIONS: tuple[Precision, ...] = ("bf16", "tf32", "float32")
+"""What our evaluation can search in, its default last; the official one takes TF32."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time an epoch of training and the evaluation after it."""
+
+    model: str = "resnet18"
+    """A network of reat_fast.models."""
+    batch_size: int = 128
+    """Images per step; the official evaluation takes batches of this size too."""
+    largest: int = 5000
+    """Training images of the largest class; the smallest has a fiftieth."""
+    test_images: int = 10_000
+    """Images of the test set."""
+    steps: int = 10
+    """Steps of the attack in training; in the evaluation they are 20."""
+    repeats: int = 3
+    """Timed epochs of ours; of the official code it is one."""
+    official: Path | None = None
+    """A clone of the official REAT code."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    keep: bool = False
+    """Append the figures to bench/results."""
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "largest": 50, "test_images": 1, "repeats": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)}: must be at least {bound}")
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The made data: training images per class, training and test set."""
+
+    counts: list[int]
+    train: ImageSet
+    test: ImageSet
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    options = parse_flags(Options, list(arguments), "python -m bench.bench_epoch")
+    device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    sets = _made(options)
+    config = Config(steps=options.steps, lr=1e-3, batch_size=options.batch_size)
+    use_precision(config, device)
+    official = None
+    if options.official is not None:
+        official = Official(options.official, options.model, sets.counts, config, device)
+    print(
+        f"{options.model}, {len(sets.train):,} training images in batches of {options.batch_size}, "
+        f"PGD-20 on {len(sets.test):,} test images, on {device}"
+    )
+    command = shlex.join(["python", "-m", "bench.bench_epoch", *arguments])
+    ours = _ours(options, sets, config, device)
+    _report(ours, device, command if options.keep else None)
+    if official is not None:
+        theirs = _theirs(options, sets, official)
+        _report(theirs, device, command if options.keep else None)
+        for figure in ours:
+            if "with evaluation" in figure.what:
+                ratio = theirs[-1].value / figure.value
+                print(f"{theirs[-1].what} takes {ratio:.2f} times as long as {figure.what}")
+    return 0
+
+
+def _report(figures: list[Figure], device: torch.device, command: str | None) -> None:
+    """Print figures, and append them to the results where a command is given."""
+    for figure in figures:
+        print(f"{figure.what:44} {figure.value:9.3f} s, spread {figure.spread:.3f}", flush=True)
+    if command is not None:
+        print(f"figures appended to {record(figures, device.type, command)}", flush=True)
+
+
+def _made(options: Options) -> Sets:
+    made = np.random.default_rng(0)
+
+    def images(labels: np.ndarray) -> ImageSet:
+        pixels = made.integers(0, 256, (len(labels), SIZE, SIZE, 3), dtype=np.uint8)
+        return ImageSet(pixels, labels.astype(np.int64))
+
+    counts = longtail_counts(options.largest, CLASSES, 0.02)
+    test = np.arange(options.test_images) % CLASSES
+    return Sets(counts, images(np.repeat(np.arange(CLASSES), counts)), images(test))
+
+
+def _ours(options: Options, sets: Sets, config: Config, device: torch.device) -> list[Figure]:
+    """Time our epochs, and evaluations whose attack searches in each arithmetic."""
+    torch.manual_seed(0)
+    model = create_model(options.model, CLASSES).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = TrainStep(model, make_optimizer(model, config), sets.counts, config)
+    order = EpochOrder(sets.train.labels, options.batch_size)
+    loader = ResidentLoader(sets.train, order, device)
+    taken: TrainStep | CapturedStep = step
+    first = next(loader.epoch(0))
+    if device.type == "cuda" and len(sets.train) >= options.batch_size:
+        taken = CapturedStep(step, first)
+    for batch in (first, _shortened(first, len(sets.train) % options.batch_size)):
+        taken.train_on(batch)
+    training = [_epoch(taken, loader, number, device) for number in range(options.repeats)]
+    figures = [_figure(options, "epoch: ours, training", training)]
+    for precision in PRECISIONS if device.type == "cuda" else PRECISIONS[-1:]:
+        _evaluation(model, sets.test, precision, limit=1)
+        tested = [_evaluation(model, sets.test, precision) for _ in range(options.repeats)]
+        name = f"evaluation in {precision}"
+        figures.append(_figure(options, f"epoch: ours, {name}", tested))
+        both = [a + b for a, b in zip(training, tested, strict=True)]
+        figures.append(_figure(options, f"epoch: ours, with {name}", both))
+    return figures
+
+
+def _shortened(batch: Batch, rest: int) -> Batch:
+    """Return the last batch of an epoch, which cuDNN meets once before the clock runs."""
+    size = rest or len(batch.labels)
+    return Batch(batch.images, batch.labels[:size], batch.indices[:size], batch.gather)
+
+
+def _epoch(
+    step: TrainStep | CapturedStep, loader: ResidentLoader, epoch: int, device: torch.device
+) -> float:
+    began = _now(device)
+    for batch in loader.epoch(epoch):
+        step.train_on(batch)
+    return _now(device) - began
+
+
+def _evaluation(
+    model: Network, test: ImageSet, precision: Precision, limit: int | None = None
+) -> float:
+    attacks = [Attack.from_name(name, 8 / 255, 2 / 255) for name in ("clean", "pgd20")]
+    began = time.perf_counter()
+    evaluate(model, test, attacks, CLASSES, precision=precision, limit_batches=limit)
+    return time.perf_counter() - began  # its figures were read, so the device is done
+
+
+def _theirs(options: Options, sets: Sets, official: Official) -> list[Figure]:
+    mixed = np.random.default_rng(0).permutation(len(sets.train))
+    device = official.device
+    for _ in range(2):
+        official.step(*_on_host(sets.train, mixed[: options.batch_size]))
+        official.evaluate(*_on_host(sets.test, np.arange(min(options.batch_size, len(sets.test)))))
+    began = _now(device)
+    for first in range(0, len(mixed), options.batch_size):
+        official.step(*_on_host(sets.train, mixed[first : first + options.batch_size]))
+    trained = _now(device)
+    for first in range(0, len(sets.test), options.batch_size):
+        rows = np.arange(first, min(first + options.batch_size, len(sets.test)))
+        official.evaluate(*_on_host(sets.test, rows))
+    ended = _now(device)
+    seconds = {
+        "training": trained - began,
+        "evaluation": ended - trained,
+        "with evaluation": ended - began,
+    }
+    return [_figure(options, f"epoch: official, {n}", [s], "tf32") for n, s in seconds.items()]
+
+
+def _on_host(image_set: ImageSet, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = image_set.take(rows)
+    images = torch.from_numpy(np.asarray(chosen.images)).permute(0, 3, 1, 2)
+    return images.float() / 255, torch.from_numpy(chosen.labels)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _figure(options: Options, what: str, seconds: list[float], dtype: str = "") -> Figure:
+    shape = (
+        f"{options.model} B={options.batch_size} {SIZE}x{SIZE}, largest class {options.largest}, "
+        f"{options.test_images} test images"
+    )
+    spread = max(seconds) - min(seconds)
+    return Figure(what, statistics.median(seconds), spread, len(seconds), "s", shape, dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
