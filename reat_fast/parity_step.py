@@ -11,8 +11,9 @@ from torch import Tensor
 
 from reat_fast import reference
 from reat_fast.config import Config
-from reat_fast.frozen import FrozenNetwork
+from reat_fast.frozen import Form, FrozenNetwork
 from reat_fast.graph import CapturedStep
+from reat_fast.kernels import winograd
 from reat_fast.kernels.class_weights import rbl_weights
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
@@ -32,18 +33,25 @@ def compare_steps(device: torch.device) -> Iterator[Row]:
 
 
 def _folding(device: torch.device) -> Iterator[Row]:
-    for name in ("resnet8", "preact_resnet18"):
-        model = _trained(name, device).double()
+    """Compare the forms of the attacked network that have float64; winograd wants a wide one."""
+    cases: tuple[tuple[str, int, Form], ...] = (
+        ("resnet8", 8, "eager"),
+        ("preact_resnet18", 8, "eager"),
+        ("resnet18", 8, "cudnn-stem"),
+        ("resnet8", winograd.LEAST_CHANNELS // 4, "winograd"),
+    )
+    for name, width, form in cases:
+        model = _trained(name, device, width).double()
         images = torch.rand(4, 3, 16, 16, generator=generator(), dtype=torch.float64)
         results = []
-        for network in (FrozenNetwork(model), model.eval()):
+        for network in (FrozenNetwork(model, form=form), model.eval()):
             leaf = images.to(device).requires_grad_()
             logits = network(leaf)
             (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
             results.append((logits.detach(), gradient))
         for what, found, expected in zip(("logits", "gradient"), *results, strict=True):
-            error = worst(found, expected)
-            yield Row("folded network", f"{name} {what}, relative", "float64", error, 1e-10)
+            case = f"{name}, {form}: {what}, relative"
+            yield Row("folded network", case, "float64", worst(found, expected), 1e-10)
 
 
 def _rbl_inertness(device: torch.device) -> Iterator[Row]:
@@ -175,10 +183,10 @@ def _batch(batch: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return images, labels, start
 
 
-def _trained(name: str, device: torch.device) -> Network:
+def _trained(name: str, device: torch.device, width: int = 8) -> Network:
     """Make a narrow network whose running statistics are those of a batch."""
     torch.manual_seed(0)
-    model = create_model(name, 10, width=8)
+    model = create_model(name, 10, width=width)
     for _ in range(20):
         model(torch.rand(64, 3, 32, 32))
     return model.to(device)
