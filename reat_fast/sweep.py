@@ -12,6 +12,7 @@ and the same command goes on where a sweep was stopped.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ import tyro
 from reat_fast import checkpoint, sweep_table
 from reat_fast.command import parse_flags, run_command
 from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
+from reat_fast.evaluation.attacks import Attack
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""
@@ -69,6 +71,24 @@ class SweepRun:
         if self.state == "begun":
             return ["--resume", str(self.folder), *flags, *seed]
         return [preset, *flags, *seed, "--run-dir", str(self.folder)]
+
+    def lacks(self, attacks: Sequence[str]) -> bool:
+        """Say whether the evaluation of a finished run leaves out one of these attacks.
+
+        Those that end every run do not count. Errors: ValueError for a damaged evaluation.json.
+        """
+        file, asked = self.folder / "evaluation.json", set(attacks) - set(sweep_table.ATTACKS)
+        try:
+            return not asked <= set(json.loads(file.read_text("utf-8"))["attacks"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
+
+    def evaluation(self, attacks: Sequence[str]) -> list[str]:
+        """Return what follows `python -m reat_fast.evaluate` to evaluate a finished run."""
+        config = self.line.config
+        radius = ["--eps", str(config.eps), "--step-size", str(config.step_size)]
+        flags = ["--seed", str(self.seed), "--device", config.device, *["--quiet"] * config.quiet]
+        return [str(self.folder), "--attacks", *attacks, *radius, *flags]
 
 
 def read_lines(file: Path) -> list[Line]:
@@ -148,29 +168,36 @@ def _refuse_changes(run: SweepRun) -> None:
             )
 
 
-def run_all(runs: Sequence[SweepRun], out: Path) -> dict[str, int]:
-    """Run what is not finished, rewriting the table after each run; return the exit codes.
+def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict[str, int]:
+    """Train and evaluate what is not finished, rewriting the table each time; return exit codes.
 
     Errors: KeyboardInterrupt where the user stopped a run.
     """
     codes: dict[str, int] = {}
-    write_tables(runs, out)
+    write_tables(runs, out, attacks)
     for number, run in enumerate(runs, start=1):
         head = f"[{number}/{len(runs)}] {run.folder.name}"
-        if run.state == "finished":
+        codes[run.folder.name] = 0
+        if run.state != "finished":
+            if run.state == "new" and run.folder.exists():
+                shutil.rmtree(run.folder)  # stopped within its first epoch, so nothing is lost
+            code = _run(head, "reat_fast.train", run.arguments)
+            codes[run.folder.name] = 1 if code == 0 and run.state != "finished" else code
+            write_tables(runs, out, attacks)
+        elif not run.lacks(attacks):
             print(f"{head}: finished", flush=True)
-            continue
-        if run.state == "new" and run.folder.exists():
-            shutil.rmtree(run.folder)  # stopped within its first epoch, so nothing is lost
-        print(f"{head}: python -m reat_fast.train {shlex.join(run.arguments)}", flush=True)
-        code = run_program([sys.executable, "-m", "reat_fast.train", *run.arguments])
-        if code in STOPPED:
-            raise KeyboardInterrupt
-        if code == 0 and run.state != "finished":
-            code = 1
-        codes[run.folder.name] = code
-        write_tables(runs, out)
+        if run.state == "finished" and run.lacks(attacks):
+            codes[run.folder.name] = _run(head, "reat_fast.evaluate", run.evaluation(attacks))
+            write_tables(runs, out, attacks)
     return codes
+
+
+def _run(head: str, module: str, arguments: Sequence[str]) -> int:
+    print(f"{head}: python -m {module} {shlex.join(arguments)}", flush=True)
+    code = run_program([sys.executable, "-m", module, *arguments])
+    if code in STOPPED:
+        raise KeyboardInterrupt
+    return code
 
 
 def run_program(command: Sequence[str]) -> int:
@@ -198,12 +225,12 @@ def run_program(command: Sequence[str]) -> int:
     return code
 
 
-def write_tables(runs: Sequence[SweepRun], out: Path) -> str:
+def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> str:
     """Write summary.md and summary.csv of what is finished; return the table in Markdown."""
     groups: dict[str, list[Path]] = {}
     for run in runs:
         groups.setdefault(run.line.name, []).append(run.folder)
-    rows = [sweep_table.summarise(name, folders) for name, folders in groups.items()]
+    rows = [sweep_table.summarise(name, folders, attacks) for name, folders in groups.items()]
     commands = {run.line.name: shlex.join(run.line.words) for run in runs}
     table = sweep_table.markdown(rows)
     out.mkdir(parents=True, exist_ok=True)
@@ -222,6 +249,8 @@ class Options:
     """Seeds that every line is run with."""
     out: Path | None = None
     """Folder of the runs, NAME-seedN, and of summary.md; unset: sweeps/FILE without its ending."""
+    attacks: tuple[str, ...] = ()
+    """Attacks to evaluate each finished run under, beside clean and pgd20: pgd100, cw20, aa, ..."""
     dry_run: bool = False
     """Only list what would run."""
 
@@ -230,6 +259,13 @@ class Options:
             raise ValueError("--seeds: give each seed once")
         for seed in self.seeds:
             Config(seed=seed)
+        for name in self.attacks:
+            Attack.from_name(name, 0.0, 0.0)
+
+    @property
+    def all_attacks(self) -> list[str]:
+        """Those of every run first, each once."""
+        return list(dict.fromkeys((*sweep_table.ATTACKS, *self.attacks)))
 
 
 def main(arguments: list[str]) -> int:
@@ -242,12 +278,13 @@ def main(arguments: list[str]) -> int:
             print(f"{run.state:8}  python -m reat_fast.train {shlex.join(run.arguments)}")
         return 0
     try:
-        codes = run_all(runs, out)
+        codes = run_all(runs, out, options.all_attacks)
     except KeyboardInterrupt:
         command = shlex.join(["python", "-m", "reat_fast.sweep", *arguments])
         print(f"stopped; go on with: {command}", file=sys.stderr)
         return 130
-    print(f"\n{write_tables(runs, out)}\n\n{out / 'summary.md'} and summary.csv written")
+    table = write_tables(runs, out, options.all_attacks)
+    print(f"\n{table}\n\n{out / 'summary.md'} and summary.csv written")
     failed = [f"{name} (exit code {code})" for name, code in codes.items() if code]
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)

@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.config import fraction_text
+from reat_fast.reporting.tables import attack_title
 
-COLUMNS = {
-    "clean": ("clean", "overall"),
-    "clean tail": ("clean", "tail"),
-    "PGD-20": ("pgd20", "overall"),
-    "PGD-20 tail": ("pgd20", "tail"),
-}
-"""Attack and part of evaluation.json behind each column, in percent."""
+ATTACKS = ("clean", "pgd20")
+"""What a run is evaluated under at its end."""
 
 CONDITIONS = ("dataset", "samples", "eps")
 """What runs of one line must share for a mean to mean anything."""
@@ -35,6 +31,7 @@ class SummaryRow:
 
     name: str
     planned: int
+    attacks: tuple[str, ...]
     conditions: dict[str, Any]
     values: dict[str, list[float]]
 
@@ -44,13 +41,15 @@ class SummaryRow:
         return len(self.values["seconds"])
 
 
-def summarise(name: str, folders: Sequence[Path]) -> SummaryRow:
+def summarise(name: str, folders: Sequence[Path], attacks: Sequence[str] = ATTACKS) -> SummaryRow:
     """Gather the figures of a line's runs from their evaluation.json and timing.csv.
 
+    attacks: names in evaluation.json; each has two columns in percent, overall and on the tail.
     Errors: ValueError naming a damaged file, and a run evaluated under other conditions.
     """
     conditions: dict[str, Any] = {}
-    values: dict[str, list[float]] = {column: [] for column in (*COLUMNS, "seconds")}
+    columns = _columns(attacks)
+    values: dict[str, list[float]] = {column: [] for column in (*columns, "seconds")}
     for folder in folders:
         file = folder / "evaluation.json"
         if not file.is_file():
@@ -58,7 +57,7 @@ def summarise(name: str, folders: Sequence[Path]) -> SummaryRow:
         try:
             evaluation = json.loads(file.read_text("utf-8"))
             found = {condition: evaluation[condition] for condition in CONDITIONS}
-            for column, (attack, part) in COLUMNS.items():
+            for column, (attack, part) in columns.items():
                 value = evaluation["attacks"].get(attack, {}).get(part)
                 if value is not None:
                     values[column].append(float(value))
@@ -70,7 +69,16 @@ def summarise(name: str, folders: Sequence[Path]) -> SummaryRow:
                 f"{file}: evaluated on {found}, the other seeds on {conditions}; evaluate it again"
             )
         conditions = found
-    return SummaryRow(name, len(folders), conditions, values)
+    return SummaryRow(name, len(folders), tuple(attacks), conditions, values)
+
+
+def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Name each column and the attack and part of evaluation.json behind it."""
+    columns: dict[str, tuple[str, str]] = {}
+    for attack in attacks:
+        title = attack if attack == "clean" else attack_title(attack)
+        columns |= {title: (attack, "overall"), f"{title} tail": (attack, "tail")}
+    return columns
 
 
 def _seconds(timing: Path) -> float:
@@ -88,7 +96,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def markdown(rows: Sequence[SummaryRow]) -> str:
     """Write the rows as a Markdown table whose columns also line up in a terminal."""
-    head = ["run", "seeds", "data set", "test images", "eps", *COLUMNS, "seconds"]
+    columns = _columns(rows[0].attacks)
+    head = ["run", "seeds", "data set", "test images", "eps", *columns, "seconds"]
     cells = [head]
     for row in rows:
         eps = row.conditions.get("eps")
@@ -99,7 +108,7 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
                 str(row.conditions.get("dataset", "-")).replace("|", "\\|"),
                 str(row.conditions.get("samples", "-")),
                 "-" if eps is None else fraction_text(eps),
-                *(_cell(row, column) for column in COLUMNS),
+                *(_cell(row, column) for column in columns),
                 spread(row.values["seconds"], digits=0),
             ]
         )
@@ -132,7 +141,7 @@ def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> 
     """Write summary.csv: means and sample standard deviations, empty where there are none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [*COLUMNS, "seconds"]
+    columns = [*_columns(rows[0].attacks), "seconds"]
     names = [column.lower().replace("-", "").replace(" ", "_") for column in columns]
     figures = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
     writer.writerow(["run", "command", "finished", "planned", *CONDITIONS, *figures])

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from made_data import made_npz
 
-from reat_fast import sweep, train
+from reat_fast import evaluate, sweep, train
 from reat_fast.command import run_command
 from reat_fast.config import PRESETS, parse, to_json
 from reat_fast.sweep_table import spread
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
-SMALL += " --held-out 0.1 --epochs 1 --limit-batches 1 --device cpu"
+SMALL += " --held-out 0.1 --epochs 1 --device cpu"
 
 
 def command(*arguments: object) -> int:
@@ -226,6 +226,23 @@ def test_bad_lines_are_named_before_anything_runs(
     assert trainer.commands == [] and not (tmp_path / "out").exists()
 
 
+def test_an_unknown_attack_is_refused_before_anything_runs(
+    presets: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(presets, "--attacks", "pgd20", "square") == 2
+    assert "unknown attack 'square'" in capsys.readouterr().err and not trainer.commands
+
+
+def test_a_damaged_evaluation_is_named(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert command(presets, "--out", out) == 0
+    (out / "reat-seed0" / "evaluation.json").write_text("[]")
+    assert command(presets, "--out", out, "--attacks", "aa") == 2
+    assert "evaluation.json: damaged or not an evaluation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seeds", [["1", "1"], ["-1"]])
 def test_seeds_that_cannot_be_are_refused(
     seeds: list[str], presets: Path, capsys: pytest.CaptureFixture[str]
@@ -301,10 +318,11 @@ def test_a_program_gives_its_exit_code() -> None:
 def test_a_sweep_of_real_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train_here(command: Sequence[str]) -> int:
-        return run_command(train.main, list(command[3:]))
+    def run_here(command: Sequence[str]) -> int:
+        modules = {"reat_fast.train": train, "reat_fast.evaluate": evaluate}
+        return run_command(modules[command[2]].main, list(command[3:]))
 
-    monkeypatch.setattr(sweep, "run_program", train_here)  # without the seconds of starting one
+    monkeypatch.setattr(sweep, "run_program", run_here)  # without the seconds of starting one
     data = made_npz(tmp_path / "made.npz")
     presets, out = tmp_path / "presets.txt", tmp_path / "out"
     small = f"small: reat {SMALL} --data {data}\n"
@@ -319,3 +337,14 @@ def test_a_sweep_of_real_runs(
     assert command(presets, "--out", out) == 0
     assert "--resume" in capsys.readouterr().out
     assert (out / "small-seed0" / "evaluation.json").exists()
+    assert command(presets, "--out", out, "--attacks", "fgsm", "cw2", "--seeds", 0, 1) == 0
+    shown = capsys.readouterr().out.splitlines()
+    steps = [line.split(":")[1].split(" --")[0] for line in shown if line.startswith("[")]
+    trained = " python -m reat_fast.train reat"
+    evaluated = [f" python -m reat_fast.evaluate {out / f'small-seed{seed}'}" for seed in (0, 1)]
+    assert steps == [evaluated[0], trained, evaluated[1]]
+    with (out / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["finished"] == "2" and all(row[f"{k}_mean"] for k in ("pgd20", "fgsm", "cw2_tail"))
+    assert command(presets, "--out", out, "--attacks", "cw2", "--seeds", 0, 1) == 0
+    assert capsys.readouterr().out.count(": finished") == 2
