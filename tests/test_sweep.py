@@ -348,3 +348,19 @@ def test_a_sweep_of_real_runs(
     assert row["finished"] == "2" and all(row[f"{k}_mean"] for k in ("pgd20", "fgsm", "cw2_tail"))
     assert command(presets, "--out", out, "--attacks", "cw2", "--seeds", 0, 1) == 0
     assert capsys.readouterr().out.count(": finished") == 2
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "bench").glob("recipes*.txt"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
+    """Forwards of an image: 2 a step of the attack, 3 the update, 3 more where AWP moves first."""
+    lines = sweep.read_lines(file)
+    costs = {
+        line.name: line.config.epochs * (2 * line.config.steps + 3 + 3 * bool(line.config.awp))
+        for line in lines
+    }
+    assert len(lines) > 8
+    for name, cost in costs.items():
+        assert cost == pytest.approx(costs["at-bsl"], rel=0.02), name
