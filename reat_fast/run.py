@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reat_fast import checkpoint
-from reat_fast.attack import pgd
 from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
 from reat_fast.env import environment
 from reat_fast.evaluate import evenly
-from reat_fast.frozen import FrozenNetwork
 from reat_fast.graph import CapturedStep
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
@@ -26,7 +23,7 @@ from reat_fast.memory import keep_freed_memory
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.networks import Network
 from reat_fast.plan import Plan
-from reat_fast.precision import resolve_precision, use_precision
+from reat_fast.precision import use_precision
 from reat_fast.reference_step import ReferenceStep
 from reat_fast.run_folder import FolderLock, describe_run, write_table
 from reat_fast.step import TrainStep, make_optimizer
@@ -138,24 +135,6 @@ class Run:
                 f"--graph {self.config.graph}: the step cannot be captured ({reason}); "
                 "go on with --graph off"
             ) from error
-
-    def seconds_per_pass(self) -> float:
-        """Time one forward and input gradient of the attack, per image."""
-        low = torch.bfloat16 if resolve_precision(self.config, self.device) == "bf16" else None
-        # So many on a GPU that launching kernels, which a captured step does not do, hardly counts.
-        rows = slice(1024 if self.device.type == "cuda" else min(64, self.config.batch_size))
-        images = torch.from_numpy(self.splits.train.images[rows]).to(self.device)
-        images = images.permute(0, 3, 1, 2) / 255
-        labels = torch.from_numpy(self.splits.train.labels[rows]).to(self.device)
-        frozen = FrozenNetwork(self.model, low)
-
-        def one_pass() -> float:
-            began = time.perf_counter()
-            pgd(frozen, images, labels, steps=1).sum().item()
-            return time.perf_counter() - began
-
-        one_pass()
-        return min(one_pass() for _ in range(3)) / len(images)
 
     def limited(self, image_set: ImageSet) -> ImageSet:
         """Return what an evaluation looks at: all of a set without --limit-batches."""

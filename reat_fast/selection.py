@@ -11,6 +11,7 @@ from typing import Any
 from reat_fast import checkpoint, report
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.gauge import seconds_per_pass
 from reat_fast.precision import resolve_precision
 from reat_fast.run import Run
 
@@ -113,7 +114,7 @@ def expected_seconds(run: Run) -> float:
     if config.evaluation != "none":
         attack, _ = SELECTION[config.evaluation]
         evaluation += math.ceil(epochs / _every(run)) * len(_selection_set(run)) * int(attack[3:])
-    return (training + evaluation) * run.seconds_per_pass()
+    return (training + evaluation) * seconds_per_pass(run)
 
 
 def _every(run: Run) -> int:

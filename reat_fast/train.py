@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from reat_fast import report, selection
+from reat_fast import gauge, report, selection
 from reat_fast.checkpoint import has_checkpoint
 from reat_fast.command import run_command
 from reat_fast.config import fraction_text
@@ -209,6 +209,12 @@ def test(run: Run, stop: StopRequest) -> None:
         f"{peak_memory(run.device) / 2**30:.1f} GiB; figures in {run.folder / 'evaluation.json'}, "
         f"pictures in {run.folder / 'accuracy.png'} and {run.folder / 'learning.png'}"
     )
+    share = None if run.config.quiet else gauge.penalty_share(run)
+    if share is not None:
+        print(
+            f"tail penalty ({run.config.tail}): with the last weights its gradient by the features "
+            f"has {100 * share:.2g} % of the length of balanced softmax's"
+        )
 
 
 def _tick(stop: StopRequest) -> selection.Tick:

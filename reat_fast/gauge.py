@@ -1,0 +1,67 @@
+"""What a run measures of itself for its log: the time of a pass, the size of the tail penalty."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reat_fast.attack import pgd
+from reat_fast.frozen import Form, FrozenNetwork
+from reat_fast.methods.penalty_size import tail_gradient_share
+from reat_fast.precision import full_precision, resolve_precision
+from reat_fast.run import Run
+
+BATCHES = 4
+"""Batches that the size of the tail penalty is a mean over."""
+
+
+def seconds_per_pass(run: Run) -> float:
+    """Time one forward and input gradient of the attack, per image."""
+    low = torch.bfloat16 if resolve_precision(run.config, run.device) == "bf16" else None
+    # So many on a GPU that launching kernels, which a captured step does not do, hardly counts.
+    number = 1024 if run.device.type == "cuda" else min(64, run.config.batch_size)
+    images, labels = _training_images(run, np.arange(min(number, len(run.splits.train))))
+    form: Form = "winograd" if run.device.type == "cpu" else "eager"
+    frozen = FrozenNetwork(run.model, low, form)
+
+    def one_pass() -> float:
+        began = time.perf_counter()
+        pgd(frozen, images, labels, steps=1).sum().item()
+        return time.perf_counter() - began
+
+    one_pass()
+    return min(one_pass() for _ in range(3)) / len(images)
+
+
+def penalty_share(run: Run) -> float | None:
+    """Measure the tail penalty's gradient beside balanced softmax's; None where there is none."""
+    config, train = run.config, run.splits.train
+    if config.objective != "bsl" or config.tail == "none":
+        return None
+    mixed = np.random.default_rng(config.seed).permutation(len(train))
+    images, labels = _training_images(run, mixed[: BATCHES * config.batch_size])
+    with full_precision():
+        return tail_gradient_share(
+            run.model,
+            images,
+            labels,
+            run.step.statistics.counts,
+            form=config.tail,
+            coefficient=config.tail_coefficient,
+            batch_size=config.batch_size,
+            eps=config.eps,
+            step_size=config.step_size,
+            steps=config.steps,
+        )
+
+
+def _training_images(run: Run, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Return training images [B, C, H, W] in [0, 1] and their labels, on the device."""
+    train = run.splits.train
+    images = torch.from_numpy(np.ascontiguousarray(train.images[rows])).to(run.device)
+    labels = torch.from_numpy(train.labels[rows]).to(run.device)
+    return images.permute(0, 3, 1, 2) / 255, labels

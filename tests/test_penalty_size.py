@@ -1,0 +1,53 @@
+"""The size of the tail penalty beside balanced softmax is what the plain reference says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from reat_fast import reference
+from reat_fast.attack import pgd
+from reat_fast.methods.penalty_size import Form, tail_gradient_share
+from reat_fast.models import create_model
+from reat_fast.networks import Network
+
+COUNTS = [20, 9, 6, 4, 2]
+
+
+def made() -> tuple[Network, Tensor, Tensor]:
+    torch.manual_seed(0)
+    network = create_model("resnet8", 5, width=8).double()
+    images = torch.rand(6, 3, 16, 16, dtype=torch.float64)
+    return network, images, torch.tensor([0, 4, 1, 0, 2, 4])
+
+
+@pytest.mark.parametrize("form", ["official", "pairwise"])
+def test_the_share_is_that_of_the_loop_reference(form: Form) -> None:
+    network, images, labels = made()
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    counts = torch.tensor(COUNTS)
+    share = tail_gradient_share(
+        network, images, labels, counts, form=form, coefficient=0.5, batch_size=3, steps=2
+    )
+    assert network.training
+    assert all(torch.equal(t, weights[name]) for name, t in network.state_dict().items())
+    lengths = {"tail": 0.0, "softmax": 0.0}
+    network.eval()
+    for rows in (slice(3), slice(3, 6)):
+        adv = pgd(network, images[rows], labels[rows], steps=2, start=torch.zeros(3, 3, 16, 16))
+        features = network.forward_features(adv).detach().requires_grad_()
+        tail = 0.5 * reference.tail_penalty(features, labels[rows], COUNTS, form=form)
+        loss = reference.balanced_softmax_loss(network.fc(features), labels[rows], COUNTS)
+        for name, value in (("tail", tail), ("softmax", loss)):
+            lengths[name] += float(torch.autograd.grad(value, features)[0].norm())
+    assert share == pytest.approx(lengths["tail"] / lengths["softmax"], rel=1e-6)
+    assert 0 < share < math.inf
+
+
+def test_images_of_head_classes_alone_have_no_penalty() -> None:
+    network, images, labels = made()
+    share = tail_gradient_share(network, images, labels * 0, torch.tensor(COUNTS), steps=1)
+    assert share == 0
