@@ -137,7 +137,7 @@ class Ladder:
                 yield Rung("official", lambda: lambda: official.step(*self._on_host), "tf32")
             yield from self._last_rungs()
         else:
-            yield Rung("folded, winograd", lambda: self._plain(Kind(form="winograd")))
+            yield Rung("folded, cpu", lambda: self._plain(Kind(form="cpu")))
             yield Rung("folded, deterministic", lambda: self._deterministic(Kind()))
 
     def _gpu_rungs(self) -> Iterator[Rung]:

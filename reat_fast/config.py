@@ -136,9 +136,9 @@ class Config:
     """What the attack maximises; auto is ce where REAT's rbl cannot change an example."""
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
-    attack_form: Literal["auto", "eager", "compiled", "cudnn", "cudnn-stem", "winograd"] = "auto"
+    attack_form: Literal["auto", "eager", "compiled", "cudnn", "cudnn-stem", "cpu"] = "auto"
     """How the attacked network computes: op by op, compiled, by fused cuDNN (auto on a GPU; with
-    cudnn-stem the first convolution too), or with fewer products (winograd, auto on a CPU)."""
+    cudnn-stem the first convolution too), or in forms made for CPUs (cpu, auto there)."""
     update_form: Literal["eager", "compiled"] = "eager"
     """How the update computes: op by op, or compiled, once for each size of a batch."""
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reat_fast.folding import Fold, fold_batchnorms_, fuse_relus
+from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 
-Form = Literal["eager", "compiled", "cudnn", "cudnn-stem", "winograd"]
+Form = Literal["eager", "compiled", "cudnn", "cudnn-stem", "cpu"]
 # The fastest where it was timed; the others are there to be compared with it.
 DEFAULT_FORM: Form = "eager"
 
@@ -34,11 +35,12 @@ class FrozenNetwork:
     up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
     then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
     the sum optional, as one op with its own backward, "cudnn-stem" the convolution of the images
-    too, padded to 8 channels; "winograd" lets wide 3x3 convolutions multiply less (for CPUs).
+    too, padded to 8 channels; "cpu" lets wide 3x3 convolutions multiply less and a strided one of
+    the images find their gradient faster.
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
-    a network that cannot be traced. fused: number of convolutions rewritten. transformed: those
-    that "winograd" changed.
+    a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
+    ones that "cpu" changed.
     input_gradient: with "compiled", forward and gradient in one torch.compile region: a function
     of (images, labels, loss) that returns the gradient of the scalar loss(logits, labels) with
     respect to the images; else None, for torch.autograd does it.
@@ -61,8 +63,9 @@ class FrozenNetwork:
         if form in ("cudnn", "cudnn-stem"):
             self._copy, self.fused = fuse_relus(own, stem=form == "cudnn-stem")
         self.transformed: list[WinogradConv2d] = []
-        if form == "winograd" and self._dtype.itemsize >= 4:  # its sums are too fine for bfloat16
+        if form == "cpu" and self._dtype.itemsize >= 4:  # the sums are too fine for bfloat16
             self.transformed = use_winograd_(own)
+            use_col2im_(own)
         self.input_gradient: Callable[[Tensor, Tensor, Loss], Tensor] | None = None
         if form == "compiled":
             # fullgraph: a network it cannot take as a whole must raise rather than run in pieces.

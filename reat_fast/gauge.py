@@ -25,7 +25,7 @@ def seconds_per_pass(run: Run) -> float:
     # So many on a GPU that launching kernels, which a captured step does not do, hardly counts.
     number = 1024 if run.device.type == "cuda" else min(64, run.config.batch_size)
     images, labels = _training_images(run, np.arange(min(number, len(run.splits.train))))
-    form: Form = "winograd" if run.device.type == "cpu" else "eager"
+    form: Form = "cpu" if run.device.type == "cpu" else "eager"
     frozen = FrozenNetwork(run.model, low, form)
 
     def one_pass() -> float:

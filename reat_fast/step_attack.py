@@ -34,14 +34,14 @@ def resolve_form(config: Config, device: torch.device) -> Form:
     """Say how the attacked network computes when the configuration leaves it open.
 
     On an H100, bfloat16, ResNet-18, whole captured step: eager 18.3 ms, compiled 15.5, cudnn 15.6,
-    which starts without compiling (python -m bench.bench_step). docs/performance.md has winograd.
+    which starts without compiling (python -m bench.bench_step). docs/performance.md has cpu.
     """
     if config.attack_form != "auto":
         return config.attack_form
     low = resolve_precision(config, device) == "bf16"
     if device.type == "cuda":
         return "cudnn" if low else "eager"
-    return "eager" if low else "winograd"
+    return "eager" if low else "cpu"
 
 
 class StepAttack:

@@ -35,7 +35,7 @@ class Victim:
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self._source = _channels_last(model) if self.device.type == "cuda" else model
-        form: Form = "winograd" if self.device.type == "cpu" else "eager"
+        form: Form = "cpu" if self.device.type == "cpu" else "eager"
         self._fine = self._frozen = FrozenNetwork(self._source, form=form)
         if precision == "bf16":
             self._frozen = FrozenNetwork(self._source, torch.bfloat16)
