@@ -3,10 +3,10 @@
     y = A^T [(G w G^T) * (B^T x B)] A        each 4x4 tile of x gives a 2x2 tile of y
 
 B and A hold 0, 1 and -1 only; * is, summed over input channels, 16 matrix products. On two cores of
-an AMD EPYC that is hardly faster than oneDNN's convolution with 160 channels, 1.3 to 2.2 times with
-256 to 640 (bench/bench_cpu_convolutions.py), and no further from float64: fewer products are summed.
-The input gradient of a convolution is a convolution too, by the same weights turned round. A form
-for CPUs: a GPU's matrix units would round the transformed tiles to bfloat16 before they multiply.
+an AMD EPYC that is hardly faster than oneDNN's convolution with 160 channels, but 1.3 to 2.2 times
+with 256 to 640 (bench/bench_cpu_convolutions.py), and no further from float64, as fewer products
+are summed. The input gradient of a convolution is a convolution too, by the same weights turned
+round. A form for CPUs: a GPU's matrix units would round the transformed tiles to bfloat16.
 Source: Lavin and Gray, CVPR 2016, F(2x2, 3x3).
 """
 
