@@ -52,7 +52,7 @@ def penalty_share(run: Run) -> float | None:
             run.step.statistics.counts,
             form=config.tail,
             coefficient=config.tail_coefficient,
-            batch_size=config.batch_size,
+            batch_size=-(-config.batch_size // config.accumulate),  # what fits in training
             eps=config.eps,
             step_size=config.step_size,
             steps=config.steps,
