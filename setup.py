@@ -7,7 +7,10 @@ serves clones whose links became text files.
 
 from setuptools import setup
 
-PARTS = ("evaluation", "kernels", "loaders", "methods", "reporting", "sources")
+PARTS = (
+    *("cli", "engine", "evaluation", "kernels", "loaders", "methods", "networks", "parity"),
+    *("reporting", "sharing", "sources", "training"),
+)
 
 setup(
     packages=["reat_fast", *(f"reat_fast.{part}" for part in PARTS)],

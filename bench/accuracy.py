@@ -22,7 +22,7 @@ from typing import Annotated
 import tyro
 
 from bench.records import Figure, record
-from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import PRESETS
 
 

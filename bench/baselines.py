@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from reat_fast.config import Config
 from reat_fast.loaders import Batch
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 
 PADDING = 4
 Mode = Literal["reduce-overhead", "max-autotune"]

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from bench.records import Figure, record
 from reat_fast import checkpoint
-from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import load_dataset
+from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate, evenly
 from reat_fast.evaluation.attacks import LSA_SCALE, Attack
 from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import attacked
-from reat_fast.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
 
+from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.kernels.image_gradient import image_gradient
 from reat_fast.kernels.winograd import transform_weight_, winograd_conv
-from reat_fast.memory import keep_freed_memory
 
 # images, channels, height and width
 LAYERS = [(128, 64, 32), (128, 128, 16), (128, 256, 8), (128, 512, 4)]

@@ -21,18 +21,18 @@ import torch
 
 from bench.official import Official
 from bench.records import Figure, record
-from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config
 from reat_fast.data import ImageSet, longtail_counts
+from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.memory import keep_freed_memory
+from reat_fast.engine.precision import Precision, use_precision
 from reat_fast.evaluate import Attack, evaluate
-from reat_fast.graph import CapturedStep
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.resident import ResidentLoader
-from reat_fast.memory import keep_freed_memory
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.precision import Precision, use_precision
+from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, make_optimizer
 
 CLASSES, SIZE = 10, 32

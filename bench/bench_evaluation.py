@@ -23,14 +23,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import Figure, record
-from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Radius
 from reat_fast.data import ImageSet
+from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate
 from reat_fast.evaluation import captured
 from reat_fast.evaluation.attacks import Attack
 from reat_fast.models import create_model
-from reat_fast.precision import Precision
 
 CLASSES = 10
 Call = Callable[[], float]

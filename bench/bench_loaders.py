@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.records import Figure, record
-from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.data import ImageSet, load_dataset
+from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
-from reat_fast.memory import keep_freed_memory
 from reat_fast.sources.beton_folder import write_beton
 from reat_fast.sources.lazy import FileImages
 

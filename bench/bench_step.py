@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.host_time import host_seconds, host_waits
 from bench.ladder import DEFAULT, Labels, Ladder, Rung, Step
 from bench.records import Figure, record
-from reat_fast.command import choose_device, parse_flags, run_command
-from reat_fast.memory import keep_freed_memory
+from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.cli.terminal import one_line
+from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.models import create_model
-from reat_fast.terminal import one_line
 
 
 @dataclass(frozen=True)

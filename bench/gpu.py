@@ -23,7 +23,7 @@ import torch
 from bench.clocks import read_clocks, summary, watched_clocks
 from bench.official import load_official
 from bench.records import RESULTS
-from reat_fast.command import parse_flags, run_command
+from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.env import environment
 
 

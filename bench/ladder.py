@@ -15,15 +15,15 @@ from torch import Tensor
 from bench.baselines import Mode, PlainStep
 from bench.official import Official
 from reat_fast.config import Config
-from reat_fast.frozen import DEFAULT_FORM, Form
-from reat_fast.graph import CapturedStep
+from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.memory import give_back_freed_memory, keep_freed_memory
+from reat_fast.engine.precision import allowed_tf32, determinism
+from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.kernels import triton_support
 from reat_fast.loaders import Batch
-from reat_fast.memory import give_back_freed_memory, keep_freed_memory
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.precision import allowed_tf32, determinism
-from reat_fast.reference_step import ReferenceStep
+from reat_fast.networks.architectures import Network
+from reat_fast.networks.frozen import DEFAULT_FORM, Form
 from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]

@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from reat_fast.cli.typed_fields import from_values
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.typed_fields import from_values
+from reat_fast.networks.architectures import Network
 
 CHECKPOINT = "checkpoint-last.pt"
 PREVIOUS = "checkpoint-previous.pt"

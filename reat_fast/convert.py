@@ -24,7 +24,7 @@ import numpy.typing as npt
 import tyro
 from tqdm import tqdm
 
-from reat_fast.command import parse_flags, run_command
+from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.data import Dataset, ImageSet, Indices, load_dataset, make_splits
 from reat_fast.sources import beton_folder, formats
 from reat_fast.sources.beton_file import read_beton

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from reat_fast.cli.terminal import one_line
 from reat_fast.sources import download, formats, lists
 from reat_fast.sources.beton_folder import read as read_beton_folder
 from reat_fast.sources.formats import DataError as DataError
 from reat_fast.sources.formats import Source
 from reat_fast.sources.lazy import LazyImages
-from reat_fast.terminal import one_line
 
 Images = npt.NDArray[np.uint8] | LazyImages
 Indices = npt.NDArray[np.int64]

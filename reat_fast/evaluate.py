@@ -16,9 +16,11 @@ import tyro
 from tqdm import tqdm
 
 from reat_fast import checkpoint, report
-from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import Dataset, ImageSet, load_dataset
+from reat_fast.engine.memory import keep_freed_memory
+from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.captured import Ascents
@@ -26,9 +28,7 @@ from reat_fast.evaluation.figures import figures as figures
 from reat_fast.evaluation.figures import tail_by_share
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
-from reat_fast.memory import keep_freed_memory
-from reat_fast.networks import Network
-from reat_fast.precision import Precision
+from reat_fast.networks.architectures import Network
 
 STATE = "autoattack-state.pt"
 GUARDED_IMAGES = 64

@@ -25,12 +25,12 @@ import tyro
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import ModelSpec
-from reat_fast.command import parse_flags, run_command
+from reat_fast.cli.command import parse_flags, run_command
+from reat_fast.cli.extras import import_extra
 from reat_fast.config import LOCAL_FIELDS, Config
-from reat_fast.extras import import_extra
-from reat_fast.model_card import model_card
-from reat_fast.networks import Network
-from reat_fast.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+from reat_fast.networks.architectures import Network
+from reat_fast.sharing.model_card import model_card
+from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
 
 ONNX, DESCRIPTION, CARD = "model.onnx", "config.json", "README.md"
 LIBRARY = "reat_fast"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reat_fast.networks import (
+from reat_fast.networks.architectures import (
     ConvBN,
     Network,
     PreActBlock,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
 

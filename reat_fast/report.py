@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from reat_fast.checkpoint import WEIGHTS, write_text
-from reat_fast.command import choose_device, parse_flags, run_command
-from reat_fast.memory import keep_freed_memory
+from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.data import PARTS, RunRecord, read_run
 from reat_fast.reporting.pages import Report, run_report

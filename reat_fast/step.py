@@ -12,20 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reat_fast.augment import apply_policy
-from reat_fast.average import WeightAverage
 from reat_fast.config import Config
-from reat_fast.distributed import World
-from reat_fast.epoch_sums import EpochSums
+from reat_fast.engine.augment import apply_policy
+from reat_fast.engine.average import WeightAverage
+from reat_fast.engine.distributed import World
+from reat_fast.engine.epoch_sums import EpochSums
+from reat_fast.engine.precision import resolve_precision
+from reat_fast.engine.step_attack import StepAttack, resolve_attack_loss
+from reat_fast.engine.step_update import StepUpdate
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.methods.attacks import AttackPlan, FreePerturbation
 from reat_fast.methods.objectives import make_objective
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
-from reat_fast.precision import resolve_precision
-from reat_fast.step_attack import StepAttack, resolve_attack_loss
-from reat_fast.step_update import StepUpdate
 
 __all__ = ["TrainStep", "make_optimizer", "resolve_attack_loss"]
 

@@ -26,10 +26,11 @@ from typing import Annotated
 
 import tyro
 
-from reat_fast import checkpoint, sweep_table
-from reat_fast.command import parse_flags, run_command
+from reat_fast import checkpoint
+from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
 from reat_fast.evaluation.attacks import Attack
+from reat_fast.reporting import sweep_table
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""

@@ -7,20 +7,22 @@ import time
 
 import torch
 
-from reat_fast import gauge, report, selection
+from reat_fast import report
 from reat_fast.checkpoint import has_checkpoint
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
+from reat_fast.cli.terminal import duration
 from reat_fast.config import fraction_text
-from reat_fast.distributed import World
-from reat_fast.faults import explained_faults, refuse_nonfinite, roll_back
-from reat_fast.memory import peak_memory
-from reat_fast.plan import Plan, make_plan
-from reat_fast.precision import resolve_precision
-from reat_fast.progress import Progress, TrainingClock, duration
-from reat_fast.run import Run
-from reat_fast.schedule import learning_rate
+from reat_fast.engine.distributed import World
+from reat_fast.engine.memory import peak_memory
+from reat_fast.engine.precision import resolve_precision
 from reat_fast.step import resolve_attack_loss
-from reat_fast.stopping import Stopped, StopRequest
+from reat_fast.training import gauge, selection
+from reat_fast.training.faults import explained_faults, refuse_nonfinite, roll_back
+from reat_fast.training.plan import Plan, make_plan
+from reat_fast.training.progress import Progress, TrainingClock
+from reat_fast.training.run import Run
+from reat_fast.training.schedule import learning_rate
+from reat_fast.training.stopping import Stopped, StopRequest
 
 
 def main(arguments: list[str]) -> int:

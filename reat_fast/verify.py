@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 
-from reat_fast.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.triton_support import INTERPRETED, TRITON_INSTALLED, Backend
-from reat_fast.parity_ops import compare_ops
-from reat_fast.parity_step import compare_steps
-from reat_fast.precision import full_precision
+from reat_fast.parity.ops import compare_ops
+from reat_fast.parity.steps import compare_steps
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def train_in_folder(data: str, folder: str, die_in_write: int | None) -> None:
     import torch
 
     from reat_fast import checkpoint, train
-    from reat_fast.command import run_command
+    from reat_fast.cli.command import run_command
 
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115

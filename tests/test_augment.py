@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from reat_fast.augment import AUTOAUGMENT, PolicyName, _drawn, _policy, _table, apply_policy
+from reat_fast.engine.augment import AUTOAUGMENT, PolicyName, _drawn, _policy, _table, apply_policy
 from reat_fast.kernels import philox
 from reat_fast.kernels.augment import OPERATIONS, Numbers, numbers, operate
 from reat_fast.kernels.prepare import prepare

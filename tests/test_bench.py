@@ -20,7 +20,7 @@ from bench import bench_epoch, bench_step, clocks, gpu, host_time
 from bench.baselines import PlainStep
 from bench.ladder import COUNTS, Ladder, Rung, long_tailed_labels
 from bench.official import Official, load_official
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.config import Config
 from reat_fast.models import create_model
 

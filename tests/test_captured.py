@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reat_fast.data import ImageSet
+from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate
 from reat_fast.evaluation import captured
 from reat_fast.evaluation.attacks import Attack
@@ -28,8 +29,7 @@ from reat_fast.evaluation.captured import Ascents, CapturedAscent
 from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.precision import Precision
+from reat_fast.networks.architectures import Network
 
 EPS, STEP, SIZE, COUNT = 8 / 255, 2 / 255, 8, 27  # three whole batches and one of three
 

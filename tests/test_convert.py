@@ -19,7 +19,7 @@ from made_data import made_npz
 from PIL import Image
 
 from reat_fast import convert
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.data import (
     DataError,
     Dataset,

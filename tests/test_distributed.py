@@ -15,7 +15,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from reat_fast.config import Config
-from reat_fast.distributed import World, split, synchronise_batchnorm_
+from reat_fast.engine.distributed import World, split, synchronise_batchnorm_
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reat_fast import evaluate, reference, train
 from reat_fast.attack import cross_entropy
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evenly
 from reat_fast.evaluation.autoattack import AutoAttack

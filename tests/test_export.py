@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from reat_fast import checkpoint, export
 from reat_fast.checkpoint import ModelSpec, load_model
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.config import Config, to_json
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+from reat_fast.networks.architectures import Network
+from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
 
 NAMES = ("a", "b", "c", "<script>|`d")
 SPEC = ModelSpec("resnet8", 4, 3, 8, None, NAMES)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast.attack import cross_entropy
-from reat_fast.frozen import Form, FrozenNetwork
 from reat_fast.models import NAMES, create_model
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
+from reat_fast.networks.frozen import Form, FrozenNetwork
 
 
 def trained(name: str, dtype: torch.dtype = torch.float64) -> Network:

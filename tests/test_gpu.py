@@ -23,15 +23,15 @@ from test_captured import make_model as make_victim
 from test_step import COUNTS, make_model, uint8_batch
 
 from reat_fast import train, verify
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, Config
+from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate
 from reat_fast.evaluation import captured
 from reat_fast.evaluation.captured import CapturedAscent
 from reat_fast.evaluation.victim import attacked
-from reat_fast.graph import CapturedStep
 from reat_fast.loaders import Batch
-from reat_fast.precision import Precision
 from reat_fast.step import TrainStep, make_optimizer
 from reat_fast.train import set_learning_rate
 

@@ -17,7 +17,7 @@ import torch
 from test_step import COUNTS, make_model, uint8_batch
 
 from reat_fast.config import Config
-from reat_fast.graph import CapturedStep
+from reat_fast.engine.graph import CapturedStep
 from reat_fast.loaders import Batch
 from reat_fast.step import TrainStep, make_optimizer
 from reat_fast.train import set_learning_rate

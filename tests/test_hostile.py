@@ -29,13 +29,13 @@ from test_sources import as_images, batch, idx_bytes, python2_batch
 
 from reat_fast import checkpoint, data, evaluate, train
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS, CheckpointError, ModelSpec
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.config import from_json
-from reat_fast.run import Run
 from reat_fast.sources import download, formats
 from reat_fast.sources.download import Remote
 from reat_fast.sources.formats import DataError
 from reat_fast.sources.lazy import FileImages
+from reat_fast.training.run import Run
 
 MakeDisk = Callable[[int], Path]
 SPEC = ModelSpec("resnet8", 3, 1, 2, None, ("a", "b", "c"))
@@ -482,7 +482,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 from reat_fast import evaluate, export, report, train
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 
 folder = sys.argv[1]
 small = "--epochs 1 --largest 20 --imbalance 0.5 --batch-size 8 --limit-batches 2 --device cpu"

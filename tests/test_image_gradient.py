@@ -11,10 +11,10 @@ from test_frozen import assert_equal_to_rounding, with_statistics
 from test_winograd import outcome
 from torch import nn
 
-from reat_fast.frozen import FrozenNetwork
 from reat_fast.kernels import image_gradient
 from reat_fast.kernels.image_gradient import ImageConv2d, use_col2im_
 from reat_fast.models import create_model
+from reat_fast.networks.frozen import FrozenNetwork
 
 # input and output channels, kernel, stride, padding, height, width
 CASES = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from reat_fast.logs import WANDB_ID, MetricLog, check_logs
+from reat_fast.training.logs import WANDB_ID, MetricLog, check_logs
 
 CONFIG = {"lr": 0.1, "milestones": (60, 75), "data": Path("/home/someone/cifar"), "device": "cpu"}
 RESULT = {

@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from reat_fast.memory import give_back_freed_memory, keep_freed_memory
+from reat_fast.engine.memory import give_back_freed_memory, keep_freed_memory
 if sys.argv[1] != "default" and not keep_freed_memory():
     sys.exit(3)
 if sys.argv[1] == "give back" and not give_back_freed_memory():

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from reat_fast.attack import ascend
 from reat_fast.config import PRESETS, Config
 from reat_fast.data import longtail_counts
-from reat_fast.frozen import FrozenNetwork
 from reat_fast.methods import reference
 from reat_fast.methods.attacks import FreePerturbation, choose_attack_loss, plan_attack
 from reat_fast.methods.cosine_head import CosineHead, use_cosine_head
@@ -26,7 +25,8 @@ from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.methods.radii import ClassRadii, class_radius_factors
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
 from reat_fast.models import create_model
-from reat_fast.networks import Network, TimmNetwork
+from reat_fast.networks.architectures import Network, TimmNetwork
+from reat_fast.networks.frozen import FrozenNetwork
 from reat_fast.objective import ClassStatistics
 from reat_fast.step import TrainStep
 

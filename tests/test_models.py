@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reat_fast.models import NAMES, create_model, load_official
-from reat_fast.networks import ConvBN, Network, PreActBlock, ResidualBlock
+from reat_fast.networks.architectures import ConvBN, Network, PreActBlock, ResidualBlock
 
 # blocks per stage, width used here, bottleneck
 RESNETS = {

@@ -12,7 +12,7 @@ from reat_fast import reference
 from reat_fast.attack import pgd
 from reat_fast.methods.penalty_size import Form, tail_gradient_share
 from reat_fast.models import create_model
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 
 COUNTS = [20, 9, 6, 4, 2]
 

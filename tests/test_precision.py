@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reat_fast.config import Config
-from reat_fast.precision import full_precision, resolve_precision, use_precision
+from reat_fast.engine.precision import full_precision, resolve_precision, use_precision
 
 
 @pytest.mark.parametrize(

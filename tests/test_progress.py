@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from reat_fast.progress import Progress, TrainingClock, duration
+from reat_fast.cli.terminal import duration
+from reat_fast.training.progress import Progress, TrainingClock
 
 
 class FakeClock:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reat_fast import evaluate
-from reat_fast.command import parse_flags
+from reat_fast.cli.command import parse_flags
 from reat_fast.config import PRESETS, parse
 from reat_fast.data import DATASETS
 

@@ -15,12 +15,11 @@ from made_data import made_images, made_npz
 from made_run import COUNTS, EVIL, made_run
 
 from reat_fast import report, train
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_weights
-from reat_fast.progress import TrainingClock
 from reat_fast.reporting import html as report_html
 from reat_fast.reporting import pictures, probe_pictures
 from reat_fast.reporting.compared_pictures import class_means
@@ -36,6 +35,7 @@ from reat_fast.reporting.tables import (
     paper_table,
     time_split,
 )
+from reat_fast.training.progress import TrainingClock
 
 
 def rewrite(file: Path, **values: Any) -> None:

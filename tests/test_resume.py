@@ -14,12 +14,13 @@ import torch
 from killed_run import SMALL, differences, kill_and_resume, run_once
 from made_data import made_npz
 
-from reat_fast import checkpoint, faults, selection, train
+from reat_fast import checkpoint, train
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
-from reat_fast.command import run_command
-from reat_fast.distributed import World
-from reat_fast.run import Run
-from reat_fast.stopping import Stopped, StopRequest
+from reat_fast.cli.command import run_command
+from reat_fast.engine.distributed import World
+from reat_fast.training import faults, selection
+from reat_fast.training.run import Run
+from reat_fast.training.stopping import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_resume_auto_takes_the_newest_run(
 def test_a_second_process_is_kept_out_of_a_run_folder(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from reat_fast.run_folder import FolderLock
+    from reat_fast.training.run_folder import FolderLock
 
     folder = tmp_path / "run"
     assert run(*SMALL, "--data", data, "--epochs", 1, "--run-dir", folder) == 0

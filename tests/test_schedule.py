@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reat_fast.config import PRESETS, Config
-from reat_fast.schedule import learning_rate
+from reat_fast.training.schedule import learning_rate
 
 
 def test_multistep_is_the_official_scheduler() -> None:

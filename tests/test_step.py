@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast import reference
 from reat_fast.config import PRESETS, Config, parse
-from reat_fast.distributed import World
+from reat_fast.engine.distributed import World
+from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.loaders import Batch
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.reference_step import ReferenceStep
+from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [40, 24, 12, 7, 4]

@@ -17,9 +17,9 @@ import pytest
 from made_data import made_npz
 
 from reat_fast import evaluate, sweep, train
-from reat_fast.command import run_command
+from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, parse, to_json
-from reat_fast.sweep_table import spread
+from reat_fast.reporting.sweep_table import spread
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
 SMALL += " --held-out 0.1 --epochs 1 --device cpu"

@@ -18,8 +18,8 @@ import torch
 from test_frozen import assert_equal_to_rounding, with_statistics
 from torch import nn
 
-from reat_fast.frozen import Form, FrozenNetwork
 from reat_fast.models import create_model
+from reat_fast.networks.frozen import Form, FrozenNetwork
 
 
 class _AnyName(type):

@@ -13,8 +13,8 @@ import torch
 from made_data import made_images, made_npz
 
 from reat_fast import checkpoint, train
-from reat_fast.command import run_command
-from reat_fast.run import Run
+from reat_fast.cli.command import run_command
+from reat_fast.training.run import Run
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
 SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-batch-size", "32"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from reat_fast import parity_ops, verify
-from reat_fast.command import run_command
+from reat_fast import verify
+from reat_fast.cli.command import run_command
+from reat_fast.parity import ops
 
 
 def test_every_row_holds_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,8 +30,8 @@ def test_a_broken_op_falls_short(
     def almost(features: Tensor, *arguments: object, **options: object) -> Tensor:
         return whole(features, *arguments, **options) * (1 + 1e-5)  # type: ignore[arg-type]
 
-    whole = parity_ops.tail_penalty
-    monkeypatch.setattr(parity_ops, "tail_penalty", almost)
+    whole = ops.tail_penalty
+    monkeypatch.setattr(ops, "tail_penalty", almost)
     monkeypatch.setattr(verify, "compare_steps", lambda device: iter(()))
     assert run_command(verify.main, ["--device", "cpu"]) == 1
     assert "FALLS SHORT" in capsys.readouterr().out
@@ -39,13 +40,13 @@ def test_a_broken_op_falls_short(
 
 
 def test_an_error_that_is_not_a_number_does_not_hold() -> None:
-    assert not parity_ops.Row("op", "case", "float32", math.nan, 1.0).ok
+    assert not ops.Row("op", "case", "float32", math.nan, 1.0).ok
 
 
 @pytest.mark.interpreter
 def test_every_kernel_holds_in_the_interpreter() -> None:
     device = torch.device("cpu")
-    rows = list(parity_ops.compare_ops(device, "triton"))
+    rows = list(ops.compare_ops(device, "triton"))
     assert len(rows) > 40 and all(row.ok for row in rows)
 
 

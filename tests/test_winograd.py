@@ -11,11 +11,11 @@ from test_frozen import assert_equal_to_rounding, trained, with_statistics
 from torch import Tensor, nn
 
 from reat_fast.config import Config
-from reat_fast.frozen import FrozenNetwork
+from reat_fast.engine.step_attack import resolve_form
 from reat_fast.kernels import winograd
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 from reat_fast.models import NAMES, create_model
-from reat_fast.step_attack import resolve_form
+from reat_fast.networks.frozen import FrozenNetwork
 
 # Of a batch's 70 images of 8x8, 32 are computed at a time and 6 in the end.
 SHAPES = [(3, 5, 7, 6, 6), (2, 3, 4, 7, 5), (1, 1, 1, 2, 2), (70, 4, 6, 8, 8), (2, 1, 9, 1, 12)]

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from reat_fast.checkpoint import write_atomically
+from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import apgd, guards
 from reat_fast.evaluation.fab import fab
 from reat_fast.evaluation.square import square
 from reat_fast.evaluation.victim import FORWARD, WITH_GRADIENT, Victim, attacked
 from reat_fast.kernels import philox
-from reat_fast.networks import Network
-from reat_fast.precision import Precision
+from reat_fast.networks.architectures import Network
 
 MOST_TARGETS = 9
 SAVE_EVERY_SECONDS = 10.0

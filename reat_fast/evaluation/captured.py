@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from reat_fast.attack import ascend
-from reat_fast.evaluation.attacks import LOSSES, Attack
-from reat_fast.evaluation.victim import WITH_GRADIENT, Victim
-from reat_fast.graph import (
+from reat_fast.engine.graph import (
     WARM_UP_STEPS,
     baked_settings,
     record,
     refuse_changed_settings,
     warm_up,
 )
+from reat_fast.evaluation.attacks import LOSSES, Attack
+from reat_fast.evaluation.victim import WITH_GRADIENT, Victim
 
 # Before it is replayed a step is launched to warm up, checked and captured, five times in all: a
 # graph has to be replayed a few times as often to save anything.

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from reat_fast.data import ImageSet
+from reat_fast.engine.precision import full_precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.victim import Victim
 from reat_fast.kernels.prepare import prepare
-from reat_fast.precision import full_precision
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.prepare import Noise
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.methods.objectives import in_loss_precision
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 
 AttackLossName = Literal["ce", "bsl", "rbl", "rbl_offsets", "kl", "cosine"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 
 WEIGHT_NORM_OFFSET = 0.03125
 """What RoBal's classifier adds to the norms of its weights; its gamma."""

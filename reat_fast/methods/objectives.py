@@ -24,7 +24,7 @@ from torch import Tensor
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.methods.cosine_head import CosineHead
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 
 ObjectiveName = Literal["ce", "bsl", "trades", "mart", "robal", "taet"]

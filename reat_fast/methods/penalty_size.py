@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from reat_fast.attack import evaluating, pgd
-from reat_fast.frozen import FrozenNetwork
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
+from reat_fast.networks.frozen import FrozenNetwork
 from reat_fast.objective import balanced_softmax_loss, tail_penalty
 
 Form = Literal["official", "pairwise"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reat_fast import reference
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 
 Loss = Callable[[Network], Tensor]
 

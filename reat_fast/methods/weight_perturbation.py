@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 
 
 class WeightPerturbation:

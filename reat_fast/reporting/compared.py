@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reat_fast.progress import duration
+from reat_fast.cli.terminal import duration
 from reat_fast.reporting import html as report_html
 from reat_fast.reporting.compared_pictures import compared_classes, compared_curves
 from reat_fast.reporting.data import RunRecord

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from reat_fast import env
+from reat_fast.cli.terminal import duration
 from reat_fast.config import LOCAL_FIELDS, Config
-from reat_fast.progress import duration
 from reat_fast.reporting import html as report_html
 from reat_fast.reporting import pictures, probe_pictures
 from reat_fast.reporting.data import RunRecord

@@ -17,10 +17,10 @@ from torch import Tensor
 from reat_fast import checkpoint
 from reat_fast.attack import ascend, cross_entropy, evaluating
 from reat_fast.data import ImageSet, head_body_tail, load_dataset
-from reat_fast.frozen import FrozenNetwork
+from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.prepare import prepare
-from reat_fast.networks import Network
-from reat_fast.precision import full_precision
+from reat_fast.networks.architectures import Network
+from reat_fast.networks.frozen import FrozenNetwork
 from reat_fast.reporting.data import RunRecord
 
 STEPS = 20

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast.terminal import one_line
+from reat_fast.cli.terminal import one_line
 
 Array = npt.NDArray[Any]
 PARTS = ("training images", "training labels", "test images", "test labels")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from reat_fast.cli.terminal import one_line
 from reat_fast.sources.formats import PARTS, Array, DataError, Source, reading
 from reat_fast.sources.lazy import FileImages, decoding, find_damaged, require_pillow
-from reat_fast.terminal import one_line
 
 NAMED = 10  # files that a message names at most
 

@@ -12,10 +12,10 @@ import torch
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError
-from reat_fast.command import choose_device
+from reat_fast.cli.command import choose_device
 from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
-from reat_fast.distributed import World
-from reat_fast.logs import check_logs
+from reat_fast.engine.distributed import World
+from reat_fast.training.logs import check_logs
 
 
 @dataclass

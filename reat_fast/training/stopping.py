@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from reat_fast.distributed import World
+from reat_fast.engine.distributed import World
 
 # Processes must agree on the step after which they stop; asking costs one small collective.
 AGREE_EVERY_STEPS = 10

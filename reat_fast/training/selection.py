@@ -10,10 +10,10 @@ from typing import Any
 
 from reat_fast import checkpoint, report
 from reat_fast.data import ImageSet
+from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
-from reat_fast.gauge import seconds_per_pass
-from reat_fast.precision import resolve_precision
-from reat_fast.run import Run
+from reat_fast.training.gauge import seconds_per_pass
+from reat_fast.training.run import Run
 
 SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
 """The attack and the figure that choose the best epoch."""

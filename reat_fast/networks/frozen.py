@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reat_fast.folding import Fold, fold_batchnorms_, fuse_relus
 from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
+from reat_fast.networks.folding import Fold, fold_batchnorms_, fuse_relus
 
 Form = Literal["eager", "compiled", "cudnn", "cudnn-stem", "cpu"]
 # The fastest where it was timed; the others are there to be compared with it.

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from reat_fast.compiling import compile_whole, require_compiler
 from reat_fast.config import Config
-from reat_fast.distributed import SharedGradients, World, split, synchronise_batchnorm_
-from reat_fast.epoch_sums import EpochSums
+from reat_fast.engine.compiling import compile_whole, require_compiler
+from reat_fast.engine.distributed import SharedGradients, World, split, synchronise_batchnorm_
+from reat_fast.engine.epoch_sums import EpochSums
 from reat_fast.methods.objectives import Forward, Objective, Part
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 
 

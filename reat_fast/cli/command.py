@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import tyro
 
-from reat_fast.terminal import one_line
+from reat_fast.cli.terminal import one_line
 
 Flags = TypeVar("Flags")
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from reat_fast import checkpoint
-from reat_fast.command import is_out_of_memory
-from reat_fast.run import Run
+from reat_fast.cli.command import is_out_of_memory
+from reat_fast.training.run import Run
 
 SMALLEST_SCALE = 1 / 32
 """How far --on-nonfinite rollback lowers the learning rate before it gives up."""

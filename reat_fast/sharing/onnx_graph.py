@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reat_fast.extras import import_extra
-from reat_fast.networks import Network
+from reat_fast.cli.extras import import_extra
+from reat_fast.networks.architectures import Network
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit.

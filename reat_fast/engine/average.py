@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from reat_fast.networks import Network
+from reat_fast.networks.architectures import Network
 
 
 class WeightAverage:

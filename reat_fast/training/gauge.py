@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reat_fast.attack import pgd
-from reat_fast.frozen import Form, FrozenNetwork
+from reat_fast.engine.precision import full_precision, resolve_precision
 from reat_fast.methods.penalty_size import tail_gradient_share
-from reat_fast.precision import full_precision, resolve_precision
-from reat_fast.run import Run
+from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.training.run import Run
 
 BATCHES = 4
 """Batches that the size of the tail penalty is a mean over."""

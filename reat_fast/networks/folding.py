@@ -28,7 +28,7 @@ _BATCHNORMS = (
     "BatchNormAct2d",
     "SyncBatchNorm",
     "SyncBatchNormAct",
-    "SyncedBatchNorm",  # of reat_fast.distributed
+    "SyncedBatchNorm",  # of reat_fast.engine.distributed
 )
 
 CHANNELS = 8

@@ -11,22 +11,10 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from reat_fast.cli.terminal import duration
+
 LINE_EVERY_SECONDS = 60.0
 READ_EVERY_SECONDS = 1.0
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as people say them: 45 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
 
 
 class TrainingClock:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from reat_fast import reference
 from reat_fast.config import Config
-from reat_fast.frozen import Form, FrozenNetwork
-from reat_fast.graph import CapturedStep
+from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.precision import allowed_tf32, determinism
 from reat_fast.kernels import winograd
 from reat_fast.kernels.class_weights import rbl_weights
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
-from reat_fast.networks import Network
-from reat_fast.parity_ops import COUNTS, EPS, STEP_SIZE, Row, generator, name_of, worst
-from reat_fast.precision import allowed_tf32, determinism
+from reat_fast.networks.architectures import Network
+from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.parity.ops import COUNTS, EPS, STEP_SIZE, Row, generator, name_of, worst
 from reat_fast.step import TrainStep, make_optimizer
 
 

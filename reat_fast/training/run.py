@@ -12,21 +12,21 @@ from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
+from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.memory import keep_freed_memory
+from reat_fast.engine.precision import use_precision
+from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.env import environment
 from reat_fast.evaluate import evenly
-from reat_fast.graph import CapturedStep
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
-from reat_fast.logs import MetricLog
-from reat_fast.memory import keep_freed_memory
 from reat_fast.methods.cosine_head import use_cosine_head
-from reat_fast.networks import Network
-from reat_fast.plan import Plan
-from reat_fast.precision import use_precision
-from reat_fast.reference_step import ReferenceStep
-from reat_fast.run_folder import FolderLock, describe_run, write_table
+from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, make_optimizer
+from reat_fast.training.logs import MetricLog
+from reat_fast.training.plan import Plan
+from reat_fast.training.run_folder import FolderLock, describe_run, write_table
 
 
 class Run:

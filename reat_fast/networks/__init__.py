@@ -1,0 +1,1 @@
+"""The architectures, and the form of them that an attack sees."""

@@ -1,0 +1,1 @@
+"""What goes with an exported classifier: its model card and its ONNX graph."""

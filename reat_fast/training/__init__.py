@@ -1,0 +1,1 @@
+"""A training run around the step: plan, folder, progress, selection, and what to do on faults."""
