@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from reat_fast.sources.beton_folder import read as read_beton_folder
 from reat_fast.sources.formats import DataError as DataError
 from reat_fast.sources.formats import Source
 from reat_fast.sources.lazy import LazyImages
+
+if TYPE_CHECKING:
+    from reat_fast.config import Config
 
 Images = npt.NDArray[np.uint8] | LazyImages
 Indices = npt.NDArray[np.int64]
@@ -113,6 +117,24 @@ def load_dataset(
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
     class_names = tuple(map(one_line, source.class_names or ()))  # which tables show
     return Dataset(name, train, test, class_names, source.notes)
+
+
+def load_run_data(
+    config: Config,
+    name: str | None = None,
+    path: Path | None = None,
+    image_size: int | None = None,
+) -> Dataset:
+    """Load the data set of a run, or one in its place, as the run reads it.
+
+    name, path, image_size: what to take instead of the run's. Image files are cut to the size that
+    the run has them in, whichever set they are of. Raises DataError.
+    """
+    name, path = name or config.dataset, path or config.data
+    are_files = name in lists.READERS and (path is None or path.suffix != ".npz")
+    if image_size is None and are_files:
+        image_size = config.image_size
+    return load_dataset(name, path, image_size, config.skip_bad)
 
 
 def _read(name: str, path: Path | None, image_size: int | None, skip_bad: bool) -> Source:

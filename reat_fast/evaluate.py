@@ -18,7 +18,7 @@ from tqdm import tqdm
 from reat_fast import checkpoint, report
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
-from reat_fast.data import Dataset, ImageSet, load_dataset
+from reat_fast.data import Dataset, ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import guards
@@ -107,6 +107,8 @@ class Options:
     """Data set; unset: the one the run was trained on."""
     data: Path | None = None
     """Where the data is; unset: where the run found it."""
+    image_size: int | None = None
+    """Pixels a side that image files are resized and cut to; unset: as in the run."""
     subset: int | None = None
     """Evaluate on so many test images, evenly spread over the set; unset: on all."""
     train_counts: tuple[int, ...] | None = None
@@ -123,7 +125,7 @@ class Options:
     """Show no progress and no table, only warnings and errors."""
 
     def __post_init__(self) -> None:
-        for name in ("subset", "batch_size", "restarts"):
+        for name in ("image_size", "subset", "batch_size", "restarts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -202,7 +204,7 @@ def evenly(image_set: ImageSet, count: int) -> ImageSet:
 def _dataset(options: Options, folder: Path, spec: checkpoint.ModelSpec, weights: Path) -> Dataset:
     file = folder / "config.json"
     config = from_json(file.read_text("utf-8"), str(file)) if file.is_file() else Config()
-    dataset = load_dataset(options.dataset or config.dataset, options.data or config.data)
+    dataset = load_run_data(config, options.dataset, options.data, options.image_size)
     if dataset.num_classes != spec.num_classes:
         raise ValueError(
             f"--dataset {dataset.name}: has {dataset.num_classes} classes, "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from made_data import made_images, made_npz
+from PIL import Image
 from torch import Tensor
 
 from reat_fast import evaluate, reference, train
@@ -59,6 +60,30 @@ def test_the_tail_by_share_is_what_lies_beyond_80_per_cent() -> None:
     assert figures([1, 2, 3], [4, 4, 4], [10, 80, 10])["tail80"] == pytest.approx(50)
     assert figures([1, 2, 3], [4, 4, 4])["tail80"] is None
     assert figures([1], [4], [7])["tail80"] is None
+
+
+def test_a_run_on_image_files_is_evaluated_on_the_pixels_it_was_tested_on(tmp_path: Path) -> None:
+    made = np.random.RandomState(0)
+    for split, number in (("train", 12), ("test", 3)):
+        for label in range(2):
+            folder = tmp_path / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for k in range(number):
+                pixels = made.randint(0, 256, (12 + k % 2, 20, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+    (tmp_path / "data/test/class1/2.png").write_bytes(b"no image")
+    run = tmp_path / "run"
+    data = ["--dataset", "folder", "--data", str(tmp_path / "data"), "--imbalance-profile", "as-is"]
+    reading = ["--image-size", "8", "--skip-bad"]
+    small = ["--model", "resnet8", "--width", "8", "--epochs", "1", "--batch-size", "8"]
+    arguments = ["reat", *data, *reading, *small, "--select", "last", "--run-dir", str(run)]
+    assert run_command(train.main, arguments) == 0
+    tested = json.loads((run / "evaluation.json").read_text())
+    for size in ([], ["--image-size", "8"]):
+        assert run_command(evaluate.main, [str(run), *size, "--out", str(tmp_path / "out")]) == 0
+        found = json.loads((tmp_path / "out").read_text())
+        assert found["samples"] == tested["samples"] == 5
+        assert found["attacks"] == tested["attacks"]
 
 
 @pytest.fixture

@@ -340,6 +340,13 @@ def test_the_compiled_gradient_follows_the_weights_without_compiling_again(
     assert masks == [[True, False, False]] * convs
 
 
+def test_a_network_that_cannot_be_compiled_is_named_in_one_line() -> None:
+    frozen = FrozenNetwork(DataDependent(), form="compiled")
+    assert frozen.input_gradient is not None
+    with pytest.raises(ValueError, match="--attack-form compiled: this network cannot be compiled"):
+        frozen.input_gradient(torch.rand(2, 3, 6, 6), torch.tensor([1, 3]), cross_entropy)
+
+
 def test_other_forms_leave_the_gradient_to_autograd() -> None:
     model = trained("resnet8")
     assert FrozenNetwork(model, form="eager").input_gradient is None

@@ -45,6 +45,7 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, **graphs: object) -> None:
     fakes = {
         "Stream": lambda *device: stream,
         "current_stream": lambda: stream,
+        "set_stream": lambda s: None,
         "stream": lambda s: nullcontext(),
         "synchronize": lambda: None,
     }

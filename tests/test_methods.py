@@ -331,6 +331,21 @@ def test_mart_on_hand_made_probabilities() -> None:
     assert float(found) == pytest.approx(boosted + 4 * 0.5000001 * divergence, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["ce", "bsl", "trades", "mart", "taet"])
+def test_no_gradient_is_one_that_deterministic_algorithms_copy_from_the_host(name: str) -> None:
+    """Of rows, gather, scatter and max have such gradients, which no captured step can hold."""
+    logits, labels = made_logits()
+    loss = values_of(name, {k: z.requires_grad_() for k, z in logits.items()}, labels, epoch=40)
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert len(names) > 2 and not {n for n in names if n.startswith(("Gather", "Scatter", "Max"))}
+
+
 def test_taet_on_hand_made_losses() -> None:
     # Losses ln 2 and ln 4 in class 0, ln 8 in class 1, no image of class 2: L = (1.5, 3, 0) ln 2.
     chances = [[1 / 2, 1 / 4, 1 / 4], [1 / 4, 1 / 2, 1 / 4], [1 / 2, 1 / 8, 3 / 8]]

@@ -19,6 +19,7 @@ from made_data import made_npz
 from reat_fast import evaluate, sweep, train
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, parse, to_json
+from reat_fast.methods.work import work_per_image
 from reat_fast.reporting.sweep_table import spread
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
@@ -355,12 +356,8 @@ RECIPES = sorted((Path(__file__).parent.parent / "bench").glob("recipes*.txt"))
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
-    """Forwards of an image: 2 a step of the attack, 3 the update, 3 more where AWP moves first."""
     lines = sweep.read_lines(file)
-    costs = {
-        line.name: line.config.epochs * (2 * line.config.steps + 3 + 3 * bool(line.config.awp))
-        for line in lines
-    }
+    costs = {line.name: line.config.epochs * work_per_image(line.config) for line in lines}
     assert len(lines) > 8
     for name, cost in costs.items():
         assert cost == pytest.approx(costs["at-bsl"], rel=0.02), name

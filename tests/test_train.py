@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from made_data import made_images, made_npz
 
 from reat_fast import checkpoint, train
 from reat_fast.cli.command import run_command
+from reat_fast.training import gauge, selection
+from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
@@ -277,3 +280,40 @@ def test_batchnorms_that_cannot_be_folded_are_named(
     arguments = ["reat", *SMALL, "--model", "preact_resnet18", "--data", data, "--epochs", 1]
     assert run(*arguments, "--limit-batches", 1, "--run-dir", tmp_path / "run") == 0
     assert "9 BatchNorms follow no convolution" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "passes"),
+    [
+        # 144 images with 2 x 2 + 3 passes for 3 epochs, the test's 24 with 1 and 41, 3 evaluations
+        # of the 16 held out with 1 and 21.
+        ([], 3 * 144 * 7 + 24 * 42 + 3 * 16 * 22),
+        (["--attack", "fgsm-rs"], 3 * 144 * 5 + 24 * 42 + 3 * 16 * 22),
+        (["--attack", "free", "--replays", "4"], 3 * 144 * 12 + 24 * 42 + 3 * 16 * 22),
+        (["--evaluation", "none", "--limit-batches", "1"], 3 * 16 * 7 + 16 * 42),
+    ],
+)
+def test_the_expected_time_counts_the_passes_that_are_left(
+    flags: list[str], passes: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "seconds_per_step", lambda run: 2.0)
+    small = [*SMALL, "--imbalance", "1", "--epochs", "3", *flags]
+    arguments = ["reat", *small, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+    planned = Run(make_plan(arguments))
+    assert selection.expected_seconds(planned) == pytest.approx(passes)
+    planned.close()
+
+
+def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_in_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(gauge, "tail_gradient_share", lambda *_, **named: asked.append(named))
+    common = ["reat", *SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+    plain = ["--tail", "none"]
+    for flags in (plain, ["--objective", "ce", *plain], ["--accumulate", "3"]):
+        planned = Run(make_plan([*common, *flags]))
+        assert gauge.penalty_share(planned) is None
+        planned.close()
+    assert [named["batch_size"] for named in asked] == [6]  # of batches of 16 in 3 parts
+    assert asked[0]["steps"] == 2 and asked[0]["form"] == "official"

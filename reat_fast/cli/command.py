@@ -99,4 +99,6 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(
             f"--device {name}: this machine has {found} CUDA devices; try --device cpu"
         )
+    if device.index:
+        torch.cuda.set_device(device)  # on which streams are made and that is waited for
     return device

@@ -83,7 +83,8 @@ class CapturedStep:
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
         del kept
-        self._outcome = record(self._graph, self._body, stream)
+        # The threads of a loader may allocate meanwhile, which is no part of the step.
+        self._outcome = record(self._graph, self._body, stream, "thread_local")
         assert places == [tensor.data_ptr() for tensor in state], "state moved during the capture"
 
     def _body(self) -> dict[str, Tensor]:
@@ -130,9 +131,13 @@ def record(
     Errors: RuntimeError for a body that cannot be captured.
     """
     gc.collect()  # a tensor freed during the capture would be freed in the graph's pool
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode=error_mode):
-        outcome = body()
-    torch.cuda.current_stream().wait_stream(stream)
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode=error_mode):
+            outcome = body()
+    finally:
+        torch.cuda.set_stream(before)  # where ending a capture fails, it stays on its own stream
+    before.wait_stream(stream)
     return outcome
 
 

@@ -38,6 +38,13 @@ def _mallopt(values: dict[int, int]) -> bool:
     return mallopt is not None and all([mallopt(name, value) for name, value in values.items()])
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Give a GPU's unused memory back and count its peak from here on; elsewhere do nothing."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that were ever reserved on a GPU, or resident in a process on a CPU."""
     if device.type == "cuda":

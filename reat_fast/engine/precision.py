@@ -71,5 +71,7 @@ def _choose_algorithms(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
+        # Nothing here reads memory before it is written, so none need be filled each time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         # cuBLAS reads this when it starts; without it its products on several streams may differ.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

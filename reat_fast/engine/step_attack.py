@@ -10,11 +10,11 @@ from torch import Tensor
 
 from reat_fast.attack import ascend, with_batch_statistics
 from reat_fast.config import Config
-from reat_fast.engine.compiling import require_compiler
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.methods.attacks import AttackLossName, choose_attack_loss, plan_attack
 from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.compiling import require_compiler
 from reat_fast.networks.frozen import Form, FrozenNetwork
 from reat_fast.objective import ClassStatistics
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from reat_fast.config import Config
-from reat_fast.engine.compiling import compile_whole, require_compiler
 from reat_fast.engine.distributed import SharedGradients, World, split, synchronise_batchnorm_
 from reat_fast.engine.epoch_sums import EpochSums
 from reat_fast.methods.objectives import Forward, Objective, Part
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.compiling import compile_whole, require_compiler
 from reat_fast.objective import ClassStatistics
 
 

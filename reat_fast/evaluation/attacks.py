@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from reat_fast.attack import AttackLoss, ascend, cross_entropy
-from reat_fast.evaluation.victim import FORWARD, WITH_GRADIENT, Victim
+from reat_fast.evaluation.victim import Victim
+from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 
 NAMES = "clean, fgsm, pgdN, cwN, lsaN (N steps: pgd20, pgd100, cw20, lsa20), aa or aa-package"
 AUTOATTACKS = ("aa", "aa-package")

@@ -24,8 +24,9 @@ from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import apgd, guards
 from reat_fast.evaluation.fab import fab
 from reat_fast.evaluation.square import square
-from reat_fast.evaluation.victim import FORWARD, WITH_GRADIENT, Victim, attacked
+from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.kernels import philox
+from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
 
 MOST_TARGETS = 9

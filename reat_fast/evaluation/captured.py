@@ -25,7 +25,8 @@ from reat_fast.engine.graph import (
     warm_up,
 )
 from reat_fast.evaluation.attacks import LOSSES, Attack
-from reat_fast.evaluation.victim import WITH_GRADIENT, Victim
+from reat_fast.evaluation.victim import Victim
+from reat_fast.methods.work import WITH_GRADIENT
 
 # Before it is replayed a step is launched to warm up, checked and captured, five times in all: a
 # graph has to be replayed a few times as often to save anything.
@@ -172,6 +173,7 @@ class Ascents:
             self._captured = CapturedAscent(self._victim, attack.loss, self._size, clean)
         except RuntimeError as error:
             self._failed = True
+            torch.cuda.synchronize()  # steps begun in vain write to memory that is freed now
             warnings.warn(
                 f"{attack.name}: a step of the attack cannot be captured as a CUDA graph "
                 f"({str(error).splitlines()[0]}); steps are launched one by one, which is slower",

@@ -14,11 +14,9 @@ from tqdm import tqdm
 
 from reat_fast.attack import evaluating
 from reat_fast.engine.precision import Precision, full_precision
+from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import Form, FrozenNetwork
-
-FORWARD, WITH_GRADIENT = 1, 2
-"""What an image costs, in forward passes; weights are constant, so a gradient is one pass more."""
 
 
 class Victim:

@@ -164,15 +164,29 @@ def mart(forward: Forward, part: Part, *, beta: float) -> tuple[Tensor, Terms]:
     logarithms that log_softmax takes whole.
     """
     clean, logits = _clean_and_adv(forward, part)
-    clean, labels = in_loss_precision(clean), part.labels[:, None]
+    clean, labels = in_loss_precision(clean), part.labels
     probabilities = in_loss_precision(logits).softmax(1)
-    likeliest_wrong = probabilities.scatter(1, labels, 0.0).max(1).values
+    wrong = probabilities.masked_fill(_mask(labels, probabilities), 0.0)
+    likeliest_wrong = _picked(wrong, wrong.argmax(1))
     boosted = (
         class_loss(logits, part.labels, reduction="sum") - (1.0001 - likeliest_wrong).log().sum()
     )
-    doubt = 1.0000001 - clean.softmax(1).gather(1, labels).squeeze(1)
+    doubt = 1.0000001 - _picked(clean.softmax(1), labels)
     kl = (kl_rows(clean, logits) * doubt).sum() / part.total
     return logits, {"bce": boosted / part.total, "kl": beta * kl}
+
+
+def _picked(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows[k, columns[k]], [B].
+
+    Not by gather: its deterministic backward copies from the host, which no graph can hold.
+    """
+    return rows.where(_mask(columns, rows), 0.0).sum(1)
+
+
+def _mask(columns: Tensor, rows: Tensor) -> Tensor:
+    """Return where column columns[k] of row k is, bool like rows [B, K]."""
+    return columns[:, None] == torch.arange(rows.shape[1], device=rows.device)
 
 
 def robal(

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
+from reat_fast.networks.compiling import compile_whole
 from reat_fast.networks.folding import Fold, fold_batchnorms_, fuse_relus
 
 Form = Literal["eager", "compiled", "cudnn", "cudnn-stem", "cpu"]
@@ -68,8 +69,7 @@ class FrozenNetwork:
             use_col2im_(own)
         self.input_gradient: Callable[[Tensor, Tensor, Loss], Tensor] | None = None
         if form == "compiled":
-            # fullgraph: a network it cannot take as a whole must raise rather than run in pieces.
-            self.input_gradient = torch.compile(self._gradient, dynamic=False, fullgraph=True)
+            self.input_gradient = compile_whole(self._gradient, "--attack-form compiled")
         self.refresh()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reat_fast import checkpoint
 from reat_fast.attack import ascend, cross_entropy, evaluating
-from reat_fast.data import ImageSet, head_body_tail, load_dataset
+from reat_fast.data import ImageSet, head_body_tail, load_run_data
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.prepare import prepare
 from reat_fast.networks.architectures import Network
@@ -65,8 +65,7 @@ def probe_run(run: RunRecord, images: int, data: Path | None, device: torch.devi
     weights = run.folder / str(told.get("weights", ""))
     weights = weights if weights.is_file() else checkpoint.find_weights(run.folder)
     model, spec = checkpoint.load_model_and_spec(weights, device)
-    config = run.config
-    dataset = load_dataset(config.dataset, data or config.data, config.image_size, config.skip_bad)
+    dataset = load_run_data(run.config, path=data)
     if dataset.num_classes != spec.num_classes:
         raise ValueError(
             f"{dataset.name} has {dataset.num_classes} classes, {weights} was trained on "

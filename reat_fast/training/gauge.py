@@ -1,4 +1,4 @@
-"""What a run measures of itself for its log: the time of a pass, the size of the tail penalty."""
+"""What a run measures of itself and prints: the time of a step, the size of the tail penalty."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reat_fast.attack import pgd
+from reat_fast.engine.memory import forget_peak_memory
 from reat_fast.engine.precision import full_precision, resolve_precision
 from reat_fast.methods.penalty_size import tail_gradient_share
 from reat_fast.networks.frozen import Form, FrozenNetwork
@@ -19,8 +20,11 @@ BATCHES = 4
 """Batches that the size of the tail penalty is a mean over."""
 
 
-def seconds_per_pass(run: Run) -> float:
-    """Time one forward and input gradient of the attack, per image."""
+def seconds_per_step(run: Run) -> float:
+    """Time one step of the attack, per image.
+
+    On a GPU peak memory is counted anew afterwards: what a run reports is what training took.
+    """
     low = torch.bfloat16 if resolve_precision(run.config, run.device) == "bf16" else None
     # So many on a GPU that launching kernels, which a captured step does not do, hardly counts.
     number = 1024 if run.device.type == "cuda" else min(64, run.config.batch_size)
@@ -28,13 +32,15 @@ def seconds_per_pass(run: Run) -> float:
     form: Form = "cpu" if run.device.type == "cpu" else "eager"
     frozen = FrozenNetwork(run.model, low, form)
 
-    def one_pass() -> float:
+    def seconds() -> float:
         began = time.perf_counter()
         pgd(frozen, images, labels, steps=1).sum().item()
         return time.perf_counter() - began
 
-    one_pass()
-    return min(one_pass() for _ in range(3)) / len(images)
+    seconds()
+    fastest = min(seconds() for _ in range(3)) / len(images)
+    forget_peak_memory(run.device)
+    return fastest
 
 
 def penalty_share(run: Run) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
-from reat_fast.data import Dataset, ImageSet, Splits, load_dataset, make_splits
+from reat_fast.data import Dataset, ImageSet, Splits, load_run_data, make_splits
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import use_precision
@@ -238,7 +238,7 @@ class Run:
 def load_splits(plan: Plan) -> tuple[Dataset, Splits]:
     """Load the data set of a plan and draw its long-tailed split."""
     config = plan.config
-    dataset = load_dataset(config.dataset, config.data, config.image_size, config.skip_bad)
+    dataset = load_run_data(config)
     splits = make_splits(
         dataset,
         imbalance=config.imbalance,

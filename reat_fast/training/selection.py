@@ -12,11 +12,15 @@ from reat_fast import checkpoint, report
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
-from reat_fast.training.gauge import seconds_per_pass
+from reat_fast.methods.work import WITH_GRADIENT, work_per_image
+from reat_fast.training.gauge import seconds_per_step
 from reat_fast.training.run import Run
 
 SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
 """The attack and the figure that choose the best epoch."""
+
+TESTED = ("clean", "pgd20")
+"""What the chosen weights are tested under."""
 
 Tick = Callable[[int], object]
 """Called with the number of images after each batch of an evaluation; may raise to end it."""
@@ -43,7 +47,7 @@ def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, 
     result = evaluate(
         network,
         _selection_set(run),
-        [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", name)],
+        _attacks(run, "clean", name),
         run.dataset.num_classes,
         eps=config.eps,
         seed=config.seed,
@@ -73,7 +77,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     result = evaluate(
         model,
         run.limited(run.splits.test),
-        [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", "pgd20")],
+        _attacks(run, *TESTED),
         run.dataset.num_classes,
         eps=config.eps,
         seed=config.seed,
@@ -101,20 +105,26 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
 
 
 def expected_seconds(run: Run) -> float:
-    """Guess the seconds that are left from one attack step on a few images.
-
-    Counted in such passes, forward plus gradient: an image costs `steps` in the attack and 1.5
-    in the update, and one per step of an evaluation.
-    """
+    """Guess the seconds that are left from one attack step on a few images."""
     config = run.config
     epochs = config.epochs - run.epoch
     per_epoch = min(run.batches * config.batch_size, len(run.splits.train))
-    training = epochs * per_epoch * (config.steps + 1.5) / run.world.size
-    evaluation = len(run.limited(run.splits.test)) * 20.5
+    passes = epochs * per_epoch * work_per_image(config) / run.world.size
+    passes += len(run.limited(run.splits.test)) * _passes(run, *TESTED)
     if config.evaluation != "none":
-        attack, _ = SELECTION[config.evaluation]
-        evaluation += math.ceil(epochs / _every(run)) * len(_selection_set(run)) * int(attack[3:])
-    return (training + evaluation) * seconds_per_pass(run)
+        name, _ = SELECTION[config.evaluation]
+        evaluations = math.ceil(epochs / _every(run))
+        passes += evaluations * len(_selection_set(run)) * _passes(run, "clean", name)
+    return passes / WITH_GRADIENT * seconds_per_step(run)
+
+
+def _attacks(run: Run, *names: str) -> list[Attack]:
+    return [Attack.from_name(name, run.config.eps, run.config.step_size) for name in names]
+
+
+def _passes(run: Run, *names: str) -> int:
+    """Return the forward passes that an image costs under attacks, one after the other."""
+    return sum(attack.passes for attack in _attacks(run, *names))
 
 
 def _every(run: Run) -> int:

@@ -1,4 +1,4 @@
-"""torch.compile of a whole network, or one clear line where that cannot be."""
+"""torch.compile of a function as one graph, or one clear line where that cannot be."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
-Found = TypeVar("Found")
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
 
 
-def compile_whole(forward: Callable[[Tensor], Found], flag: str) -> Callable[[Tensor], Found]:
-    """Compile a function of images as one graph, for each of their shapes anew.
+def compile_whole(function: Callable[Inputs, Output], flag: str) -> Callable[Inputs, Output]:
+    """Compile a function of tensors as one graph, for each of their shapes anew.
 
     flag: what asked for it, for the errors. The first call on a shape compiles, the backward too,
     so a call in a capture needs one on the same shape before it.
     Errors of a call: ValueError where the function cannot be compiled as a whole.
     """
     # fullgraph: what it cannot take as a whole must raise rather than run in pieces.
-    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
-    def call(images: Tensor) -> Found:
+    def call(*inputs: Inputs.args, **named: Inputs.kwargs) -> Output:
         try:
-            return compiled(images)
+            return compiled(*inputs, **named)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

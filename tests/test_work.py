@@ -1,0 +1,75 @@
+"""The work of a method is what its steps multiply, and what the documentation says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from reat_fast.config import PRESETS, Config
+from reat_fast.methods.cosine_head import use_cosine_head
+from reat_fast.methods.work import work_per_image
+from reat_fast.models import create_model
+from reat_fast.step import TrainStep, make_optimizer
+
+COUNTS = [40, 24, 12, 7, 4]
+FLAGS = {f"--attack {attack}": Config(attack=attack) for attack in ("fgsm-rs", "n-fgsm", "free")}  # type: ignore[arg-type]
+CASES = {name: config for name, config in PRESETS.items() if name != "quickstart"} | FLAGS
+
+
+class Flops(TorchDispatchMode):
+    """Add up what convolutions and products compute; FlopCounterMode's hooks forbid grad()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def multiplied(config: Config, images: Tensor, labels: Tensor) -> float:
+    """Return the multiplications of one step, in those of a forward pass of its images."""
+    model = create_model("resnet8", len(COUNTS), width=16)
+    if config.head == "cosine":
+        use_cosine_head(model).compensate_(COUNTS, 0.1)
+    step = TrainStep(model.train(), make_optimizer(model, config), COUNTS, config)
+    with Flops() as forward, torch.no_grad():
+        model(images)
+    with Flops() as whole:
+        step(images, labels)
+    return whole.total / forward.total
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_work_is_what_a_step_multiplies(name: str) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.rand(5, 3, 8, 8), torch.arange(5)
+    # The eager form: others multiply in ways of their own.
+    config = dataclasses.replace(CASES[name], attack_form="eager", graph="off", device="cpu")
+    # The update does without the gradient of the images, which is a part of the first convolution.
+    assert multiplied(config, images, labels) == pytest.approx(work_per_image(config), rel=0.03)
+
+
+def test_the_work_is_what_the_documentation_says() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text("utf-8")
+    told = re.findall(r"^\| `([a-z][\w-]*)` \|.*?\| (\d+) \| ", text, re.MULTILINE)
+    assert {name for name, _ in told} == set(PRESETS) - {"quickstart"}
+    for name, work in told:
+        assert work_per_image(PRESETS[name]) == int(work), name
+    for flag, work in re.findall(r"^\| `(--attack [\w-]+)` \|[^|]*\| (\d+)", text, re.MULTILINE):
+        config = dataclasses.replace(FLAGS[flag], replays=1)
+        assert work_per_image(config) == int(work), flag
