@@ -56,6 +56,8 @@ class SweepRun:
     line: Line
     seed: int
     folder: Path
+    data: Path | None = None
+    """Where the data is, instead of where its line has it."""
 
     @property
     def state(self) -> str:
@@ -68,10 +70,12 @@ class SweepRun:
     def arguments(self) -> list[str]:
         """What follows `python -m reat_fast.train` to begin the run or to go on with it."""
         preset, *flags = self.line.words
-        seed = ["--seed", str(self.seed)]
+        own = ["--seed", str(self.seed)]
+        if self.data is not None:
+            own += ["--data", str(self.data)]
         if self.state == "begun":
-            return ["--resume", str(self.folder), *flags, *seed]
-        return [preset, *flags, *seed, "--run-dir", str(self.folder)]
+            return ["--resume", str(self.folder), *flags, *own]
+        return [preset, *flags, *own, "--run-dir", str(self.folder)]
 
     def lacks(self, attacks: Sequence[str]) -> bool:
         """Say whether the evaluation of a finished run leaves out one of these attacks.
@@ -137,13 +141,17 @@ def _read_line(place: str, words: list[str]) -> Line | None:
     return Line(place, name, tuple(words), config)
 
 
-def make_runs(lines: Sequence[Line], seeds: Sequence[int], out: Path) -> list[SweepRun]:
+def make_runs(
+    lines: Sequence[Line], seeds: Sequence[int], out: Path, data: Path | None = None
+) -> list[SweepRun]:
     """Combine lines and seeds, the seeds of a line one after another.
 
     Errors: ValueError where a run was begun with other flags than its line has now.
     """
     runs = [
-        SweepRun(line, seed, out / f"{line.name}-seed{seed}") for line in lines for seed in seeds
+        SweepRun(line, seed, out / f"{line.name}-seed{seed}", data)
+        for line in lines
+        for seed in seeds
     ]
     for run in runs:
         _refuse_changes(run)
@@ -250,6 +258,8 @@ class Options:
     """Seeds that every line is run with."""
     out: Path | None = None
     """Folder of the runs, NAME-seedN, and of summary.md; unset: sweeps/FILE without its ending."""
+    data: Path | None = None
+    """Where the data of all runs is; unset: where each line has it."""
     attacks: tuple[str, ...] = ()
     """Attacks to evaluate each finished run under, beside clean and pgd20: pgd100, cw20, aa, ..."""
     dry_run: bool = False
@@ -260,6 +270,8 @@ class Options:
             raise ValueError("--seeds: give each seed once")
         for seed in self.seeds:
             Config(seed=seed)
+        if self.data is not None and not self.data.exists():
+            raise ValueError(f"--data {self.data}: no such file or folder")
         for name in self.attacks:
             Attack.from_name(name, 0.0, 0.0)
 
@@ -273,7 +285,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     options = parse_flags(Options, arguments, "python -m reat_fast.sweep")
     out = options.out or Path("sweeps") / options.presets.stem
-    runs = make_runs(read_lines(options.presets), options.seeds, out)
+    runs = make_runs(read_lines(options.presets), options.seeds, out, options.data)
     if options.dry_run:
         for run in runs:
             print(f"{run.state:8}  python -m reat_fast.train {shlex.join(run.arguments)}")

@@ -195,6 +195,20 @@ def test_a_dry_run_lists_and_writes_nothing(
     assert trainer.commands == [] and not (out / "summary.md").exists()
 
 
+def test_the_data_of_all_lines_may_be_named_once(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "out", tmp_path / "moved.npz"
+    assert command(presets, "--out", out, "--data", data) == 2
+    assert f"--data {data}: no such file or folder" in capsys.readouterr().err
+    data.touch()
+    trainer.codes = {"short-seed0": 143}
+    assert command(presets, "--out", out, "--data", data) == 130
+    assert command(presets, "--out", out, "--data", data) == 0  # where it lies changes no run
+    named = [words[words.index("--data") + 1] for words in trainer.commands]
+    assert named == [str(data)] * 3 and trainer.commands[2][0] == "--resume"
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
