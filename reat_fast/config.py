@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 import tyro
 
 from reat_fast.cli.command import parse_flags
-from reat_fast.cli.typed_fields import from_values
 from reat_fast.methods.presets import METHOD_PRESETS
+from reat_fast.storage.typed_fields import from_values
 
 
 def fraction(text: str) -> float:

@@ -13,8 +13,7 @@ import io
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +30,7 @@ from reat_fast.sources.beton_file import read_beton
 from reat_fast.sources.formats import DataError
 from reat_fast.sources.lazy import Bytes, decode_all
 from reat_fast.sources.lists import refuse_or_note
+from reat_fast.storage.whole_files import replacing
 
 Progress = Callable[[], object]
 
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
     total = sum(map(len, parts.values()))
     quality = options.quality if options.field == "jpg" else None
     loss = ""
-    with replacing(target) as place:
+    with replacing(target, beton_folder.FILES) as place:
         with _bar("writing", total) as bar:
             if target.suffix == ".npz":
                 write_npz(place, parts, dataset.class_names, bar.update)
@@ -177,46 +177,6 @@ def write_npz(
 def _add(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give a place beside `target` to write to; it takes the target's place when all went well.
-
-    Whatever goes wrong, it is removed and the target stays. Raises DataError for an OSError.
-    """
-    part = target.with_name(f"{target.name}.part")
-    try:
-        _remove(part)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if target.is_dir():  # a folder can only take the place of an empty one
-            old = target.with_name(f"{target.name}.old")
-            target.rename(old)
-            part.rename(target)
-            _remove(old)
-        else:
-            part.replace(target)
-    except BaseException as error:
-        with suppress(OSError):
-            _remove(part)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise DataError(
-                f"--to {target}: cannot be written ({reason}); nothing was kept"
-            ) from error
-        raise
-
-
-def _remove(place: Path) -> None:
-    """Remove what a conversion wrote; anything else in a folder makes it stay, with an OSError."""
-    if place.is_dir():
-        for file in place.iterdir():
-            if file.name in beton_folder.FILES:
-                file.unlink()
-        place.rmdir()
-    else:
-        place.unlink(missing_ok=True)
 
 
 def _refuse_to_replace(target: Path, force: bool) -> None:

@@ -29,6 +29,7 @@ from reat_fast.evaluation.figures import tail_by_share
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
+from reat_fast.storage.whole_files import write_text
 
 STATE = "autoattack-state.pt"
 GUARDED_IMAGES = 64
@@ -181,7 +182,7 @@ def main(arguments: list[str]) -> int:
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
     out = options.out or folder / "evaluation.json"
-    checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")
+    write_text(out, json.dumps(result, indent=2) + "\n")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:

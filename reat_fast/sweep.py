@@ -31,6 +31,7 @@ from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
 from reat_fast.evaluation.attacks import Attack
 from reat_fast.reporting import sweep_table
+from reat_fast.storage.whole_files import write_text
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""
@@ -235,8 +236,8 @@ def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) ->
     commands = {run.line.name: shlex.join(run.line.words) for run in runs}
     table = sweep_table.markdown(rows)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(out / "summary.md", sweep_table.document(table, commands))
-    checkpoint.write_text(out / "summary.csv", sweep_table.comma_separated(rows, commands))
+    write_text(out / "summary.md", sweep_table.document(table, commands))
+    write_text(out / "summary.csv", sweep_table.comma_separated(rows, commands))
     return table
 
 

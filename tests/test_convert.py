@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from damage import mutated, refused_or_valid
+from damage import let_the_second_rename_fail, mutated, refused_or_valid
 from made_data import made_npz
 from PIL import Image
 
@@ -227,6 +227,24 @@ def test_a_conversion_is_replaced_only_by_force_and_only_by_a_whole_one(
     assert os.listdir(tmp_path / "out") == [name]
 
 
+def test_a_conversion_that_cannot_be_moved_into_place_leaves_the_earlier_one(
+    ffcv: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: list[str],
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "out" / "set"
+    assert run(*source, "--to", target, "--imbalance", 0.5) == 0
+    kept = load_dataset("beton", target)
+    capsys.readouterr()
+    let_the_second_rename_fail(monkeypatch)
+    message = error_of(capsys, *source, "--to", target, "--force")
+    assert message == f"{target}: cannot be written (Input/output error); nothing was kept"
+    assert_same(load_dataset("beton", target), kept)
+    assert os.listdir(tmp_path / "out") == ["set"]
+
+
 def fail(error: BaseException) -> Callable[..., Any]:
     def raising(*_: object) -> None:
         raise error
@@ -287,7 +305,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         message = error_of(capsys, "npz", "--data", path, "--to", target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert message.startswith(f"--to {target}: cannot be written (")
+    assert message.startswith(f"{target}: cannot be written (")
     assert message.endswith("); nothing was kept")
     assert not list(target.parent.iterdir())
     assert run("npz", "--data", path, "--to", target) == 0

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reat_fast.checkpoint import write_atomically
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import apgd, guards
 from reat_fast.evaluation.fab import fab
@@ -27,6 +26,7 @@ from reat_fast.evaluation.square import square
 from reat_fast.evaluation.victim import FORWARD, WITH_GRADIENT, Victim, attacked
 from reat_fast.kernels import philox
 from reat_fast.networks.architectures import Network
+from reat_fast.storage.whole_files import write_atomically
 
 MOST_TARGETS = 9
 SAVE_EVERY_SECONDS = 10.0

@@ -12,6 +12,7 @@ from reat_fast import checkpoint, report
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.storage.whole_files import write_text
 from reat_fast.training.gauge import seconds_per_pass
 from reat_fast.training.run import Run
 
@@ -93,7 +94,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "device": str(run.device),
         "seconds": round(time.perf_counter() - began, 3),
     }
-    checkpoint.write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
     report.draw_accuracy(result, folder / "accuracy.png", title)
     report.draw_learning(folder / "metrics.csv", folder / "learning.png")
