@@ -1,7 +1,7 @@
 """The table of a sweep: mean and sample standard deviation over the seeds of each line.
 
-A figure enters with its attack, radius and number of test images; runs that differ in these are not
-averaged. Seconds are those of all epochs, evaluations on held-out images included.
+A figure enters with its attack and the protocol of its evaluation, as in a report; runs that differ
+in these are not averaged. Seconds are those of all epochs, evaluations on held-out images included.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.config import fraction_text
-from reat_fast.reporting.tables import attack_title
+from reat_fast.reporting.tables import PROTOCOL, attack_title, protocol_of, setting_text
 
 ATTACKS = ("clean", "pgd20")
 """What a run is evaluated under at its end."""
-
-CONDITIONS = ("dataset", "samples", "eps")
-"""What runs of one line must share for a mean to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def summarise(name: str, folders: Sequence[Path], attacks: Sequence[str] = ATTAC
             continue
         try:
             evaluation = json.loads(file.read_text("utf-8"))
-            found = {condition: evaluation[condition] for condition in CONDITIONS}
+            found = protocol_of(evaluation)
             for column, (attack, part) in columns.items():
                 value = evaluation["attacks"].get(attack, {}).get(part)
                 if value is not None:
@@ -65,8 +62,11 @@ def summarise(name: str, folders: Sequence[Path], attacks: Sequence[str] = ATTAC
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
         if conditions not in ({}, found):
+            name = next(name for name in PROTOCOL if found[name] != conditions[name])
+            here, there = (setting_text(name, told[name]) for told in (found, conditions))
             raise ValueError(
-                f"{file}: evaluated on {found}, the other seeds on {conditions}; evaluate it again"
+                f"{file}: evaluated with {name} {here}, the other seeds with {there}; "
+                "evaluate it again"
             )
         conditions = found
     return SummaryRow(name, len(folders), tuple(attacks), conditions, values)
@@ -144,14 +144,14 @@ def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> 
     columns = [*_columns(rows[0].attacks), "seconds"]
     names = [column.lower().replace("-", "").replace(" ", "_") for column in columns]
     figures = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
-    writer.writerow(["run", "command", "finished", "planned", *CONDITIONS, *figures])
+    writer.writerow(["run", "command", "finished", "planned", *PROTOCOL, *figures])
     for row in rows:
         figure: list[float | str] = []
         for column in columns:
             values = row.values[column]
             figure.append(statistics.fmean(values) if values else "")
             figure.append(statistics.stdev(values) if len(values) > 1 else "")
-        conditions = [row.conditions.get(condition, "") for condition in CONDITIONS]
+        conditions = [row.conditions.get(condition, "") for condition in PROTOCOL]
         command = f"python -m reat_fast.train {commands[row.name]}"
         writer.writerow([row.name, command, row.finished, row.planned, *conditions, *figure])
     return text.getvalue()

@@ -20,7 +20,6 @@ PROTOCOL = {"dataset": None, "eps": None, "step_size": None, "samples": None, "r
 """What two evaluations must have in common for their figures to be averaged, and what they mean
 where they do not say it."""
 
-
 MOST_CLASSES = 100
 """Classes that a printed table has rows for; JSON and report have all of them."""
 
@@ -160,13 +159,15 @@ def _settings(run: RunRecord) -> dict[str, str]:
         for name, value in asdict(run.config).items()
         if name not in ("seed", *LOCAL_FIELDS)
     }
-    evaluation = run.evaluation or {}
-    tested = {
-        f"test {name}": setting_text(name, evaluation.get(name, default))
-        for name, default in PROTOCOL.items()
-        if evaluation
-    }
-    return values | tested
+    if run.evaluation:
+        protocol = protocol_of(run.evaluation)
+        values |= {f"test {name}": setting_text(name, told) for name, told in protocol.items()}
+    return values
+
+
+def protocol_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the conditions of an evaluation, by the names of PROTOCOL."""
+    return {name: evaluation.get(name, default) for name, default in PROTOCOL.items()}
 
 
 def setting_text(name: str, value: object) -> str:
