@@ -118,8 +118,8 @@ def test_the_card_has_every_figure_with_its_attack_and_escapes_names(
     assert command(run_dir, "--to", tmp_path / "to", "--format", "hub") == 0
     card = (tmp_path / "to" / "README.md").read_text()
     assert "| overall | 61.25 | 31.50 |" in card
-    assert "| tail | 52.12 | - |" in card
-    assert "On 24 test images of made &lt;b&gt;; attacks within L-infinity eps 8/255" in card
+    assert "| tail | 52.12 | – |" in card
+    assert "In %, on 24 test images of made &lt;b&gt;; attacks within L-infinity eps 8/255" in card
     assert "<b>" not in card.split("---\n")[2]
     assert "# license: yours to choose" in card
 

@@ -54,6 +54,7 @@ def run(tmp_path: Path) -> Path:
 def test_mean_and_sample_deviation_by_hand() -> None:
     assert mean_text([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert mean_text([1.0, None, 2.0]) == "1.50 ± 0.71"
+    assert mean_text([1.0, 3.0], digits=1) == "2.0 ± 1.4"  # sqrt(2), not the population's 1
     assert mean_text([12.5]) == "12.50"
     assert mean_text([None]) == mean_text([]) == "–"
 

@@ -19,7 +19,6 @@ from made_data import made_npz
 from reat_fast import evaluate, sweep, train
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, parse, to_json
-from reat_fast.reporting.sweep_table import spread
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
 SMALL += " --held-out 0.1 --epochs 1 --device cpu"
@@ -282,12 +281,6 @@ def test_evaluations_under_other_conditions_are_not_averaged(
     (out / "reat-seed1" / "evaluation.json").write_text("{}")
     assert command(presets, "--seeds", 0, 1, "--out", out) == 2
     assert "evaluation.json: damaged" in capsys.readouterr().err
-
-
-def test_spread() -> None:
-    assert spread([]) == "-"
-    assert spread([1.0]) == "1.00"
-    assert spread([1.0, 3.0]) == "2.00 ± 1.41"  # sqrt(2), not the population's 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

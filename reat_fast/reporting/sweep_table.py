@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.config import fraction_text
-from reat_fast.reporting.tables import PROTOCOL, attack_title, protocol_of, setting_text
+from reat_fast.reporting.tables import (
+    PROTOCOL,
+    attack_title,
+    markdown_text,
+    mean_text,
+    protocol_of,
+    setting_text,
+)
 
 ATTACKS = ("clean", "pgd20")
 """What a run is evaluated under at its end."""
@@ -86,14 +93,6 @@ def _seconds(timing: Path) -> float:
         return sum(float(row["seconds"]) for row in csv.DictReader(file))
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Write values as mean ± sample standard deviation, or the one there is, or a dash."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def markdown(rows: Sequence[SummaryRow]) -> str:
     """Write the rows as a Markdown table whose columns also line up in a terminal."""
     columns = _columns(rows[0].attacks)
@@ -105,11 +104,11 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
             [
                 row.name,
                 f"{row.finished} of {row.planned}",
-                str(row.conditions.get("dataset", "-")).replace("|", "\\|"),
-                str(row.conditions.get("samples", "-")),
-                "-" if eps is None else fraction_text(eps),
+                markdown_text(str(row.conditions.get("dataset", "–"))),
+                str(row.conditions.get("samples", "–")),
+                "–" if eps is None else fraction_text(eps),
                 *(_cell(row, column) for column in columns),
-                spread(row.values["seconds"], digits=0),
+                mean_text(row.values["seconds"], digits=0),
             ]
         )
     widths = [max(len(line[k]) for line in cells) for k in range(len(head))]
@@ -123,7 +122,7 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
 def _cell(row: SummaryRow, column: str) -> str:
     values = row.values[column]
     missing = values and len(values) < row.finished
-    return f"{spread(values)} (n = {len(values)})" if missing else spread(values)
+    return mean_text(values) + (f" (n = {len(values)})" if missing else "")
 
 
 def document(table: str, commands: Mapping[str, str]) -> str:

@@ -20,6 +20,9 @@ PROTOCOL = {"dataset": None, "eps": None, "step_size": None, "samples": None, "r
 """What two evaluations must have in common for their figures to be averaged, and what they mean
 where they do not say it."""
 
+OF_WORDS = ("group", "attack", "part")
+"""Columns of a Markdown table that hold words; the others hold numbers."""
+
 MOST_CLASSES = 100
 """Classes that a printed table has rows for; JSON and report have all of them."""
 
@@ -86,14 +89,13 @@ def main_attack(evaluation: dict[str, Any]) -> str:
     return "pgd20" if "pgd20" in names else names[-1]
 
 
-def mean_text(values: Sequence[float | None]) -> str:
+def mean_text(values: Sequence[float | None], digits: int = 2) -> str:
     """Write the mean and, over two or more values, the sample standard deviation."""
     present = [value for value in values if value is not None]
     if not present:
         return "–"
-    if len(present) == 1:
-        return f"{present[0]:.2f}"
-    return f"{statistics.mean(present):.2f} ± {statistics.stdev(present):.2f}"
+    mean = f"{statistics.fmean(present):.{digits}f}"
+    return mean if len(present) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -207,14 +209,13 @@ def paper_table(groups: Sequence[Group]) -> Table:
 
 def markdown(table: Table) -> str:
     """Write a table as Markdown; what a cell holds is shown, never interpreted."""
-    heading, *rows = [[_markdown_cell(cell) for cell in row] for row in table]
-    columns = len(heading)
-    text_columns = sum(name in ("group", "attack") for name in table[0])
-    rule = [":--" if k < text_columns else "--:" for k in range(columns)]
+    heading, *rows = [[markdown_text(cell) for cell in row] for row in table]
+    rule = [":--" if name in OF_WORDS else "--:" for name in table[0]]
     return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *rows))
 
 
-def _markdown_cell(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Write a text so that Markdown and HTML show it on one line and do not obey it."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\|*_`\[\]])", r"\\\1", escaped)
 
