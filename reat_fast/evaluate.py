@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from reat_fast import checkpoint, report
+from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import Dataset, ImageSet, load_dataset
@@ -29,6 +28,7 @@ from reat_fast.evaluation.figures import tail_by_share
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
+from reat_fast.reporting.tables import accuracy_table
 from reat_fast.storage.whole_files import write_text
 
 STATE = "autoattack-state.pt"
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     folder = options.run if options.run.is_dir() else options.run.parent
     dataset = _dataset(options, folder, spec, weights)
     counts = _train_counts(options, folder, spec.num_classes)
-    test = dataset.test if options.subset is None else evenly(dataset.test, options.subset)
+    test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
     began = time.perf_counter()
     warnings = _guard(model, test, options.seed)
     hidden = options.quiet or not sys.stderr.isatty()
@@ -186,18 +186,9 @@ def main(arguments: list[str]) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:
-        print(report.accuracy_table(result))
+        print(accuracy_table(result))
         print(f"{out} written ({result['seconds']:.1f} s on {device})")
     return 0
-
-
-def evenly(image_set: ImageSet, count: int) -> ImageSet:
-    """Take `count` images evenly spread over a set, which may be sorted by class."""
-    total = len(image_set.labels)
-    rows = [i * total // min(count, total) for i in range(min(count, total))]
-    return dataclasses.replace(
-        image_set, images=image_set.images[rows], labels=image_set.labels[rows]
-    )
 
 
 def _dataset(options: Options, folder: Path, spec: checkpoint.ModelSpec, weights: Path) -> Dataset:
@@ -226,7 +217,7 @@ def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int]
 
 def _guard(model: Network, image_set: ImageSet, seed: int) -> list[str]:
     """Refuse what cannot be evaluated; return warnings."""
-    few = evenly(image_set, GUARDED_IMAGES)
+    few = image_set.evenly(GUARDED_IMAGES)
     labels = torch.from_numpy(few.labels)
     with attacked(model) as victim:
         images, _ = Images(few, victim, seed, 0.0)(torch.arange(len(few)))

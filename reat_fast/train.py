@@ -7,7 +7,6 @@ import time
 
 import torch
 
-from reat_fast import report
 from reat_fast.checkpoint import has_checkpoint
 from reat_fast.cli.command import run_command
 from reat_fast.cli.terminal import duration
@@ -15,6 +14,7 @@ from reat_fast.config import fraction_text
 from reat_fast.engine.distributed import World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.precision import resolve_precision
+from reat_fast.reporting.tables import accuracy_table
 from reat_fast.step import resolve_attack_loss
 from reat_fast.training import gauge, selection
 from reat_fast.training.faults import explained_faults, refuse_nonfinite, roll_back
@@ -204,7 +204,7 @@ def test(run: Run, stop: StopRequest) -> None:
     result = selection.test(run, _tick(stop))
     if run.log is not None:
         run.log.result(result)
-    print(f"\n{report.accuracy_table(result)}\n")
+    print(f"\n{accuracy_table(result)}\n")
     print(
         f"{result['weights']} (epoch {result['weights_epoch']}) on {result['samples']:,} of "
         f"{len(run.splits.test):,} test images, eps {fraction_text(result['eps'])}; peak memory "

@@ -432,8 +432,8 @@ def test_damaged_weights_are_named(trained: Path, capsys: pytest.CaptureFixture[
 
 def test_pictures_of_a_run_folder_are_png(trained: Path, tmp_path: Path) -> None:
     evaluation = json.loads((trained / "evaluation.json").read_text())
-    report.draw_accuracy(evaluation, tmp_path / "accuracy.png", "title")
-    report.draw_learning(trained / "metrics.csv", tmp_path / "learning.png")
+    pictures.draw_accuracy(evaluation, tmp_path / "accuracy.png", "title")
+    pictures.draw_learning(trained / "metrics.csv", tmp_path / "learning.png")
     for file in tmp_path.glob("*.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from reat_fast import checkpoint, report
+from reat_fast import checkpoint
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.reporting.pictures import draw_accuracy, draw_learning
 from reat_fast.storage.whole_files import write_text
 from reat_fast.training.gauge import seconds_per_pass
 from reat_fast.training.run import Run
@@ -96,8 +97,8 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     }
     write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
-    report.draw_accuracy(result, folder / "accuracy.png", title)
-    report.draw_learning(folder / "metrics.csv", folder / "learning.png")
+    draw_accuracy(result, folder / "accuracy.png", title)
+    draw_learning(folder / "metrics.csv", folder / "learning.png")
     return result
 
 
