@@ -20,6 +20,7 @@ from reat_fast.kernels import philox
 from reat_fast.kernels.philox import normal_words, philox_words, uniform_word
 from reat_fast.kernels.triton_support import (
     Backend,
+    cdiv,
     device_number,
     jit,
     kernel_runs_on,
@@ -163,7 +164,7 @@ def _prepare(
         memory_format=torch.channels_last,
     )
     start = torch.empty_like(clean)
-    wrap_triton(_prepare_kernel)[(batch, -(-height * width * channels // block))](
+    wrap_triton(_prepare_kernel)[(batch, cdiv(height * width * channels, block))](
         images,
         indices,
         seed,

@@ -18,8 +18,8 @@ from reat_fast.attack import AttackLoss, cross_entropy
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.prepare import Noise
+from reat_fast.kernels.triton_support import in_loss_precision
 from reat_fast.methods.cosine_head import CosineHead
-from reat_fast.methods.objectives import in_loss_precision
 from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 
