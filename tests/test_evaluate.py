@@ -269,7 +269,7 @@ def test_a_missing_package_says_how_to_get_it(
     assert command(run_dir, "--attacks", "aa-package") == 2
     error = capsys.readouterr().err
     assert error == (
-        'error: --attacks aa-package: needs pyautoattack; pip install "reat-fast[eval]"\n'
+        'error: --attacks aa-package needs pyautoattack: pip install "reat-fast[eval]"\n'
     )
     assert (run_dir / "evaluation.json").read_text() == before
 
