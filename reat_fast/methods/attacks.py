@@ -1,7 +1,7 @@
 """What the attack of a training step maximises, where it starts and how far it goes.
 
-PGD and the one-step attacks differ in five numbers only, so all of them are attack.ascend with a
-plan. Free training differs in kind: it trains on the images that it attacks.
+PGD and the one-step attacks differ in the numbers of a plan only, so attack.ascend is all of them.
+Free training differs in kind: it trains on the images that it attacks.
 """
 
 from __future__ import annotations
