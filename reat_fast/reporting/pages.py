@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from reat_fast import env
 from reat_fast.cli.terminal import duration
 from reat_fast.config import LOCAL_FIELDS, Config
+from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.reporting import html as report_html
 from reat_fast.reporting import pictures, probe_pictures
 from reat_fast.reporting.data import RunRecord
@@ -188,8 +189,6 @@ def _statistics_pictures(run: RunRecord) -> list[Picture]:
     fits = run.counts and run.ae_counts and len(run.ae_counts[0]) == len(run.counts)
     if not fits or run.counts is None:
         return []
-    from reat_fast.step import resolve_attack_loss
-
     used = resolve_attack_loss(run.config)
     acts = (
         f"This run's attack used them (attack loss {used})."
