@@ -357,8 +357,6 @@ def from_json(text: str, source: str = "config.json") -> Config:
             values = values.get("training", values)  # an exported config.json holds more
         if not isinstance(values, dict):
             raise ValueError("no object of fields")
-        if isinstance(values.get("profile"), str):  # its name before --profile was a flag
-            values["imbalance_profile"] = values.pop("profile")
         known = {field.name for field in dataclasses.fields(Config)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -45,7 +45,7 @@ class Options:
     """Folder to write, or FILE.npz."""
     data: Path | None = None
     """Where the source is; unset: where a named set is usually found."""
-    image_size: Annotated[int | None, tyro.conf.arg(aliases=["--size"])] = None
+    image_size: int | None = None
     """Pixels a side that image files are resized and cut to."""
     field: Literal["raw", "jpg"] = "raw"
     """How a .beton keeps RGB images; grey ones are always raw."""

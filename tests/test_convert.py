@@ -178,7 +178,7 @@ def test_image_files_are_converted_and_damaged_ones_named_or_left_out(
         lines.append(f"{number}.png {number % 2}\n")
     for name in ("train.txt", "test.txt"):
         (tmp_path / name).write_text("".join(lines))
-    flags = ["list", "--data", tmp_path, "--size", 8, "--check", "--to"]
+    flags = ["list", "--data", tmp_path, "--image-size", 8, "--check", "--to"]
     assert run(*flags, tmp_path / "set") == 0
     expected = load_dataset("list", tmp_path, image_size=8)
     assert_same(load_dataset("beton", tmp_path / "set"), expected)
