@@ -53,14 +53,14 @@ class Options:
     """Quality of JPEG, 1 to 100."""
     imbalance: float | None = None
     """Smallest / largest class of a long-tailed training set; unset: every image."""
-    profile: Literal["exp", "step"] = "exp"
-    """How the class sizes fall."""
+    imbalance_profile: Literal["exp", "step"] = "exp"
+    """How class sizes fall off: exponentially, or in one step after half of the classes."""
     largest: int | None = None
     """Images of class 0; unset: the size of the smallest class."""
     split: Literal["apply", "index"] = "apply"
     """Write only the long-tailed images, or all of them and a list of positions beside them."""
-    seed: int = 0
-    """Seed of the long-tailed draw."""
+    split_seed: int = 0
+    """Seed of the long-tailed subset; 0 is the subset that the official code draws."""
     skip_bad: bool = False
     """Leave out image files that cannot be decoded."""
     check: bool = False
@@ -75,6 +75,7 @@ class Options:
             "--field jpg: an .npz keeps plain pixels; leave it out": not npz or self.field == "raw",
             "--split index: needs a folder, not an .npz": not npz or self.split == "apply",
             "--split index: needs --imbalance": self.imbalance is not None or self.split == "apply",
+            f"--split-seed {self.split_seed}: must lie in [0, 2^32)": 0 <= self.split_seed < 2**32,
             "--largest: needs --imbalance": self.imbalance is not None or self.largest is None,
         }
         for message, good in checks.items():
@@ -123,10 +124,10 @@ def _long_tail(dataset: Dataset, options: Options) -> Indices | None:
     splits = make_splits(
         dataset,
         imbalance=options.imbalance,
-        profile=options.profile,
+        profile=options.imbalance_profile,
         largest=options.largest,
         held_out=0,
-        seed=options.seed,
+        seed=options.split_seed,
     )
     return splits.train_indices
 
@@ -135,7 +136,7 @@ def _describe(dataset: Dataset, rows: Indices | None, options: Options) -> dict[
     """Return what dataset.json says beside what the files hold."""
     longtail: dict[str, Any] | None = None
     if rows is not None:
-        flags = ("imbalance", "profile", "largest", "split", "seed")
+        flags = ("imbalance", "imbalance_profile", "largest", "split", "split_seed")
         longtail = {flag: getattr(options, flag) for flag in flags}
         longtail["counts"] = np.bincount(dataset.train.labels[rows]).tolist()
     return {

@@ -146,7 +146,7 @@ def test_the_long_tail_is_applied_or_kept_as_an_index(
     whole = load_dataset("npz", Path(source[2]))
     counts = longtail_counts(30, 4, 0.1)
     rows = longtail_indices(whole.train.labels, counts, seed=5)
-    flags = [*source, "--imbalance", 0.1, "--largest", 30, "--seed", 5, "--check"]
+    flags = [*source, "--imbalance", 0.1, "--largest", 30, "--split-seed", 5, "--check"]
     assert run(*flags, "--to", tmp_path / "applied") == 0
     assert run(*flags, "--to", tmp_path / "index", "--split", "index") == 0
     assert run(*flags, "--to", tmp_path / "applied.npz") == 0
@@ -162,9 +162,14 @@ def test_the_long_tail_is_applied_or_kept_as_an_index(
     assert written["applied"]["train"]["images"] == sum(counts)
     assert written["index"]["train"]["images"] == 160
     for name, description in written.items():
-        settings = {"imbalance": 0.1, "profile": "exp", "largest": 30, "split": "apply", "seed": 5}
-        settings["split"] = "index" if name == "index" else "apply"
-        assert description["longtail"] == settings | {"counts": counts}
+        assert description["longtail"] == {
+            "imbalance": 0.1,
+            "imbalance_profile": "exp",
+            "largest": 30,
+            "split": "index" if name == "index" else "apply",
+            "split_seed": 5,
+            "counts": counts,
+        }
 
 
 def test_image_files_are_converted_and_damaged_ones_named_or_left_out(
@@ -359,7 +364,7 @@ def test_values_that_do_not_fit_the_data_are_one_line(
         (["--imbalance", "2"], "imbalance must be in (0, 1]"),
         (["--imbalance", "0.001"], "leaves class 2 empty"),
         (["--imbalance", "0.5", "--largest", "99"], "class 0 has 40 images, 99 asked"),
-        (["--imbalance", "0.5", "--seed", "-1"], "seed must be in 0..2**32 - 1"),
+        (["--imbalance", "0.5", "--split-seed", "-1"], "--split-seed -1: must lie in [0, 2^32)"),
         (["--image-size", "8"], "--image-size: the images of npz have one size already"),
     ):
         assert message in error_of(capsys, *source, *target, *flags)
