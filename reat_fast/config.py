@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -338,6 +339,14 @@ LOCAL_FIELDS = (
 )
 """Fields that say where a run lives and how it reports, not what it computes: they may differ on
 resume."""
+
+
+def changes(begun: Config, now: Config) -> Iterator[tuple[str, object, object]]:
+    """Yield flag, old and new value of each field in which two runs compute different things."""
+    for field in dataclasses.fields(Config):
+        old, new = getattr(begun, field.name), getattr(now, field.name)
+        if old != new and field.name not in LOCAL_FIELDS:
+            yield flag(field.name), old, new
 
 
 def to_json(config: Config) -> str:

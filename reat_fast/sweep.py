@@ -28,7 +28,7 @@ import tyro
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import parse_flags, run_command
-from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
+from reat_fast.config import Config, changes, from_json, parse
 from reat_fast.evaluation.attacks import Attack
 from reat_fast.reporting import sweep_table
 from reat_fast.storage.whole_files import write_text
@@ -161,13 +161,11 @@ def _refuse_changes(run: SweepRun) -> None:
         raise ValueError(f"{run.folder}: has weights but no checkpoint to go on from; move it away")
     begun = from_json(file.read_text("utf-8"), str(file))
     wanted = dataclasses.replace(run.line.config, seed=run.seed)
-    for field in dataclasses.fields(Config):
-        old, new = getattr(begun, field.name), getattr(wanted, field.name)
-        if old != new and field.name not in LOCAL_FIELDS:
-            raise ValueError(
-                f"{run.line.place}: {flag(field.name)} is {new}, but {run.folder} was begun with "
-                f"{old}; give the changed line another name"
-            )
+    for name, old, new in changes(begun, wanted):
+        raise ValueError(
+            f"{run.line.place}: {name} is {new}, but {run.folder} was begun with {old}; "
+            "give the changed line another name"
+        )
 
 
 def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict[str, int]:
