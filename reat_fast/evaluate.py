@@ -23,8 +23,7 @@ from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.captured import Ascents
-from reat_fast.evaluation.figures import figures as figures
-from reat_fast.evaluation.figures import tail_by_share
+from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
@@ -94,7 +93,7 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
-    attacks: tuple[str, ...] = ("clean", "pgd20")
+    attacks: tuple[str, ...] = STANDARD_ATTACKS
     """clean, fgsm, pgd20, pgd100, cw20, lsa20 (any N), aa (AutoAttack) or aa-package."""
     eps: Radius = 8 / 255
     """L-infinity radius, on images in [0, 1]."""

@@ -30,6 +30,7 @@ from reat_fast import checkpoint
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.config import Config, changes, from_json, parse
 from reat_fast.evaluation.attacks import Attack
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
 from reat_fast.storage.whole_files import write_text
 
@@ -79,7 +80,7 @@ class SweepRun:
 
         Those that end every run do not count. Errors: ValueError for a damaged evaluation.json.
         """
-        file, asked = self.folder / "evaluation.json", set(attacks) - set(sweep_table.ATTACKS)
+        file, asked = self.folder / "evaluation.json", set(attacks) - set(STANDARD_ATTACKS)
         try:
             return not asked <= set(json.loads(file.read_text("utf-8"))["attacks"])
         except (KeyError, TypeError, ValueError) as error:
@@ -265,7 +266,7 @@ class Options:
     @property
     def all_attacks(self) -> list[str]:
         """Those of every run first, each once."""
-        return list(dict.fromkeys((*sweep_table.ATTACKS, *self.attacks)))
+        return list(dict.fromkeys((*STANDARD_ATTACKS, *self.attacks)))
 
 
 def main(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.config import fraction_text
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting.tables import (
     PROTOCOL,
     attack_title,
@@ -24,9 +25,6 @@ from reat_fast.reporting.tables import (
     protocol_of,
     setting_text,
 )
-
-ATTACKS = ("clean", "pgd20")
-"""What a run is evaluated under at its end."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,9 @@ class SummaryRow:
         return len(self.values["seconds"])
 
 
-def summarise(name: str, folders: Sequence[Path], attacks: Sequence[str] = ATTACKS) -> SummaryRow:
+def summarise(
+    name: str, folders: Sequence[Path], attacks: Sequence[str] = STANDARD_ATTACKS
+) -> SummaryRow:
     """Gather the figures of a line's runs from their evaluation.json and timing.csv.
 
     attacks: names in evaluation.json; each has two columns in percent, overall and on the tail.

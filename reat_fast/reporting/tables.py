@@ -11,6 +11,7 @@ from typing import Any
 
 from reat_fast.config import LOCAL_FIELDS, fraction_text
 from reat_fast.data import head_body_tail
+from reat_fast.evaluation.figures import MAIN_ATTACK
 from reat_fast.reporting.data import PARTS, TAIL80, RunRecord
 
 Table = list[list[str]]
@@ -86,7 +87,7 @@ def attack_title(name: str) -> str:
 def main_attack(evaluation: dict[str, Any]) -> str:
     """Choose the attack that stands for robustness: PGD-20, else the last, clean if alone."""
     names = list(evaluation["attacks"])
-    return "pgd20" if "pgd20" in names else names[-1]
+    return MAIN_ATTACK if MAIN_ATTACK in names else names[-1]
 
 
 def mean_text(values: Sequence[float | None], digits: int = 2) -> str:

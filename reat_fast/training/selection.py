@@ -12,13 +12,11 @@ from reat_fast import checkpoint
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
 from reat_fast.reporting.pictures import draw_accuracy, draw_learning
 from reat_fast.storage.whole_files import write_text
 from reat_fast.training.gauge import seconds_per_pass
 from reat_fast.training.run import Run
-
-SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
-"""The attack and the figure that choose the best epoch."""
 
 Tick = Callable[[int], object]
 """Called with the number of images after each batch of an evaluation; may raise to end it."""
@@ -75,7 +73,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     result = evaluate(
         model,
         run.limited(run.splits.test),
-        [Attack.from_name(n, config.eps, config.step_size) for n in ("clean", "pgd20")],
+        [Attack.from_name(n, config.eps, config.step_size) for n in STANDARD_ATTACKS],
         run.dataset.num_classes,
         eps=config.eps,
         seed=config.seed,
