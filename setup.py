@@ -9,7 +9,7 @@ from setuptools import setup
 
 PARTS = (
     *("cli", "engine", "evaluation", "kernels", "loaders", "methods", "networks", "parity"),
-    *("reporting", "sharing", "sources", "training"),
+    *("reporting", "sharing", "sources", "storage", "training"),
 )
 
 setup(

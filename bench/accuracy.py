@@ -24,6 +24,7 @@ import tyro
 from bench.records import Figure, record
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import PRESETS
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     runs = [_train(options, seed) for seed in options.seeds]
     figures = [
         _figure(f"{options.preset} {attack} {part}", [run[attack][part] for run in runs], "%")
-        for attack in ("clean", "pgd20")
+        for attack in STANDARD_ATTACKS
         for part in ("overall", "tail")
     ]
     seconds = [run["program"]["seconds"] for run in runs]

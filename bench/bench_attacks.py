@@ -27,7 +27,7 @@ from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import load_run_data
 from reat_fast.engine.precision import Precision
-from reat_fast.evaluate import evaluate, evenly
+from reat_fast.evaluate import evaluate
 from reat_fast.evaluation.attacks import LSA_SCALE, Attack
 from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import attacked
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     model, spec = checkpoint.load_model_and_spec(checkpoint.find_weights(options.run), device)
     config = options.run / "config.json"
     trained = from_json(config.read_text("utf-8"), str(config)) if config.is_file() else Config()
-    test = evenly(load_run_data(trained).test, options.subset)
+    test = load_run_data(trained).test.evenly(options.subset)
     with attacked(model) as victim:
         clean, _ = Images(test, victim, options.seed, 0.0)(torch.arange(len(test)))
     labels = torch.from_numpy(test.labels).to(device)

@@ -1,1 +1,1 @@
-"""One op per file: maths, PyTorch form, Triton kernel, launcher, autograd."""
+"""One op per file: maths, PyTorch form, launcher, autograd and, where it pays, a Triton kernel."""

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from reat_fast.kernels.triton_support import (
     Backend,
+    cdiv,
+    in_loss_precision,
     jit,
     kernel_runs_on,
     tl,
@@ -47,7 +49,7 @@ def class_loss_torch(
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Compute the loss with PyTorch's own operators: the definition, and the path on the CPU."""
-    logits = _in_loss_precision(logits)
+    logits = in_loss_precision(logits)
     return F.cross_entropy(
         logits if offsets is None else logits + offsets.to(logits.dtype),
         labels,
@@ -66,7 +68,7 @@ def class_loss_rows_torch(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what the kernel does, by the formulas above."""
-    shifted = _in_loss_precision(logits)
+    shifted = in_loss_precision(logits)
     classes = logits.shape[1]
     if offsets is not None:
         shifted = shifted + offsets.to(shifted.dtype)
@@ -180,7 +182,7 @@ def class_loss_rows(
     predictions = torch.empty(batch, dtype=torch.int64, device=logits.device)
     columns = 1 << (classes - 1).bit_length()
     rows = max(1, BLOCK_ELEMENTS // columns)
-    wrap_triton(_class_loss_kernel)[((batch + rows - 1) // rows,)](
+    wrap_triton(_class_loss_kernel)[(cdiv(batch, rows),)](
         logits,
         labels.contiguous(),
         None if offsets is None else offsets.contiguous(),
@@ -286,10 +288,6 @@ class _ClassLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         grad_logits = (gradient * grad_losses[:, None]).to(ctx.dtype)
         return grad_logits, None, None, None, None, None
-
-
-def _in_loss_precision(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _count_(histogram: Tensor, predictions: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reat_fast.kernels.triton_support import (
     Backend,
+    cdiv,
     device_number,
     jit,
     kernel_runs_on,
@@ -100,7 +101,7 @@ def _linf_step_(
         return
     batch = adv.shape[0]
     size = adv.numel() // batch
-    wrap_triton(_linf_step_kernel)[(batch, -(-size // block))](
+    wrap_triton(_linf_step_kernel)[(batch, cdiv(size, block))](
         adv,
         grad,
         clean,

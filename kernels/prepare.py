@@ -20,6 +20,7 @@ from reat_fast.kernels import philox
 from reat_fast.kernels.philox import normal_words, philox_words, uniform_word
 from reat_fast.kernels.triton_support import (
     Backend,
+    cdiv,
     device_number,
     jit,
     kernel_runs_on,
@@ -163,7 +164,7 @@ def _prepare(
         memory_format=torch.channels_last,
     )
     start = torch.empty_like(clean)
-    wrap_triton(_prepare_kernel)[(batch, -(-height * width * channels // block))](
+    wrap_triton(_prepare_kernel)[(batch, cdiv(height * width * channels, block))](
         images,
         indices,
         seed,
@@ -239,27 +240,34 @@ def prepare(
 def _check(
     images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str, dtype: torch.dtype
 ) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or not images.is_contiguous():
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}: prepare takes contiguous "
-            "uint8 images [N, H, W, C]"
-        )
-    if indices.dtype != torch.int64 or indices.ndim != 1 or indices.device != images.device:
-        raise ValueError(
-            f"indices are {indices.dtype} of shape {tuple(indices.shape)} on {indices.device}: "
-            f"prepare takes int64 [B] on {images.device}, where the images are"
-        )
-    if not gather and len(images) != len(indices):
-        raise ValueError(
-            f"gather=False takes one image per index, got {len(images)} images and "
-            f"{len(indices)} indices: give the batch itself, or gather=True"
-        )
+    check_batch(images, indices, gather)
+    if not images.is_contiguous():
+        raise ValueError("images are not contiguous: prepare takes them as [N, H, W, C] in memory")
     if padding < 0:
         raise ValueError(f"padding={padding} is negative: give 0 to crop nothing")
     if noise not in ("uniform", "normal", "none"):
         raise ValueError(f"noise={noise!r} is unknown: give 'uniform', 'normal' or 'none'")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is not prepared: give torch.float32 or torch.bfloat16")
+
+
+def check_batch(images: Tensor, indices: Tensor, gather: bool) -> None:
+    """Raise ValueError unless stored images, whole set or batch, and indices belong together."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}: give uint8 images "
+            "[N, H, W, C]"
+        )
+    if indices.dtype != torch.int64 or indices.ndim != 1 or indices.device != images.device:
+        raise ValueError(
+            f"indices are {indices.dtype} of shape {tuple(indices.shape)} on {indices.device}: "
+            f"give int64 [B] on {images.device}, where the images are"
+        )
+    if not gather and len(images) != len(indices):
+        raise ValueError(
+            f"gather=False takes one image per index, got {len(images)} images and "
+            f"{len(indices)} indices: give the batch itself, or gather=True"
+        )
 
 
 def _counter(value: int | Tensor, indices: Tensor, name: str) -> Tensor:

@@ -26,6 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from reat_fast.kernels.triton_support import (
     Backend,
+    cdiv,
+    in_loss_precision,
     jit,
     kernel_runs_on,
     tl,
@@ -55,7 +57,7 @@ def tail_penalty_torch(
     coefficient: float = 1.0,
 ) -> Tensor:
     """Compute the penalty with PyTorch's own operators: the definition, and the path on the CPU."""
-    log_softmax = _in_loss_precision(features).log_softmax(1)
+    log_softmax = in_loss_precision(features).log_softmax(1)
     fixed = log_softmax.detach()
     anchors, mixed, _ = _fixed_part(fixed, labels, counts, form, coefficient)
     return anchors - (mixed * (log_softmax - fixed[0])).sum()
@@ -70,7 +72,7 @@ def tail_penalty_and_gradient_torch(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute what the kernels do, by the formulas above."""
-    log_softmax = _in_loss_precision(features).log_softmax(1)
+    log_softmax = in_loss_precision(features).log_softmax(1)
     anchors, mixed, column_sums = _fixed_part(log_softmax, labels, counts, form, coefficient)
     penalty = anchors - (mixed * (log_softmax - log_softmax[0])).sum()
     if not with_gradient:
@@ -312,8 +314,8 @@ def tail_penalty_and_gradient(
     classes = len(counts)
     features, labels, counts = features.contiguous(), labels.contiguous(), counts.contiguous()
     official = form == "official"
-    row_tiles = _ceil_div(batch, BLOCK_PAIRS)
-    column_tiles = _ceil_div(width, BLOCK_FEATURES)
+    row_tiles = cdiv(batch, BLOCK_PAIRS)
+    column_tiles = cdiv(width, BLOCK_FEATURES)
     tiles = column_tiles if official else row_tiles * column_tiles
     normalisers = torch.empty(batch, dtype=torch.float32, device=features.device)
     factors = torch.empty_like(normalisers)
@@ -321,7 +323,7 @@ def tail_penalty_and_gradient(
     gradient = terms.new_empty((batch, width) if with_gradient else 0)
     columns = 1 << (width - 1).bit_length()
     rows = max(1, BLOCK_ELEMENTS // columns)
-    wrap_triton(_anchors_kernel)[(_ceil_div(batch, rows),)](
+    wrap_triton(_anchors_kernel)[(cdiv(batch, rows),)](
         features,
         labels,
         counts,
@@ -442,14 +444,6 @@ class _TailPenalty(torch.autograd.Function):
 def _first_tail_class(classes: int) -> int:
     """Return where the published code's tail begins: not 2 C / 3, but one class further."""
     return classes // 3 * 2 + 1
-
-
-def _in_loss_precision(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()
-
-
-def _ceil_div(size: int, block: int) -> int:
-    return (size + block - 1) // block
 
 
 def _check(features: Tensor, labels: Tensor, counts: Tensor, form: str) -> None:

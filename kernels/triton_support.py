@@ -73,6 +73,16 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     return True
 
 
+def cdiv(size: int, block: int) -> int:
+    """Return how many blocks cover a size; triton.cdiv needs Triton."""
+    return -(-size // block)
+
+
+def in_loss_precision(values: Tensor) -> Tensor:
+    """Return logits or features in float32; those in float64 stay what they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def device_number(
     value: float | Tensor, like: Tensor, name: str, dtype: torch.dtype | None = None
 ) -> Tensor:

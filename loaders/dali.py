@@ -8,7 +8,6 @@ pixels as `FileImages` cuts them, but decoded and resized by DALI, which rounds 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from reat_fast.cli.extras import import_extra
 from reat_fast.data import Images, ImageSet
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
@@ -130,7 +130,7 @@ class _Feed:
 
 
 def _pipeline(source: _Feed, batch_size: int, threads: int, device: torch.device) -> Any:
-    dali = _dali()
+    dali = import_extra("nvidia.dali", "--loader dali", "dali")
     gpu = device.type == "cuda"
     index = (torch.cuda.current_device() if device.index is None else device.index) if gpu else None
     pipe = dali.Pipeline(batch_size, threads, index, prefetch_queue_depth=PREFETCH)
@@ -147,7 +147,7 @@ def _pipeline(source: _Feed, batch_size: int, threads: int, device: torch.device
 
 def _decoded(paths: Any, images: FileImages, place: str) -> Any:
     """Decode, resize and cut as `FileImages` does: the same rectangle of the same size."""
-    dali = _dali()
+    dali = import_extra("nvidia.dali", "--loader dali", "dali")
     fn, types = dali.fn, dali.types
     size, channels = images.shape[1], images.shape[3]
     pixels = fn.decoders.image(
@@ -168,10 +168,3 @@ def _decoded(paths: Any, images: FileImages, place: str) -> Any:
     beyond = sides - size
     start = beyond // 2 + (beyond & (beyond // 2) & 1)  # half of it, rounded half to even
     return fn.slice(pixels, start=start, shape=[size, size], axes=[0, 1])
-
-
-def _dali() -> Any:
-    try:
-        return importlib.import_module("nvidia.dali")
-    except ModuleNotFoundError as error:
-        raise ValueError('--loader dali needs DALI: pip install "reat-fast[dali]"') from error

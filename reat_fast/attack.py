@@ -18,7 +18,7 @@ from reat_fast.kernels.triton_support import device_number
 
 __all__ = ["PGD", "pgd"]
 
-Network = Callable[[Tensor], Tensor]
+Classifier = Callable[[Tensor], Tensor]
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -28,7 +28,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def pgd(
-    model: Network,
+    model: Classifier,
     images: Tensor,
     labels: Tensor,
     *,
@@ -67,7 +67,7 @@ def pgd(
 
 
 def ascend(
-    model: Network,
+    model: Classifier,
     adv: Tensor,
     clean: Tensor,
     labels: Tensor,
@@ -90,7 +90,7 @@ def ascend(
     return adv.detach().clamp(*clip)
 
 
-def _input_gradient(model: Network, images: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
+def _input_gradient(model: Classifier, images: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
     own: Callable[[Tensor, Tensor, AttackLoss], Tensor] | None
     own = getattr(model, "input_gradient", None)  # a compiled network has it in one piece
     if own is not None:
@@ -150,7 +150,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def with_batch_statistics(model: nn.Module) -> Network:
+def with_batch_statistics(model: nn.Module) -> Classifier:
     """Return the network as it is in train mode, without touching its running statistics.
 
     For attacks on batch statistics: the forward works on copies of the BatchNorm buffers and on

@@ -1,13 +1,10 @@
 """The run folder: what is in it, how it is written, and how a model comes out of it.
 
-Every file is written under another name and moved into place, so that a file with its proper name
-is whole. Weights are safetensors; the state of a run is read with weights_only, so that no file
-can run code.
+Weights are safetensors; the state of a run is read with weights_only, so that no file can run code.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -15,7 +12,7 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from reat_fast.cli.typed_fields import from_values
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
+from reat_fast.storage import whole_files
+from reat_fast.storage.typed_fields import from_values
 
 CHECKPOINT = "checkpoint-last.pt"
 PREVIOUS = "checkpoint-previous.pt"
@@ -73,44 +71,6 @@ class ModelSpec:
         return network
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then move it into place when it is on the disk.
-
-    Errors: OSError naming the file, with what was there before still in place.
-    """
-    partial = path.with_name(path.name + ".part")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        full = "inline_container" in str(error)  # so PyTorch calls a disk that takes no more
-        if isinstance(error, RuntimeError) and not full:
-            raise
-        reason = "No space left on device" if full else getattr(error, "strerror", None) or error
-        raise OSError(f"{path}: cannot be written ({reason})") from error
-    finally:
-        with contextlib.suppress(OSError):  # of a read-only folder
-            partial.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk too, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
 def new_run_dir(run_dir: Path | None, preset: str) -> Path:
     """Choose the folder of a new run: the one asked for, or the next free runs/PRESET-N.
 
@@ -134,8 +94,8 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
     newest, previous = run_dir / CHECKPOINT, run_dir / PREVIOUS
     if newest.exists():
         # Another name for the same file: at no moment is there no whole checkpoint.
-        write_atomically(previous, lambda partial: _link(newest, partial))
-    write_atomically(newest, lambda partial: torch.save(state, partial))
+        whole_files.write_atomically(previous, lambda partial: _link(newest, partial))
+    whole_files.write_atomically(newest, lambda partial: torch.save(state, partial))
 
 
 def _link(existing: Path, name: Path) -> None:
@@ -214,7 +174,7 @@ def save_weights(path: Path, model: Network, spec: ModelSpec) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     # One entry: safetensors writes several in a random order, and equal weights are equal files.
     header = {"reat_fast": json.dumps({**asdict(spec), "sha256": _digest(tensors)})}
-    write_atomically(path, lambda partial: partial.write_bytes(save(tensors, header)))
+    whole_files.write_atomically(path, lambda partial: partial.write_bytes(save(tensors, header)))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,8 +17,8 @@ from typing import Annotated, Literal
 import tyro
 
 from reat_fast.cli.command import parse_flags
-from reat_fast.cli.typed_fields import from_values
 from reat_fast.methods.presets import METHOD_PRESETS
+from reat_fast.storage.typed_fields import from_values
 
 
 def fraction(text: str) -> float:
@@ -340,6 +341,14 @@ LOCAL_FIELDS = (
 resume."""
 
 
+def changes(begun: Config, now: Config) -> Iterator[tuple[str, object, object]]:
+    """Yield flag, old and new value of each field in which two runs compute different things."""
+    for field in dataclasses.fields(Config):
+        old, new = getattr(begun, field.name), getattr(now, field.name)
+        if old != new and field.name not in LOCAL_FIELDS:
+            yield flag(field.name), old, new
+
+
 def to_json(config: Config) -> str:
     """Write a configuration as JSON text; from_json reads it back equal."""
     values = dataclasses.asdict(config)
@@ -357,8 +366,6 @@ def from_json(text: str, source: str = "config.json") -> Config:
             values = values.get("training", values)  # an exported config.json holds more
         if not isinstance(values, dict):
             raise ValueError("no object of fields")
-        if isinstance(values.get("profile"), str):  # its name before --profile was a flag
-            values["imbalance_profile"] = values.pop("profile")
         known = {field.name for field in dataclasses.fields(Config)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -13,8 +13,7 @@ import io
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +30,7 @@ from reat_fast.sources.beton_file import read_beton
 from reat_fast.sources.formats import DataError
 from reat_fast.sources.lazy import Bytes, decode_all
 from reat_fast.sources.lists import refuse_or_note
+from reat_fast.storage.whole_files import replacing
 
 Progress = Callable[[], object]
 
@@ -45,7 +45,7 @@ class Options:
     """Folder to write, or FILE.npz."""
     data: Path | None = None
     """Where the source is; unset: where a named set is usually found."""
-    image_size: Annotated[int | None, tyro.conf.arg(aliases=["--size"])] = None
+    image_size: int | None = None
     """Pixels a side that image files are resized and cut to."""
     field: Literal["raw", "jpg"] = "raw"
     """How a .beton keeps RGB images; grey ones are always raw."""
@@ -53,14 +53,14 @@ class Options:
     """Quality of JPEG, 1 to 100."""
     imbalance: float | None = None
     """Smallest / largest class of a long-tailed training set; unset: every image."""
-    profile: Literal["exp", "step"] = "exp"
-    """How the class sizes fall."""
+    imbalance_profile: Literal["exp", "step"] = "exp"
+    """How class sizes fall off: exponentially, or in one step after half of the classes."""
     largest: int | None = None
     """Images of class 0; unset: the size of the smallest class."""
     split: Literal["apply", "index"] = "apply"
     """Write only the long-tailed images, or all of them and a list of positions beside them."""
-    seed: int = 0
-    """Seed of the long-tailed draw."""
+    split_seed: int = 0
+    """Seed of the long-tailed subset; 0 is the subset that the official code draws."""
     skip_bad: bool = False
     """Leave out image files that cannot be decoded."""
     check: bool = False
@@ -75,6 +75,7 @@ class Options:
             "--field jpg: an .npz keeps plain pixels; leave it out": not npz or self.field == "raw",
             "--split index: needs a folder, not an .npz": not npz or self.split == "apply",
             "--split index: needs --imbalance": self.imbalance is not None or self.split == "apply",
+            f"--split-seed {self.split_seed}: must lie in [0, 2^32)": 0 <= self.split_seed < 2**32,
             "--largest: needs --imbalance": self.imbalance is not None or self.largest is None,
         }
         for message, good in checks.items():
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> int:
     total = sum(map(len, parts.values()))
     quality = options.quality if options.field == "jpg" else None
     loss = ""
-    with replacing(target) as place:
+    with replacing(target, beton_folder.FILES) as place:
         with _bar("writing", total) as bar:
             if target.suffix == ".npz":
                 write_npz(place, parts, dataset.class_names, bar.update)
@@ -123,10 +124,10 @@ def _long_tail(dataset: Dataset, options: Options) -> Indices | None:
     splits = make_splits(
         dataset,
         imbalance=options.imbalance,
-        profile=options.profile,
+        profile=options.imbalance_profile,
         largest=options.largest,
         held_out=0,
-        seed=options.seed,
+        seed=options.split_seed,
     )
     return splits.train_indices
 
@@ -135,7 +136,7 @@ def _describe(dataset: Dataset, rows: Indices | None, options: Options) -> dict[
     """Return what dataset.json says beside what the files hold."""
     longtail: dict[str, Any] | None = None
     if rows is not None:
-        flags = ("imbalance", "profile", "largest", "split", "seed")
+        flags = ("imbalance", "imbalance_profile", "largest", "split", "split_seed")
         longtail = {flag: getattr(options, flag) for flag in flags}
         longtail["counts"] = np.bincount(dataset.train.labels[rows]).tolist()
     return {
@@ -177,46 +178,6 @@ def write_npz(
 def _add(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give a place beside `target` to write to; it takes the target's place when all went well.
-
-    Whatever goes wrong, it is removed and the target stays. Raises DataError for an OSError.
-    """
-    part = target.with_name(f"{target.name}.part")
-    try:
-        _remove(part)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if target.is_dir():  # a folder can only take the place of an empty one
-            old = target.with_name(f"{target.name}.old")
-            target.rename(old)
-            part.rename(target)
-            _remove(old)
-        else:
-            part.replace(target)
-    except BaseException as error:
-        with suppress(OSError):
-            _remove(part)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise DataError(
-                f"--to {target}: cannot be written ({reason}); nothing was kept"
-            ) from error
-        raise
-
-
-def _remove(place: Path) -> None:
-    """Remove what a conversion wrote; anything else in a folder makes it stay, with an OSError."""
-    if place.is_dir():
-        for file in place.iterdir():
-            if file.name in beton_folder.FILES:
-                file.unlink()
-        place.rmdir()
-    else:
-        place.unlink(missing_ok=True)
 
 
 def _refuse_to_replace(target: Path, force: bool) -> None:

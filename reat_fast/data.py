@@ -65,6 +65,11 @@ class ImageSet:
         images = self.images.take(indices) if lazy else self.images[indices]
         return ImageSet(images, self.labels[indices])
 
+    def evenly(self, count: int) -> ImageSet:
+        """Take at most `count` images, evenly spread over the set, which may be sorted by class."""
+        kept = min(count, len(self))
+        return self.take(np.arange(kept, dtype=np.int64) * len(self) // max(kept, 1))
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from reat_fast import checkpoint, report
+from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
 from reat_fast.data import Dataset, ImageSet, load_run_data
@@ -24,11 +23,12 @@ from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.captured import Ascents
-from reat_fast.evaluation.figures import figures as figures
-from reat_fast.evaluation.figures import tail_by_share
+from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
+from reat_fast.reporting.tables import accuracy_table
+from reat_fast.storage.whole_files import write_text
 
 STATE = "autoattack-state.pt"
 GUARDED_IMAGES = 64
@@ -93,7 +93,7 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
-    attacks: tuple[str, ...] = ("clean", "pgd20")
+    attacks: tuple[str, ...] = STANDARD_ATTACKS
     """clean, fgsm, pgd20, pgd100, cw20, lsa20 (any N), aa (AutoAttack) or aa-package."""
     eps: Radius = 8 / 255
     """L-infinity radius, on images in [0, 1]."""
@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
     folder = options.run if options.run.is_dir() else options.run.parent
     dataset = _dataset(options, folder, spec, weights)
     counts = _train_counts(options, folder, spec.num_classes)
-    test = dataset.test if options.subset is None else evenly(dataset.test, options.subset)
+    test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
     began = time.perf_counter()
     warnings = _guard(model, test, options.seed)
     hidden = options.quiet or not sys.stderr.isatty()
@@ -183,22 +183,13 @@ def main(arguments: list[str]) -> int:
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
     out = options.out or folder / "evaluation.json"
-    checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")
+    write_text(out, json.dumps(result, indent=2) + "\n")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:
-        print(report.accuracy_table(result))
+        print(accuracy_table(result))
         print(f"{out} written ({result['seconds']:.1f} s on {device})")
     return 0
-
-
-def evenly(image_set: ImageSet, count: int) -> ImageSet:
-    """Take `count` images evenly spread over a set, which may be sorted by class."""
-    total = len(image_set.labels)
-    rows = [i * total // min(count, total) for i in range(min(count, total))]
-    return dataclasses.replace(
-        image_set, images=image_set.images[rows], labels=image_set.labels[rows]
-    )
 
 
 def _dataset(options: Options, folder: Path, spec: checkpoint.ModelSpec, weights: Path) -> Dataset:
@@ -227,7 +218,7 @@ def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int]
 
 def _guard(model: Network, image_set: ImageSet, seed: int) -> list[str]:
     """Refuse what cannot be evaluated; return warnings."""
-    few = evenly(image_set, GUARDED_IMAGES)
+    few = image_set.evenly(GUARDED_IMAGES)
     labels = torch.from_numpy(few.labels)
     with attacked(model) as victim:
         images, _ = Images(few, victim, seed, 0.0)(torch.arange(len(few)))

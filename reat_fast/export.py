@@ -11,11 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,8 +27,10 @@ from reat_fast.config import LOCAL_FIELDS, Config
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.model_card import model_card
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+from reat_fast.storage.whole_files import replacing, write_text
 
 ONNX, DESCRIPTION, CARD = "model.onnx", "config.json", "README.md"
+FILES = (checkpoint.EXPORTED, ONNX, DESCRIPTION, CARD)
 LIBRARY = "reat_fast"
 
 MEASURED = (
@@ -118,30 +116,15 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
     return f"https://huggingface.co/{repository}"
 
 
-@contextmanager
-def _new_folder(to: Path, force: bool) -> Iterator[Path]:
-    """Give a folder to fill, which takes the place of `to` once it is whole."""
-    refuse_to_overwrite(to, force)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (to.with_name(f".{to.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    partial.mkdir()
-    try:
-        yield partial
-        if to.exists():
-            to.rename(old)
-        partial.rename(to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def refuse_to_overwrite(to: Path, force: bool) -> None:
-    """Raise ValueError unless `to` is free, or force is given and it is an earlier export."""
+    """Raise ValueError unless `to` is free, or force is given and it is a mere earlier export."""
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return
     earlier = to.is_dir() and _read_json(to / DESCRIPTION).get("library_name") == LIBRARY
-    if not earlier:
-        raise ValueError(f"--to {to}: holds something else than an export; name a new folder")
+    others = sorted({file.name for file in to.iterdir()} - set(FILES)) if earlier else []
+    if not earlier or others:
+        found = others[0] if others else "something else than an export"
+        raise ValueError(f"--to {to}: holds {found}; name a new folder")
     if not force:
         raise ValueError(f"--to {to}: already holds an export; replace it with --force")
 
@@ -188,7 +171,9 @@ def main(arguments: list[str]) -> int:
         description["image_size"] = [options.image_size] * 2
     if None in description["image_size"]:
         raise ValueError(f"--image-size: {weights.parent} does not say how large its images are")
-    with _new_folder(options.to, options.force) as folder:
+    refuse_to_overwrite(options.to, options.force)
+    with replacing(options.to.resolve(), FILES) as folder:
+        folder.mkdir()
         note = _write(folder, model, spec, description, options)
     print(f"{options.to} written: {note}")
     if description["evaluation"] is None:
@@ -205,14 +190,14 @@ def _write(
     folder: Path, model: Network, spec: ModelSpec, description: dict[str, Any], options: Options
 ) -> str:
     """Fill the folder; return what to tell of it."""
-    checkpoint.write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     if options.format == "onnx":
         height, width = description["image_size"]
         return _write_onnx(folder / ONNX, model, (spec.in_channels, height, width))
     checkpoint.save_weights(folder / checkpoint.EXPORTED, model, spec)
     if options.format == "hub":
         name = (options.push or options.to.resolve().name).rpartition("/")[2]
-        checkpoint.write_text(folder / CARD, model_card(name, description, options.push))
+        write_text(folder / CARD, model_card(name, description, options.push))
     return ", ".join(sorted(path.name for path in folder.iterdir()))
 
 

@@ -8,7 +8,6 @@ host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +24,6 @@ __all__ = [
     "rbl_weights",
     "tail_penalty",
 ]
-
-AttackLossName = Literal["ce", "rbl", "rbl_offsets"]
 
 
 def rbl_loss(

@@ -9,19 +9,17 @@ from typing import Annotated
 
 import tyro
 
-from reat_fast.checkpoint import WEIGHTS, write_text
+from reat_fast.checkpoint import WEIGHTS
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.reporting.compared import compared_report
-from reat_fast.reporting.data import PARTS, RunRecord, read_run
+from reat_fast.reporting.data import RunRecord, read_run
 from reat_fast.reporting.pages import Report, run_report
-from reat_fast.reporting.pictures import draw_accuracy, draw_learning
 from reat_fast.reporting.probe import Probe, probe_run
 from reat_fast.reporting.style import write_png
-from reat_fast.reporting.tables import accuracy_table, markdown
+from reat_fast.reporting.tables import markdown
 from reat_fast.sources.formats import DataError
-
-__all__ = ["PARTS", "accuracy_table", "draw_accuracy", "draw_learning"]
+from reat_fast.storage.whole_files import write_text
 
 
 @dataclass(frozen=True)

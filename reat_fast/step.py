@@ -18,7 +18,7 @@ from reat_fast.engine.average import WeightAverage
 from reat_fast.engine.distributed import World
 from reat_fast.engine.epoch_sums import EpochSums
 from reat_fast.engine.precision import resolve_precision
-from reat_fast.engine.step_attack import StepAttack, resolve_attack_loss
+from reat_fast.engine.step_attack import StepAttack
 from reat_fast.engine.step_update import StepUpdate
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
@@ -27,7 +27,7 @@ from reat_fast.methods.objectives import make_objective
 from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 
-__all__ = ["TrainStep", "make_optimizer", "resolve_attack_loss"]
+__all__ = ["TrainStep", "make_optimizer"]
 
 
 def make_optimizer(model: Network, config: Config) -> torch.optim.SGD:
@@ -93,7 +93,7 @@ class TrainStep:
         self.sums = EpochSums(self.objective.terms, device)
         self._low = resolve_precision(config, device) == "bf16"
         self._free: FreePerturbation | None = None
-        self._plan_attack(counts, weight)
+        self.attack = StepAttack(model, self.statistics, counts, config, self._autocast)
         self.update = StepUpdate(
             model,
             optimizer,
@@ -105,9 +105,6 @@ class TrainStep:
             self.world,
             self._autocast,
         )
-
-    def _plan_attack(self, counts: Sequence[int], weight: Tensor) -> None:
-        self.attack = StepAttack(self.model, self.statistics, counts, self.config, self._autocast)
 
     @property
     def plan(self) -> AttackPlan:
@@ -267,6 +264,3 @@ class TrainStep:
         # No cache: casts kept from outside a capture would be stale in its replays.
         device, dtype = self.epoch.device.type, torch.bfloat16
         return torch.autocast(device, dtype, enabled=self._low, cache_enabled=False)
-
-    def _share_and_record(self, outcome: dict[str, Tensor], labels: Tensor) -> None:
-        self.update.share_and_record(outcome, labels)

@@ -28,9 +28,11 @@ import tyro
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import parse_flags, run_command
-from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
+from reat_fast.config import Config, changes, from_json, parse
 from reat_fast.evaluation.attacks import Attack
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
+from reat_fast.storage.whole_files import write_text
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""
@@ -82,7 +84,7 @@ class SweepRun:
 
         Those that end every run do not count. Errors: ValueError for a damaged evaluation.json.
         """
-        file, asked = self.folder / "evaluation.json", set(attacks) - set(sweep_table.ATTACKS)
+        file, asked = self.folder / "evaluation.json", set(attacks) - set(STANDARD_ATTACKS)
         try:
             return not asked <= set(json.loads(file.read_text("utf-8"))["attacks"])
         except (KeyError, TypeError, ValueError) as error:
@@ -168,13 +170,11 @@ def _refuse_changes(run: SweepRun) -> None:
         raise ValueError(f"{run.folder}: has weights but no checkpoint to go on from; move it away")
     begun = from_json(file.read_text("utf-8"), str(file))
     wanted = dataclasses.replace(run.line.config, seed=run.seed)
-    for field in dataclasses.fields(Config):
-        old, new = getattr(begun, field.name), getattr(wanted, field.name)
-        if old != new and field.name not in LOCAL_FIELDS:
-            raise ValueError(
-                f"{run.line.place}: {flag(field.name)} is {new}, but {run.folder} was begun with "
-                f"{old}; give the changed line another name"
-            )
+    for name, old, new in changes(begun, wanted):
+        raise ValueError(
+            f"{run.line.place}: {name} is {new}, but {run.folder} was begun with {old}; "
+            "give the changed line another name"
+        )
 
 
 def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict[str, int]:
@@ -243,8 +243,8 @@ def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) ->
     commands = {run.line.name: shlex.join(run.line.words) for run in runs}
     table = sweep_table.markdown(rows)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(out / "summary.md", sweep_table.document(table, commands))
-    checkpoint.write_text(out / "summary.csv", sweep_table.comma_separated(rows, commands))
+    write_text(out / "summary.md", sweep_table.document(table, commands))
+    write_text(out / "summary.csv", sweep_table.comma_separated(rows, commands))
     return table
 
 
@@ -278,7 +278,7 @@ class Options:
     @property
     def all_attacks(self) -> list[str]:
         """Those of every run first, each once."""
-        return list(dict.fromkeys((*sweep_table.ATTACKS, *self.attacks)))
+        return list(dict.fromkeys((*STANDARD_ATTACKS, *self.attacks)))
 
 
 def main(arguments: list[str]) -> int:

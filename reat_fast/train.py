@@ -7,7 +7,6 @@ import time
 
 import torch
 
-from reat_fast import report
 from reat_fast.checkpoint import has_checkpoint
 from reat_fast.cli.command import run_command
 from reat_fast.cli.terminal import duration
@@ -15,7 +14,8 @@ from reat_fast.config import fraction_text
 from reat_fast.engine.distributed import World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.precision import resolve_precision
-from reat_fast.step import resolve_attack_loss
+from reat_fast.engine.step_attack import resolve_attack_loss
+from reat_fast.reporting.tables import accuracy_table
 from reat_fast.training import gauge, selection
 from reat_fast.training.faults import explained_faults, refuse_nonfinite, roll_back
 from reat_fast.training.plan import Plan, make_plan
@@ -150,12 +150,9 @@ def save(run: Run) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate, in place where it is a tensor on the device."""
+    """Set the learning rate of an optimizer of make_optimizer, in place."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
+        group["lr"].fill_(value)
 
 
 def announce(run: Run) -> None:
@@ -204,7 +201,7 @@ def test(run: Run, stop: StopRequest) -> None:
     result = selection.test(run, _tick(stop))
     if run.log is not None:
         run.log.result(result)
-    print(f"\n{report.accuracy_table(result)}\n")
+    print(f"\n{accuracy_table(result)}\n")
     print(
         f"{result['weights']} (epoch {result['weights_epoch']}) on {result['samples']:,} of "
         f"{len(run.splits.test):,} test images, eps {fraction_text(result['eps'])}; peak memory "

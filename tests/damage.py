@@ -1,10 +1,15 @@
-"""Damaged copies of files, and the rule that a reader may refuse them in one line and no more."""
+"""Damaged files, moves that fail, and the rule that a reader may refuse in one line and no more."""
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from reat_fast.sources.formats import DataError
 
@@ -32,6 +37,18 @@ def mutated(content: bytes, count: int = MUTATIONS, reach: int | None = None) ->
         yield bytes(
             damaged[: int(random.integers(len(damaged)))] if random.random() < 0.1 else damaged
         )
+
+
+def let_the_second_rename_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is moved into a place that was just cleared not arrive there."""
+    rename, calls = Path.rename, itertools.count(1)
+
+    def fail_once(self: Path, target: Path) -> Path:
+        if next(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
 
 
 def refused_or_valid(read: Callable[[], object]) -> bool:

@@ -36,11 +36,12 @@ def train_in_folder(data: str, folder: str, die_in_write: int | None) -> None:
 
     from reat_fast import checkpoint, train
     from reat_fast.cli.command import run_command
+    from reat_fast.storage import whole_files
 
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if die_in_write is not None:
-        checkpoint.write_atomically = _dying(checkpoint.write_atomically, die_in_write)
+        whole_files.write_atomically = _dying(whole_files.write_atomically, die_in_write)
     go_on = checkpoint.has_checkpoint(Path(folder))
     if not go_on:  # killed before its first checkpoint: begin again
         for file in Path(folder).glob("*"):

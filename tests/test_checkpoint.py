@@ -97,20 +97,6 @@ def test_weights_that_do_not_fit_are_named(run_dir: Path) -> None:
         load_model(run_dir / "last.safetensors")
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.csv"
-    checkpoint.write_text(file, "old")
-
-    def fail(partial: Path) -> None:
-        partial.write_text("half")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.write_atomically(file, fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
-    assert file.read_text() == "old"
-
-
 def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert checkpoint.new_run_dir(None, "reat") == Path("runs/reat-1")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from damage import mutated, refused_or_valid
+from damage import let_the_second_rename_fail, mutated, refused_or_valid
 from made_data import made_npz
 from PIL import Image
 
@@ -146,7 +146,7 @@ def test_the_long_tail_is_applied_or_kept_as_an_index(
     whole = load_dataset("npz", Path(source[2]))
     counts = longtail_counts(30, 4, 0.1)
     rows = longtail_indices(whole.train.labels, counts, seed=5)
-    flags = [*source, "--imbalance", 0.1, "--largest", 30, "--seed", 5, "--check"]
+    flags = [*source, "--imbalance", 0.1, "--largest", 30, "--split-seed", 5, "--check"]
     assert run(*flags, "--to", tmp_path / "applied") == 0
     assert run(*flags, "--to", tmp_path / "index", "--split", "index") == 0
     assert run(*flags, "--to", tmp_path / "applied.npz") == 0
@@ -162,9 +162,14 @@ def test_the_long_tail_is_applied_or_kept_as_an_index(
     assert written["applied"]["train"]["images"] == sum(counts)
     assert written["index"]["train"]["images"] == 160
     for name, description in written.items():
-        settings = {"imbalance": 0.1, "profile": "exp", "largest": 30, "split": "apply", "seed": 5}
-        settings["split"] = "index" if name == "index" else "apply"
-        assert description["longtail"] == settings | {"counts": counts}
+        assert description["longtail"] == {
+            "imbalance": 0.1,
+            "imbalance_profile": "exp",
+            "largest": 30,
+            "split": "index" if name == "index" else "apply",
+            "split_seed": 5,
+            "counts": counts,
+        }
 
 
 def test_image_files_are_converted_and_damaged_ones_named_or_left_out(
@@ -178,7 +183,7 @@ def test_image_files_are_converted_and_damaged_ones_named_or_left_out(
         lines.append(f"{number}.png {number % 2}\n")
     for name in ("train.txt", "test.txt"):
         (tmp_path / name).write_text("".join(lines))
-    flags = ["list", "--data", tmp_path, "--size", 8, "--check", "--to"]
+    flags = ["list", "--data", tmp_path, "--image-size", 8, "--check", "--to"]
     assert run(*flags, tmp_path / "set") == 0
     expected = load_dataset("list", tmp_path, image_size=8)
     assert_same(load_dataset("beton", tmp_path / "set"), expected)
@@ -225,6 +230,24 @@ def test_a_conversion_is_replaced_only_by_force_and_only_by_a_whole_one(
     assert run(*source, "--to", target, "--force") == 0
     assert_same(load_dataset(kind, target), load_dataset("npz", Path(source[2])))
     assert os.listdir(tmp_path / "out") == [name]
+
+
+def test_a_conversion_that_cannot_be_moved_into_place_leaves_the_earlier_one(
+    ffcv: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: list[str],
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "out" / "set"
+    assert run(*source, "--to", target, "--imbalance", 0.5) == 0
+    kept = load_dataset("beton", target)
+    capsys.readouterr()
+    let_the_second_rename_fail(monkeypatch)
+    message = error_of(capsys, *source, "--to", target, "--force")
+    assert message == f"{target}: cannot be written (Input/output error); nothing was kept"
+    assert_same(load_dataset("beton", target), kept)
+    assert os.listdir(tmp_path / "out") == ["set"]
 
 
 def fail(error: BaseException) -> Callable[..., Any]:
@@ -287,7 +310,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         message = error_of(capsys, "npz", "--data", path, "--to", target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert message.startswith(f"--to {target}: cannot be written (")
+    assert message.startswith(f"{target}: cannot be written (")
     assert message.endswith("); nothing was kept")
     assert not list(target.parent.iterdir())
     assert run("npz", "--data", path, "--to", target) == 0
@@ -341,7 +364,7 @@ def test_values_that_do_not_fit_the_data_are_one_line(
         (["--imbalance", "2"], "imbalance must be in (0, 1]"),
         (["--imbalance", "0.001"], "leaves class 2 empty"),
         (["--imbalance", "0.5", "--largest", "99"], "class 0 has 40 images, 99 asked"),
-        (["--imbalance", "0.5", "--seed", "-1"], "seed must be in 0..2**32 - 1"),
+        (["--imbalance", "0.5", "--split-seed", "-1"], "--split-seed -1: must lie in [0, 2^32)"),
         (["--image-size", "8"], "--image-size: the images of npz have one size already"),
     ):
         assert message in error_of(capsys, *source, *target, *flags)

@@ -17,12 +17,13 @@ from reat_fast import evaluate, reference, train
 from reat_fast.attack import cross_entropy
 from reat_fast.cli.command import run_command
 from reat_fast.data import ImageSet
-from reat_fast.evaluate import Attack, evenly
+from reat_fast.evaluate import Attack
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.figures import figures, tail_by_share
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
-from reat_fast.report import accuracy_table
+from reat_fast.reporting.tables import accuracy_table
+from reat_fast.sources.lazy import FileImages
 
 
 def test_figures_from_counts_made_by_hand() -> None:
@@ -173,8 +174,20 @@ def test_robust_accuracy_is_that_of_the_reference_attack(image_set: ImageSet) ->
 def test_a_subset_is_spread_over_a_sorted_set() -> None:
     labels = np.repeat(np.arange(4), 10)
     image_set = ImageSet(np.zeros((40, 2, 2, 1), np.uint8), labels)
-    assert evenly(image_set, 8).labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert len(evenly(image_set, 100)) == 40
+    assert image_set.evenly(8).labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(image_set.evenly(100)) == 40
+    assert len(image_set.evenly(0)) == len(image_set.evenly(0).evenly(3)) == 0
+
+
+def test_a_subset_of_files_is_not_decoded_before_it_is_looked_at(tmp_path: Path) -> None:
+    files = FileImages([tmp_path / f"absent{k}.png" for k in range(6)], 2)
+    subset = ImageSet(files, np.arange(6)).evenly(3)
+    assert isinstance(subset.images, FileImages)
+    assert [path.name for path in subset.images.paths] == [
+        "absent0.png",
+        "absent2.png",
+        "absent4.png",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +294,7 @@ def test_a_missing_package_says_how_to_get_it(
     assert command(run_dir, "--attacks", "aa-package") == 2
     error = capsys.readouterr().err
     assert error == (
-        'error: --attacks aa-package: needs pyautoattack; pip install "reat-fast[eval]"\n'
+        'error: --attacks aa-package needs pyautoattack: pip install "reat-fast[eval]"\n'
     )
     assert (run_dir / "evaluation.json").read_text() == before
 

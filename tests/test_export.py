@@ -13,6 +13,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from damage import let_the_second_rename_fail
 from made_data import made_images
 from torch import Tensor, nn
 
@@ -117,8 +118,8 @@ def test_the_card_has_every_figure_with_its_attack_and_escapes_names(
     assert command(run_dir, "--to", tmp_path / "to", "--format", "hub") == 0
     card = (tmp_path / "to" / "README.md").read_text()
     assert "| overall | 61.25 | 31.50 |" in card
-    assert "| tail | 52.12 | - |" in card
-    assert "On 24 test images of made &lt;b&gt;; attacks within L-infinity eps 8/255" in card
+    assert "| tail | 52.12 | – |" in card
+    assert "In %, on 24 test images of made &lt;b&gt;; attacks within L-infinity eps 8/255" in card
     assert "<b>" not in card.split("---\n")[2]
     assert "# license: yours to choose" in card
 
@@ -307,6 +308,32 @@ def test_a_failed_export_leaves_the_earlier_one(
     assert command(run_dir, "--to", to, "--force") == 2
     assert description(to)["weights"] == "last.safetensors"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "to"]
+
+
+def test_an_export_that_cannot_be_moved_into_place_leaves_the_earlier_one(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    to = tmp_path / "to"
+    assert command(run_dir / "last.safetensors", "--to", to) == 0
+    let_the_second_rename_fail(monkeypatch)
+    assert command(run_dir, "--to", to, "--force") == 2
+    assert f"{to}: cannot be written (Input/output error)" in capsys.readouterr().err
+    assert description(to)["weights"] == "last.safetensors"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "to"]
+
+
+def test_an_export_to_which_someone_added_a_file_is_not_replaced(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "to"
+    assert command(run_dir, "--to", to) == 0
+    (to / "thesis.tex").touch()
+    assert command(run_dir, "--to", to, "--force") == 2
+    assert f"--to {to}: holds thesis.tex; name a new folder" in capsys.readouterr().err
+    assert (to / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from reat_fast.sources import download, formats
 from reat_fast.sources.download import Remote
 from reat_fast.sources.formats import DataError
 from reat_fast.sources.lazy import FileImages
+from reat_fast.storage import whole_files
 from reat_fast.training.run import Run
 
 MakeDisk = Callable[[int], Path]
@@ -159,8 +160,8 @@ def test_a_failed_write_is_named_and_what_was_saved_before_is_whole(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.os, "fsync", fsync)
-        patched.setattr(checkpoint, "_sync_folder", lambda folder: None)
+        patched.setattr(whole_files.os, "fsync", fsync)
+        patched.setattr(whole_files, "_sync_folder", lambda folder: None)
         assert run(*SMALL, "--data", made, "--run-dir", folder) == 2
     assert "cannot be written (No space left on device)" in only_line(capsys)
     assert not list(folder.glob("*.part"))
@@ -173,7 +174,7 @@ def test_a_failed_write_is_named_and_what_was_saved_before_is_whole(
 def test_pytorchs_word_for_a_full_disk_is_understood(tmp_path: Path) -> None:
     (tmp_path / "state.pt.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"state\.pt: cannot be written \(No space left on device\)"):
-        checkpoint.write_atomically(
+        whole_files.write_atomically(
             tmp_path / "state.pt", lambda partial: torch.save(torch.rand(10_000), partial)
         )
     assert not any(tmp_path.iterdir())

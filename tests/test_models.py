@@ -268,7 +268,7 @@ def test_logits_are_the_linear_layer_of_the_features_at_any_size(
 ) -> None:
     network, images = randomised(name), draw_images(*size, count=2)
     features, logits = network.forward_features_logits(images)
-    assert features.shape == (2, network.feature_dim)
+    assert features.shape == (2, network.fc.in_features)
     assert logits.shape == (2, NUM_CLASSES)
     assert torch.equal(logits, network.fc(features))
     assert torch.equal(logits, network(images))

@@ -54,6 +54,7 @@ def run(tmp_path: Path) -> Path:
 def test_mean_and_sample_deviation_by_hand() -> None:
     assert mean_text([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert mean_text([1.0, None, 2.0]) == "1.50 ± 0.71"
+    assert mean_text([1.0, 3.0], digits=1) == "2.0 ± 1.4"  # sqrt(2), not the population's 1
     assert mean_text([12.5]) == "12.50"
     assert mean_text([None]) == mean_text([]) == "–"
 
@@ -431,8 +432,8 @@ def test_damaged_weights_are_named(trained: Path, capsys: pytest.CaptureFixture[
 
 def test_pictures_of_a_run_folder_are_png(trained: Path, tmp_path: Path) -> None:
     evaluation = json.loads((trained / "evaluation.json").read_text())
-    report.draw_accuracy(evaluation, tmp_path / "accuracy.png", "title")
-    report.draw_learning(trained / "metrics.csv", tmp_path / "learning.png")
+    pictures.draw_accuracy(evaluation, tmp_path / "accuracy.png", "title")
+    pictures.draw_learning(trained / "metrics.csv", tmp_path / "learning.png")
     for file in tmp_path.glob("*.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2

@@ -20,7 +20,6 @@ from reat_fast import evaluate, sweep, train
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, parse, to_json
 from reat_fast.methods.work import work_per_image
-from reat_fast.reporting.sweep_table import spread
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
 SMALL += " --held-out 0.1 --epochs 1 --device cpu"
@@ -35,7 +34,8 @@ def write_run(folder: Path, clean: float, pgd20: float | None, **changes: Any) -
     figures = {"clean": {"overall": clean, "tail": clean / 2}}
     if pgd20 is not None:
         figures["pgd20"] = {"overall": pgd20, "tail": pgd20 / 2}
-    evaluation = {"dataset": "made", "samples": 24, "eps": 8 / 255, "attacks": figures} | changes
+    protocol = {"dataset": "made", "samples": 24, "eps": 8 / 255, "step_size": 2 / 255}
+    evaluation = {**protocol, "attacks": figures} | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "timing.csv").write_text("epoch,seconds\n1,10.0\n2,20.5\n")
@@ -284,18 +284,18 @@ def test_evaluations_under_other_conditions_are_not_averaged(
     write_run(out / "reat-seed1", 70.0, None)
     assert command(presets, "--seeds", 0, 1, "--out", out) == 0
     assert "30.00 (n = 1)" in (out / "summary.md").read_text()
-    write_run(out / "reat-seed1", 70.0, 30.0, samples=12)
-    assert command(presets, "--seeds", 0, 1, "--out", out) == 2
-    assert "evaluated on {'dataset': 'made', 'samples': 12" in capsys.readouterr().err
+    for name, value, shown in (
+        ("samples", 12, "12, the other seeds with 24"),
+        ("eps", 4 / 255, "4/255, the other seeds with 8/255"),
+        ("step_size", 1 / 255, "1/255, the other seeds with 2/255"),
+        ("restarts", 5, "5, the other seeds with 1"),
+    ):
+        write_run(out / "reat-seed1", 70.0, 30.0, **{name: value})
+        assert command(presets, "--seeds", 0, 1, "--out", out) == 2
+        assert f"evaluated with {name} {shown}; evaluate it again" in capsys.readouterr().err
     (out / "reat-seed1" / "evaluation.json").write_text("{}")
     assert command(presets, "--seeds", 0, 1, "--out", out) == 2
     assert "evaluation.json: damaged" in capsys.readouterr().err
-
-
-def test_spread() -> None:
-    assert spread([]) == "-"
-    assert spread([1.0]) == "1.00"
-    assert spread([1.0, 3.0]) == "2.00 ± 1.41"  # sqrt(2), not the population's 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

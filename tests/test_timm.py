@@ -129,7 +129,7 @@ def test_features_stand_beside_logits(name: str) -> None:
     network = create_model(f"timm/{name}", 5, in_channels=1).eval()
     images = torch.rand(2, 1, 64, 64)
     features, logits = network.forward_features_logits(images)
-    assert features.shape == (2, network.feature_dim)
+    assert features.shape == (2, network.fc.in_features)
     assert torch.equal(logits, network.fc(features))
     assert torch.equal(logits, network.get_submodule("backbone")(images))
 

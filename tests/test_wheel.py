@@ -15,12 +15,12 @@ import pytest
 from made_data import made_npz
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-INNER = ("evaluation", "methods", "reporting", "sources")
+OUTER = ("kernels", "loaders")
+INNER = [init.parent.name for init in sorted((CHECKOUT / "reat_fast").glob("*/__init__.py"))]
 PACKAGES = {
     "reat_fast": "reat_fast",
-    "kernels": "reat_fast/kernels",
-    "loaders": "reat_fast/loaders",
-    **{f"reat_fast/{name}": f"reat_fast/{name}" for name in INNER},
+    **{name: f"reat_fast/{name}" for name in OUTER},
+    **{f"reat_fast/{name}": f"reat_fast/{name}" for name in INNER if name not in OUTER},
 }
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from reat_fast.kernels import philox
 from reat_fast.kernels.augment import BLENDS, LOOKUPS, OPERATIONS, Numbers, numbers, operate
+from reat_fast.kernels.prepare import check_batch
 
 PolicyName = Literal["randaugment", "autoaugment"]
 Step = tuple[str, float, int]  # operation, probability, place in its magnitudes
@@ -90,7 +91,9 @@ def apply_policy(
     for a wrong dtype, shape, device, name or number. Source of the order, and of RandAugment(2, 8):
     official AT-BSL train_at_bsl_cifar10.py.
     """
-    _check(images, indices, gather)
+    check_batch(images, indices, gather)
+    if images.shape[3] not in (1, 3):
+        raise ValueError(f"images have {images.shape[3]} channels: a policy takes C = 1 or 3")
     policy = _policy(name, num_ops, magnitude)
     limits, rows = _table(policy, images.shape[1], images.shape[2], images.device)
     batch = images[indices] if gather else images
@@ -168,21 +171,3 @@ def _drawn(
     step = step + torch.arange(steps, device=indices.device)  # [B, rounds, steps]
     row = 1 + 2 * step + philox.integers(sign, 2)
     return torch.where(chance < limits[row], row, 0).flatten(1)
-
-
-def _check(images: Tensor, indices: Tensor, gather: bool) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}: a policy takes uint8 "
-            "images [N, H, W, C], C = 1 or 3"
-        )
-    if indices.dtype != torch.int64 or indices.ndim != 1 or indices.device != images.device:
-        raise ValueError(
-            f"indices are {indices.dtype} of shape {tuple(indices.shape)} on {indices.device}: "
-            f"a policy takes int64 [B] on {images.device}, where the images are"
-        )
-    if not gather and len(images) != len(indices):
-        raise ValueError(
-            f"gather=False takes one image per index, got {len(images)} images and "
-            f"{len(indices)} indices: give the batch itself, or gather=True"
-        )

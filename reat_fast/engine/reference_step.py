@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from reat_fast import reference
 from reat_fast.config import Config, flag
+from reat_fast.engine.distributed import World
+from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep
 
 UNKNOWN = (
@@ -20,8 +23,14 @@ UNKNOWN = (
 class ReferenceStep(TrainStep):
     """Take steps of the plain reference, with the face of TrainStep."""
 
-    def _plan_attack(self, counts: Sequence[int], weight: Tensor) -> None:
-        config = self.config
+    def __init__(
+        self,
+        model: Network,
+        optimizer: torch.optim.Optimizer,
+        counts: Sequence[int],
+        config: Config,
+        world: World | None = None,
+    ) -> None:
         if config.attack_batchnorm != "eval" or config.attack_loss not in ("auto", "rbl"):
             raise ValueError(
                 "--no-fused: the reference has REAT's own attack only; "
@@ -30,9 +39,9 @@ class ReferenceStep(TrainStep):
         for field in UNKNOWN:
             if getattr(config, field) != getattr(Config(), field):
                 raise ValueError(f"--no-fused: the reference has no {flag(field)}; leave it out")
-        if self.world.size > 1:
+        if world is not None and world.size > 1:
             raise ValueError("--no-fused: the reference runs in one process; leave out torchrun")
-        super()._plan_attack(counts, weight)
+        super().__init__(model, optimizer, counts, config, world)
 
     def _step(
         self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int
@@ -53,5 +62,5 @@ class ReferenceStep(TrainStep):
         )
         predictions = outcome["logits"].argmax(1)
         statistics.next_ae_counts += predictions.bincount(minlength=len(statistics.counts))
-        self._share_and_record(outcome, labels)
+        self.update.share_and_record(outcome, labels)
         return outcome

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reat_fast.checkpoint import write_atomically
+from reat_fast.cli.extras import import_extra
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import apgd, guards
 from reat_fast.evaluation.fab import fab
@@ -28,6 +28,7 @@ from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.kernels import philox
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
+from reat_fast.storage.whole_files import write_atomically
 
 MOST_TARGETS = 9
 SAVE_EVERY_SECONDS = 10.0
@@ -231,12 +232,7 @@ def package_autoattack(
     Nothing of ours but the model takes part: this is what our AutoAttack is held against.
     Errors: ValueError with the pip line where the package is missing.
     """
-    try:
-        import pyautoattack
-    except ImportError:
-        raise ValueError(
-            '--attacks aa-package: needs pyautoattack; pip install "reat-fast[eval]"'
-        ) from None
+    pyautoattack = import_extra("pyautoattack", "--attacks aa-package", "eval")
     attack = pyautoattack.AutoAttack(
         model, device=images.device, eps=eps, norm="Linf", seed=seed, version="standard"
     )

@@ -1,4 +1,4 @@
-"""Accuracy overall, on head, body and tail, and per class, from counts of right predictions."""
+"""The figures of an evaluation, overall, on head, body and tail and per class, and its attacks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from reat_fast.data import head_body_tail
+
+MAIN_ATTACK = "pgd20"
+"""The attack that stands for robustness where a run was tested under it."""
+
+STANDARD_ATTACKS = ("clean", MAIN_ATTACK)
+"""What every run is tested under at its end."""
+
+SELECTION = {"held-out": ("pgd10", "balanced"), "official": (MAIN_ATTACK, "overall")}
+"""By --evaluation the attack and the figure that choose the best epoch."""
 
 
 def figures(

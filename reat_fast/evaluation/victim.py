@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reat_fast.attack import evaluating
-from reat_fast.engine.precision import Precision, full_precision
+from reat_fast.engine.precision import Precision, allowed_tf32, full_precision
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import Form, FrozenNetwork
@@ -134,11 +134,5 @@ def attacked(
     precision: arithmetic of the search; the verdict is float32, without TF32, or float64 where the
     model is. bar: a progress bar in forward passes of one image.
     """
-    conv, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = conv.allow_tf32, matmul.allow_tf32
-    with evaluating(model):
-        try:
-            conv.allow_tf32 = matmul.allow_tf32 = precision != "float32"
-            yield Victim(model, precision, bar)
-        finally:
-            conv.allow_tf32, matmul.allow_tf32 = before
+    with evaluating(model), allowed_tf32(precision != "float32"):
+        yield Victim(model, precision, bar)

@@ -1,7 +1,7 @@
 """What the attack of a training step maximises, where it starts and how far it goes.
 
-PGD and the one-step attacks differ in five numbers only, so all of them are attack.ascend with a
-plan. Free training differs in kind: it trains on the images that it attacks.
+PGD and the one-step attacks differ in the numbers of a plan only, so attack.ascend is all of them.
+Free training differs in kind: it trains on the images that it attacks.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from reat_fast.attack import AttackLoss, cross_entropy
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.prepare import Noise
+from reat_fast.kernels.triton_support import in_loss_precision
 from reat_fast.methods.cosine_head import CosineHead
-from reat_fast.methods.objectives import in_loss_precision
 from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 

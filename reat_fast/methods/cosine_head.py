@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reat_fast.kernels.triton_support import in_loss_precision
 from reat_fast.networks.architectures import Network
 
 WEIGHT_NORM_OFFSET = 0.03125
@@ -51,8 +52,7 @@ class CosineHead(nn.Linear):
 
     def cosines(self, logits: Tensor) -> Tensor:
         """Return the cosines [B, K] behind logits of this head, in float32 or float64."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return (logits + self.compensation) / self.scale
+        return (in_loss_precision(logits) + self.compensation) / self.scale
 
     @torch.no_grad()
     def compensate_(self, counts: Sequence[int], tau: float) -> None:

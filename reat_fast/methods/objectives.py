@@ -23,6 +23,7 @@ from torch import Tensor
 
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.tail_penalty import tail_penalty
+from reat_fast.kernels.triton_support import in_loss_precision
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
@@ -254,11 +255,6 @@ def kl_rows(clean: Tensor, adv: Tensor) -> Tensor:
     log_clean = in_loss_precision(clean).log_softmax(1)
     log_adv = in_loss_precision(adv).log_softmax(1)
     return (log_clean.exp() * (log_clean - log_adv)).sum(1)
-
-
-def in_loss_precision(logits: Tensor) -> Tensor:
-    """Return logits in float32; those in float64 stay what they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def log_prior(statistics: ClassStatistics) -> Tensor:

@@ -1,4 +1,4 @@
-"""The methods of the field in the plainest PyTorch: what methods.py and its kin are held against.
+"""The methods of the field in the plainest PyTorch: what their fast forms are held against.
 
 Each loss is written from its paper and its official code, in any precision, with loops where a loop
 is the obvious way. Nothing here is fast, and nothing is shared with the fast forms but the network.

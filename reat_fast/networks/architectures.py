@@ -22,10 +22,6 @@ class Network(nn.Module):
 
     fc: nn.Linear
 
-    @property
-    def feature_dim(self) -> int:
-        return self.fc.in_features
-
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the features [B, D] of images [B, C, H, W] in [0, 1]."""
         raise NotImplementedError

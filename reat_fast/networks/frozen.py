@@ -22,7 +22,7 @@ from reat_fast.networks.compiling import compile_whole
 from reat_fast.networks.folding import Fold, fold_batchnorms_, fuse_relus
 
 Form = Literal["eager", "compiled", "cudnn", "cudnn-stem", "cpu"]
-# The fastest where it was timed; the others are there to be compared with it.
+# Takes any network and dtype; step_attack.resolve_form chooses a faster one.
 DEFAULT_FORM: Form = "eager"
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reat_fast.cli.terminal import duration
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import html as report_html
 from reat_fast.reporting.compared_pictures import compared_classes, compared_curves
 from reat_fast.reporting.data import RunRecord
@@ -127,7 +128,7 @@ def evaluated_on(groups: Sequence[Group]) -> str:
 def _class_pictures(groups: Sequence[Group]) -> list[Picture]:
     names = next((run.class_names for g in groups for run in g.evaluated), [])
     attacks = list(dict.fromkeys(name for group in groups for name in group.attack_names()))
-    chosen = [name for name in ("clean", "pgd20") if name in attacks] or attacks[-1:]
+    chosen = [name for name in STANDARD_ATTACKS if name in attacks] or attacks[-1:]
     drawn = []
     for name in chosen:
         figure = compared_classes(groups, name, names)

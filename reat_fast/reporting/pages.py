@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from reat_fast import env
 from reat_fast.cli.terminal import duration
 from reat_fast.config import LOCAL_FIELDS, Config
+from reat_fast.engine.step_attack import resolve_attack_loss
+from reat_fast.evaluation.figures import SELECTION
 from reat_fast.reporting import html as report_html
 from reat_fast.reporting import pictures, probe_pictures
 from reat_fast.reporting.data import RunRecord
@@ -161,10 +163,11 @@ def _learning_pictures(run: RunRecord) -> list[Picture]:
     if not run.metrics:
         return []
     last = run.metrics[-1]
-    evaluated = {
-        "held-out": "PGD-10 on held-out training images, mean of classes",
-        "official": "PGD-20 on the test set, overall",
-    }.get(run.config.evaluation, run.config.evaluation)
+    evaluated: str = run.config.evaluation
+    if evaluated in SELECTION:
+        attack, figure = SELECTION[evaluated]
+        where = "the test set" if evaluated == "official" else "held-out training images"
+        evaluated = f"{attack_title(attack)} on {where}, {figure}"
     return [
         Picture(
             "loss",
@@ -188,8 +191,6 @@ def _statistics_pictures(run: RunRecord) -> list[Picture]:
     fits = run.counts and run.ae_counts and len(run.ae_counts[0]) == len(run.counts)
     if not fits or run.counts is None:
         return []
-    from reat_fast.step import resolve_attack_loss
-
     used = resolve_attack_loss(run.config)
     acts = (
         f"This run's attack used them (attack loss {used})."

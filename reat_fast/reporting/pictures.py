@@ -32,7 +32,7 @@ from reat_fast.reporting.style import (
     whole_numbers,
     write_png,
 )
-from reat_fast.reporting.tables import attack_title, epoch_times, main_attack
+from reat_fast.reporting.tables import attack_title, epoch_times, main_attack, part_of_class
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -250,15 +250,11 @@ def name_rows(axes: Axes, class_names: Sequence[str]) -> None:
     """Name the classes down the y axis, or number them where they are many."""
     if len(class_names) <= FEW:
         axes.set_yticks(range(len(class_names)), [short(name) for name in class_names])
-        for text, part in zip(axes.get_yticklabels(), _part_list(len(class_names)), strict=True):
+        for text, part in zip(axes.get_yticklabels(), part_of_class(len(class_names)), strict=True):
             text.set_color(PART_COLOURS[part])
     else:
         whole_numbers(axes.yaxis)
         axes.set_ylabel("class")
-
-
-def _part_list(num_classes: int) -> list[str]:
-    return [part for part, classes in head_body_tail(num_classes).items() for _ in classes]
 
 
 @style()

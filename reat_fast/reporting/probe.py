@@ -74,18 +74,13 @@ def probe_run(run: RunRecord, images: int, data: Path | None, device: torch.devi
     eps = float(told.get("eps", run.config.eps))
     return probe(
         model,
-        _evenly(dataset.test, images),
+        dataset.test.evenly(images),
         spec.num_classes,
         eps=eps,
         step_size=float(told.get("step_size", run.config.step_size)),
         seed=int(told.get("seed", run.config.seed)),
         source=f"{dataset.name}, {weights.name}",
     )
-
-
-def _evenly(image_set: ImageSet, count: int) -> ImageSet:
-    total = len(image_set)
-    return image_set.take(np.arange(min(count, total)) * total // min(count, total))
 
 
 def probe(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast.checkpoint import write_atomically
+from reat_fast.storage.whole_files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

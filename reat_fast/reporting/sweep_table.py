@@ -1,7 +1,7 @@
 """The table of a sweep: mean and sample standard deviation over the seeds of each line.
 
-A figure enters with its attack, radius and number of test images; runs that differ in these are not
-averaged. Seconds are those of all epochs, evaluations on held-out images included.
+A figure enters with its attack and the protocol of its evaluation, as in a report; runs that differ
+in these are not averaged. Seconds are those of all epochs, evaluations on held-out images included.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.config import fraction_text
-from reat_fast.reporting.tables import attack_title
-
-ATTACKS = ("clean", "pgd20")
-"""What a run is evaluated under at its end."""
-
-CONDITIONS = ("dataset", "samples", "eps")
-"""What runs of one line must share for a mean to mean anything."""
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
+from reat_fast.reporting.tables import (
+    PROTOCOL,
+    attack_title,
+    markdown_text,
+    mean_text,
+    protocol_of,
+    setting_text,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class SummaryRow:
         return len(self.values["seconds"])
 
 
-def summarise(name: str, folders: Sequence[Path], attacks: Sequence[str] = ATTACKS) -> SummaryRow:
+def summarise(
+    name: str, folders: Sequence[Path], attacks: Sequence[str] = STANDARD_ATTACKS
+) -> SummaryRow:
     """Gather the figures of a line's runs from their evaluation.json and timing.csv.
 
     attacks: names in evaluation.json; each has two columns in percent, overall and on the tail.
@@ -56,7 +60,7 @@ def summarise(name: str, folders: Sequence[Path], attacks: Sequence[str] = ATTAC
             continue
         try:
             evaluation = json.loads(file.read_text("utf-8"))
-            found = {condition: evaluation[condition] for condition in CONDITIONS}
+            found = protocol_of(evaluation)
             for column, (attack, part) in columns.items():
                 value = evaluation["attacks"].get(attack, {}).get(part)
                 if value is not None:
@@ -65,8 +69,11 @@ def summarise(name: str, folders: Sequence[Path], attacks: Sequence[str] = ATTAC
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
         if conditions not in ({}, found):
+            name = next(name for name in PROTOCOL if found[name] != conditions[name])
+            here, there = (setting_text(name, told[name]) for told in (found, conditions))
             raise ValueError(
-                f"{file}: evaluated on {found}, the other seeds on {conditions}; evaluate it again"
+                f"{file}: evaluated with {name} {here}, the other seeds with {there}; "
+                "evaluate it again"
             )
         conditions = found
     return SummaryRow(name, len(folders), tuple(attacks), conditions, values)
@@ -86,14 +93,6 @@ def _seconds(timing: Path) -> float:
         return sum(float(row["seconds"]) for row in csv.DictReader(file))
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Write values as mean ± sample standard deviation, or the one there is, or a dash."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def markdown(rows: Sequence[SummaryRow]) -> str:
     """Write the rows as a Markdown table whose columns also line up in a terminal."""
     columns = _columns(rows[0].attacks)
@@ -105,11 +104,11 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
             [
                 row.name,
                 f"{row.finished} of {row.planned}",
-                str(row.conditions.get("dataset", "-")).replace("|", "\\|"),
-                str(row.conditions.get("samples", "-")),
-                "-" if eps is None else fraction_text(eps),
+                markdown_text(str(row.conditions.get("dataset", "–"))),
+                str(row.conditions.get("samples", "–")),
+                "–" if eps is None else fraction_text(eps),
                 *(_cell(row, column) for column in columns),
-                spread(row.values["seconds"], digits=0),
+                mean_text(row.values["seconds"], digits=0),
             ]
         )
     widths = [max(len(line[k]) for line in cells) for k in range(len(head))]
@@ -123,7 +122,7 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
 def _cell(row: SummaryRow, column: str) -> str:
     values = row.values[column]
     missing = values and len(values) < row.finished
-    return f"{spread(values)} (n = {len(values)})" if missing else spread(values)
+    return mean_text(values) + (f" (n = {len(values)})" if missing else "")
 
 
 def document(table: str, commands: Mapping[str, str]) -> str:
@@ -144,14 +143,14 @@ def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> 
     columns = [*_columns(rows[0].attacks), "seconds"]
     names = [column.lower().replace("-", "").replace(" ", "_") for column in columns]
     figures = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
-    writer.writerow(["run", "command", "finished", "planned", *CONDITIONS, *figures])
+    writer.writerow(["run", "command", "finished", "planned", *PROTOCOL, *figures])
     for row in rows:
         figure: list[float | str] = []
         for column in columns:
             values = row.values[column]
             figure.append(statistics.fmean(values) if values else "")
             figure.append(statistics.stdev(values) if len(values) > 1 else "")
-        conditions = [row.conditions.get(condition, "") for condition in CONDITIONS]
+        conditions = [row.conditions.get(condition, "") for condition in PROTOCOL]
         command = f"python -m reat_fast.train {commands[row.name]}"
         writer.writerow([row.name, command, row.finished, row.planned, *conditions, *figure])
     return text.getvalue()

@@ -11,6 +11,7 @@ from typing import Any
 
 from reat_fast.config import LOCAL_FIELDS, fraction_text
 from reat_fast.data import head_body_tail
+from reat_fast.evaluation.figures import MAIN_ATTACK
 from reat_fast.reporting.data import PARTS, TAIL80, RunRecord
 
 Table = list[list[str]]
@@ -20,6 +21,8 @@ PROTOCOL = {"dataset": None, "eps": None, "step_size": None, "samples": None, "r
 """What two evaluations must have in common for their figures to be averaged, and what they mean
 where they do not say it."""
 
+OF_WORDS = ("group", "attack", "part")
+"""Columns of a Markdown table that hold words; the others hold numbers."""
 
 MOST_CLASSES = 100
 """Classes that a printed table has rows for; JSON and report have all of them."""
@@ -84,17 +87,16 @@ def attack_title(name: str) -> str:
 def main_attack(evaluation: dict[str, Any]) -> str:
     """Choose the attack that stands for robustness: PGD-20, else the last, clean if alone."""
     names = list(evaluation["attacks"])
-    return "pgd20" if "pgd20" in names else names[-1]
+    return MAIN_ATTACK if MAIN_ATTACK in names else names[-1]
 
 
-def mean_text(values: Sequence[float | None]) -> str:
+def mean_text(values: Sequence[float | None], digits: int = 2) -> str:
     """Write the mean and, over two or more values, the sample standard deviation."""
     present = [value for value in values if value is not None]
     if not present:
         return "–"
-    if len(present) == 1:
-        return f"{present[0]:.2f}"
-    return f"{statistics.mean(present):.2f} ± {statistics.stdev(present):.2f}"
+    mean = f"{statistics.fmean(present):.{digits}f}"
+    return mean if len(present) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,15 @@ def _settings(run: RunRecord) -> dict[str, str]:
         for name, value in asdict(run.config).items()
         if name not in ("seed", *LOCAL_FIELDS)
     }
-    evaluation = run.evaluation or {}
-    tested = {
-        f"test {name}": setting_text(name, evaluation.get(name, default))
-        for name, default in PROTOCOL.items()
-        if evaluation
-    }
-    return values | tested
+    if run.evaluation:
+        protocol = protocol_of(run.evaluation)
+        values |= {f"test {name}": setting_text(name, told) for name, told in protocol.items()}
+    return values
+
+
+def protocol_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the conditions of an evaluation, by the names of PROTOCOL."""
+    return {name: evaluation.get(name, default) for name, default in PROTOCOL.items()}
 
 
 def setting_text(name: str, value: object) -> str:
@@ -206,14 +210,13 @@ def paper_table(groups: Sequence[Group]) -> Table:
 
 def markdown(table: Table) -> str:
     """Write a table as Markdown; what a cell holds is shown, never interpreted."""
-    heading, *rows = [[_markdown_cell(cell) for cell in row] for row in table]
-    columns = len(heading)
-    text_columns = sum(name in ("group", "attack") for name in table[0])
-    rule = [":--" if k < text_columns else "--:" for k in range(columns)]
+    heading, *rows = [[markdown_text(cell) for cell in row] for row in table]
+    rule = [":--" if name in OF_WORDS else "--:" for name in table[0]]
     return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *rows))
 
 
-def _markdown_cell(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Write a text so that Markdown and HTML show it on one line and do not obey it."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\|*_`\[\]])", r"\\\1", escaped)
 

@@ -6,14 +6,14 @@ measured is not there. The licence is the user's to choose.
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from reat_fast.config import fraction_text
+from reat_fast.reporting.data import PARTS
+from reat_fast.reporting.tables import markdown, markdown_text, mean_text
 
-PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
 TAGS = ("adversarial-training", "adversarial-robustness", "long-tailed-recognition")
 
 
@@ -24,7 +24,7 @@ def model_card(name: str, description: dict[str, Any], repository: str | None = 
     """
     sections = [
         _front_matter(name, description),
-        f"# {_escape(name)}\n\n{_summary(description)}",
+        f"# {markdown_text(name)}\n\n{_summary(description)}",
         f"## Accuracy\n\n{_accuracy(description['evaluation'])}",
         f"## How to load it\n\n{_loading(repository)}",
     ]
@@ -86,7 +86,7 @@ def _summary(description: dict[str, Any]) -> str:
     counts, eps = description["train_counts"], description["eps"]
     if counts and description["dataset"]:
         text += (
-            f" Trained on {sum(counts):,} images of {_escape(description['dataset'])}, "
+            f" Trained on {sum(counts):,} images of {markdown_text(description['dataset'])}, "
             f"{max(counts):,} to {min(counts):,} a class"
         )
         text += f", adversarially with eps {fraction_text(eps)}." if eps is not None else "."
@@ -97,17 +97,16 @@ def _accuracy(evaluation: dict[str, Any] | None) -> str:
     if evaluation is None:
         return "Not measured."
     names = list(evaluation["attacks"])
-    rows = [["in %", *names], ["---", *("---:" for _ in names)]]
+    rows = [["part", *names]]
     for part in PARTS:
         values = [evaluation["attacks"][name].get(part) for name in names]
-        rows.append([part, *("-" if value is None else f"{value:.2f}" for value in values)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([part, *(mean_text([value]) for value in values)])
+    tested = f"{evaluation['samples']:,} test images of {markdown_text(evaluation['dataset'])}"
     return (
-        f"{table}\n\nOn {evaluation['samples']:,} test images of {_escape(evaluation['dataset'])}; "
-        f"attacks within L-infinity eps {fraction_text(evaluation['eps'])}, step "
-        f"{fraction_text(evaluation['step_size'])}. Balanced is the mean over classes; head, body "
-        "and tail are the first, middle and last third of them. A stronger attack than those named "
-        "may find lower figures."
+        f"{markdown(rows)}\nIn %, on {tested}; attacks within L-infinity eps "
+        f"{fraction_text(evaluation['eps'])}, step {fraction_text(evaluation['step_size'])}. "
+        "Balanced is the mean over classes; head, body and tail are the first, middle and last "
+        "third of them. A stronger attack than those named may find lower figures."
     )
 
 
@@ -119,8 +118,3 @@ def _loading(repository: str | None) -> str:
         "from reat_fast import load_model\n\n"
         f"model = load_model(snapshot_download({json.dumps(repository)}))\n```"
     )
-
-
-def _escape(text: str) -> str:
-    """Keep a name from acting as HTML or as a table's column."""
-    return html.escape(" ".join(text.split())).replace("|", "&#124;").replace("`", "&#96;")

@@ -70,11 +70,6 @@ class BetonImages(LazyImages):
         self._places = places  # of all images of the file, in order: at, size, jpeg
 
     @property
-    def stored_exactly(self) -> bool:
-        """Whether no image is compressed, so that every decoder gives the same pixels."""
-        return not self._places["jpeg"][self.rows].any()
-
-    @property
     def starts(self) -> npt.NDArray[np.int64]:
         """Return where in the file each image lies: int64 [N], bytes."""
         return np.asarray(self._places["at"][self.rows], np.int64)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from reat_fast.checkpoint import write_text
 from reat_fast.cli.extras import import_extra
 from reat_fast.config import LOCAL_FIELDS
+from reat_fast.storage.whole_files import write_text
 
 LogName = Literal["tensorboard", "wandb"]
 Scalars = dict[str, float]

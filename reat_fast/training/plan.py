@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError
 from reat_fast.cli.command import choose_device
-from reat_fast.config import LOCAL_FIELDS, Config, flag, from_json, parse
+from reat_fast.config import Config, changes, from_json, parse
 from reat_fast.engine.distributed import World
 from reat_fast.training.logs import check_logs
 
@@ -49,7 +48,8 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         preset, reason = state["preset"], f"resumed from {source}"
         flags = arguments[1:] if named else arguments
         _, config = parse(flags, preset, default=saved)
-        _refuse_changes(saved, config)
+        for name, old, new in changes(saved, config):
+            raise ValueError(f"{name} {new}: the run was begun with {old}; leave it out")
     check_logs(config.log)
     device = _device(config, world)
     run_dir = resume or _new_run_dir(config, preset, world)
@@ -89,12 +89,3 @@ def _device(config: Config, world: World) -> torch.device:
     if device.index is not None:
         raise ValueError(f"--device {config.device}: each process takes its own GPU; leave it out")
     return choose_device(f"cuda:{world.local_rank}")
-
-
-def _refuse_changes(saved: Config, config: Config) -> None:
-    for field in dataclasses.fields(Config):
-        old, new = getattr(saved, field.name), getattr(config, field.name)
-        if old != new and field.name not in LOCAL_FIELDS:
-            raise ValueError(
-                f"{flag(field.name)} {new}: the run was begun with {old}; leave it out"
-            )

@@ -17,7 +17,7 @@ from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import use_precision
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.env import environment
-from reat_fast.evaluate import evenly
+from reat_fast.evaluation.figures import SELECTION
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
@@ -140,7 +140,7 @@ class Run:
         """Return what an evaluation looks at: all of a set without --limit-batches."""
         if self.config.limit_batches is None:
             return image_set
-        return evenly(image_set, self.config.limit_batches * self.config.batch_size)
+        return image_set.evenly(self.config.limit_batches * self.config.batch_size)
 
     @property
     def folder(self) -> Path:
@@ -163,7 +163,7 @@ class Run:
                 dataclasses.asdict(self.config),
                 self.plan.preset,
                 history=zip(self.metrics, self.timing, strict=True),
-                attack="pgd20" if self.config.evaluation == "official" else "pgd10",
+                attack=SELECTION.get(self.config.evaluation, SELECTION["held-out"])[0],
             )
 
     def close(self) -> None:

@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from reat_fast.checkpoint import CheckpointError, write_text
+from reat_fast.checkpoint import CheckpointError
 from reat_fast.config import Config, to_json
 from reat_fast.data import Dataset, Splits
 from reat_fast.env import environment
+from reat_fast.storage.whole_files import write_text
 
 
 class FolderLock:

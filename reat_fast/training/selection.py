@@ -8,19 +8,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from reat_fast import checkpoint, report
+from reat_fast import checkpoint
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
+from reat_fast.reporting.pictures import draw_accuracy, draw_learning
+from reat_fast.storage.whole_files import write_text
 from reat_fast.training.gauge import seconds_per_step
 from reat_fast.training.run import Run
-
-SELECTION = {"held-out": ("pgd10", "balanced"), "official": ("pgd20", "overall")}
-"""The attack and the figure that choose the best epoch."""
-
-TESTED = ("clean", "pgd20")
-"""What the chosen weights are tested under."""
 
 Tick = Callable[[int], object]
 """Called with the number of images after each batch of an evaluation; may raise to end it."""
@@ -77,7 +74,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     result = evaluate(
         model,
         run.limited(run.splits.test),
-        _attacks(run, *TESTED),
+        _attacks(run, *STANDARD_ATTACKS),
         run.dataset.num_classes,
         eps=config.eps,
         seed=config.seed,
@@ -97,10 +94,10 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "device": str(run.device),
         "seconds": round(time.perf_counter() - began, 3),
     }
-    checkpoint.write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
-    report.draw_accuracy(result, folder / "accuracy.png", title)
-    report.draw_learning(folder / "metrics.csv", folder / "learning.png")
+    draw_accuracy(result, folder / "accuracy.png", title)
+    draw_learning(folder / "metrics.csv", folder / "learning.png")
     return result
 
 
@@ -110,7 +107,7 @@ def expected_seconds(run: Run) -> float:
     epochs = config.epochs - run.epoch
     per_epoch = min(run.batches * config.batch_size, len(run.splits.train))
     passes = epochs * per_epoch * work_per_image(config) / run.world.size
-    passes += len(run.limited(run.splits.test)) * _passes(run, *TESTED)
+    passes += len(run.limited(run.splits.test)) * _passes(run, *STANDARD_ATTACKS)
     if config.evaluation != "none":
         name, _ = SELECTION[config.evaluation]
         evaluations = math.ceil(epochs / _every(run))

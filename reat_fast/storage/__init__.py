@@ -1,0 +1,1 @@
+"""Files that are whole or not there at all, and values from them as the types fields have."""

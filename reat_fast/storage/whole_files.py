@@ -1,0 +1,100 @@
+"""Files and folders that are whole or not there at all.
+
+Each is written under another name and moved into place, so that what bears its proper name is whole
+whenever the program or the machine ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then move it into place when it is on the disk.
+
+    Errors: OSError naming the file, with what was there before still in place.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        full = "inline_container" in str(error)  # so PyTorch calls a disk that takes no more
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        reason = "No space left on device" if full else getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: cannot be written ({reason})") from error
+    finally:
+        with contextlib.suppress(OSError):  # of a read-only folder
+            partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk too, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def replacing(target: Path, names: Collection[str]) -> Iterator[Path]:
+    """Give a place beside `target` for a file or folder, which takes its place when all went well.
+
+    names: of the files that such a folder holds; a folder with others in it is never removed.
+    Whatever goes wrong, what was written is removed and what was there before is there still.
+    Errors: OSError naming the target, also for one raised while the place is filled.
+    """
+    part, old = (target.with_name(f"{target.name}.{end}") for end in ("part", "old"))
+    try:
+        _remove(part, names)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        if target.is_dir():  # a folder can only take the place of an empty one
+            _remove(old, names)
+            _exchange(target, part, old)
+            with contextlib.suppress(OSError):  # the new one is in place
+                _remove(old, names)
+        else:
+            part.replace(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _remove(part, names)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise OSError(f"{target}: cannot be written ({reason}); nothing was kept") from error
+        raise
+
+
+def _exchange(target: Path, part: Path, old: Path) -> None:
+    target.rename(old)
+    try:
+        part.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+
+
+def _remove(place: Path, names: Collection[str]) -> None:
+    """Remove what bears these names; anything else in a folder makes it stay, with an OSError."""
+    if place.is_dir() and not place.is_symlink():
+        for file in place.iterdir():
+            if file.name.removesuffix(".part") in names:
+                file.unlink()
+        place.rmdir()
+    else:
+        place.unlink(missing_ok=True)
