@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.official import Official
+from bench.official import Official, as_loaded
 from bench.records import Figure, record
 from bench.timing import seconds
 from reat_fast.cli.command import choose_device, parse_flags, run_command
@@ -204,10 +204,7 @@ def _on_host(
     batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     chosen = [image_set.take(batch) for batch in batches]
     return [
-        (
-            torch.from_numpy(np.asarray(batch.images)).permute(0, 3, 1, 2).float() / 255,
-            torch.from_numpy(batch.labels),
-        )
+        (as_loaded(torch.from_numpy(np.asarray(batch.images))), torch.from_numpy(batch.labels))
         for batch in chosen
     ]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import Mode, PlainStep
-from bench.official import Official
+from bench.official import Official, as_loaded
 from reat_fast.config import Config
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import give_back_freed_memory, keep_freed_memory
@@ -115,7 +115,7 @@ class Ladder:
         self._official: Official | None = None
         if official is not None:
             self._official = Official(official, model, COUNTS, self._config, device)
-            self._on_host = images.permute(0, 3, 1, 2).float() / 255, drawn
+            self._on_host = as_loaded(images), drawn
 
     def rungs(self) -> Iterator[Rung]:
         """Yield the rungs, from the plainest on; those that compile for long come last."""

@@ -222,6 +222,30 @@ def test_the_official_step_does_what_its_script_does(tmp_path: Path) -> None:
         assert torch.backends.cudnn.deterministic == deterministic
 
 
+def test_the_official_code_gets_images_as_its_loader_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def note(images: Tensor, labels: Tensor) -> None:
+        given.append((images, labels))
+
+    official: Any = SimpleNamespace(step=note, evaluate=note, device=CPU)
+    monkeypatch.setattr("bench.ladder.Official", lambda *_: official)
+    ladder = Ladder(CPU, batch_size=4, size=8, official=Path("clone"))
+    note(*ladder._on_host)
+    options = bench_epoch.Options(largest=50, test_images=7, batch_size=4)
+    sets = bench_epoch._made(options)
+    figures = bench_epoch._theirs(options, sets, official)
+    for images, labels in given:
+        assert images.dtype == torch.float32 and images.is_contiguous()
+        assert len(images) == len(labels) and 0 <= images.min() < images.max() <= 1
+    assert torch.equal(255 * given[0][0], ladder.batch.images.permute(0, 3, 1, 2).float())
+    assert torch.equal(torch.cat([labels for _, labels in given[-2:]]), torch.arange(7))
+    assert [figure.what.split(", ")[1] for figure in figures][2] == "with evaluation"
+    assert figures[2].value == figures[0].value + figures[1].value
+
+
 def test_waits_of_the_host_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
