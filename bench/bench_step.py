@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.host_time import host_seconds, host_waits
-from bench.ladder import DEFAULT, Labels, Ladder, Rung, Step
+from bench.ladder import DEFAULT, RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step
 from bench.records import Figure, record
 from bench.timing import seconds, timed
 from reat_fast.cli.command import choose_device, parse_flags, run_command
@@ -53,7 +53,8 @@ class Options:
     official: Path | None = None
     """A clone of the official REAT code, whose step is timed too."""
     seconds: float | None = None
-    """Make no further rung ready after so many seconds, and say which are left out."""
+    """Make no further rung ready after so many seconds, and say which are left out. Plain PyTorch
+    under torch.compile is made ready first."""
     max_autotune: bool = False
     """Time plain PyTorch under torch.compile(mode="max-autotune") too, which compiles for
     minutes."""
@@ -125,7 +126,7 @@ def _time(ladder: Ladder, options: Options, device: torch.device) -> tuple[list[
     timings: list[Timing] = []
     failed = 0
     began = time.perf_counter()
-    for rung in wanted:
+    for rung in sorted(wanted, key=lambda rung: rung.name not in RECORDED):
         late = options.seconds is not None and time.perf_counter() - began > options.seconds
         if late and timings:
             print(f"{rung.name}: left out, {options.seconds} s have passed", flush=True)
@@ -137,6 +138,7 @@ def _time(ladder: Ladder, options: Options, device: torch.device) -> tuple[list[
             print(f"{rung.name}: failed: {one_line(error)[:500]}", flush=True)
     if not timings:
         raise ValueError("no rung could be timed; the lines before say why")
+    timings.sort(key=lambda timing: wanted.index(timing.rung))
     for _ in range(options.repeats):
         for timing in timings:
             timing.seconds.append(seconds(timing.step, device))
@@ -157,7 +159,7 @@ def _made_ready(rung: Rung, device: torch.device) -> Timing:
 
 def _warmed_up(rung: Rung) -> Step:
     step = rung.make()
-    for _ in range(2):
+    for _ in range(RECORDED_AFTER if rung.name in RECORDED else 2):
         step()
     return step
 

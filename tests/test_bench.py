@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench import bench_epoch, bench_step, clocks, gpu, host_time
 from bench.baselines import PlainStep
-from bench.ladder import COUNTS, Ladder, Rung, long_tailed_labels
+from bench.ladder import COUNTS, RECORDED, Ladder, Rung, long_tailed_labels
 from bench.official import Official, load_official
 from reat_fast.cli.command import run_command
 from reat_fast.config import Config
@@ -161,6 +161,43 @@ def test_a_rung_that_fails_is_named_and_leaves_the_others(
         assert run_command(bench_step.main, [*small, "--model", "no"]) == 2
     finally:
         torch.backends.cudnn.benchmark = benchmark
+
+
+def test_what_torch_compile_records_is_ready_before_anything_is_captured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[str] = []
+
+    def made(name: str) -> Rung:
+        return Rung(name, lambda: lambda: steps.append(name))
+
+    names = ["eager", "captured", "baseline, max-autotune", "official", "baseline, compiled"]
+    monkeypatch.setattr(Ladder, "rungs", lambda self: iter([made(name) for name in names]))
+    small = ["--model", "resnet8", "--batch-size", "4", "--size", "8", "--device", "cpu"]
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        assert run_command(bench_step.main, [*small, "--repeats", "2"]) == 0
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    made_ready = [3 * [names[2]], 3 * [names[4]], *(2 * [names[i]] for i in (0, 1, 3))]
+    assert steps == [*sum(made_ready, []), *names, *names]
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [next(name for name in names if row.startswith(name)) for row in rows] == names
+
+
+def test_the_rungs_that_torch_compile_records_are_known_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(PlainStep, "__init__", lambda self, *given: modes.append(given[-1]))
+    ladder = Ladder(CPU, model="resnet8", batch_size=4, size=8, max_autotune=True)
+    last = list(ladder._last_rungs())[-2:]
+    assert [rung.name for rung in last] == list(RECORDED)
+    for rung in last:
+        rung.make()
+    assert modes == ["reduce-overhead", "max-autotune"]
+    ladder = Ladder(CPU, model="resnet8", batch_size=4, size=8)
+    assert [rung.name for rung in ladder._last_rungs()][-1] == "baseline, compiled"
 
 
 def test_an_epoch_is_timed_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
