@@ -152,7 +152,10 @@ def test_op(benchmark: Any, case: Case, how: str, copy_bandwidth: float) -> None
 
 def _body(call: Callable[[Backend], object], how: str) -> Callable[[], object]:
     if how == "compiled":
-        compiled: Callable[[], object] = torch.compile(lambda: call("torch"))
+        # One piece of code serves all cases: what was compiled of it for earlier shapes would make
+        # this one dynamic, and in the end reach the limit of recompilations.
+        torch.compiler.reset()
+        compiled: Callable[[], object] = torch.compile(lambda: call("torch"), dynamic=False)
         return compiled
     backend: Backend = "triton" if how == "triton" else "torch"
     return lambda: call(backend)

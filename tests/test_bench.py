@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from test_step import NoSync
 from torch import Tensor
 
-from bench import bench_epoch, bench_step, clocks, gpu, host_time
+from bench import bench_epoch, bench_kernels, bench_step, clocks, gpu, host_time
 from bench.baselines import PlainStep
 from bench.ladder import COUNTS, RECORDED, Ladder, Rung, long_tailed_labels
 from bench.official import Official, load_official
@@ -281,6 +282,26 @@ def test_the_official_code_gets_images_as_its_loader_has_them(
     assert torch.equal(torch.cat([labels for _, labels in given[-2:]]), torch.arange(7))
     assert [figure.what.split(", ")[1] for figure in figures][2] == "with evaluation"
     assert figures[2].value == figures[0].value + figures[1].value
+
+
+def test_each_case_of_the_kernels_is_compiled_for_its_own_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes: list[torch.Size] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        shapes.extend(given.shape for given in inputs if isinstance(given, Tensor))
+        assert all(type(length) is int for shape in shapes for length in shape), shapes
+        assert not any(isinstance(given, torch.SymInt) for given in inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    sizes = range(2, 2 + 2 * torch._dynamo.config.recompile_limit)
+    for size in sizes:
+        images = torch.ones(size, 3)
+        body = bench_kernels._body(lambda backend, given=images: given + 1, "compiled")
+        assert torch.equal(body(), images + 1)
+    assert shapes == [(size, 3) for size in sizes]
 
 
 def test_waits_of_the_host_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
