@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -349,8 +350,12 @@ def test_the_suite_runs_its_parts_within_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    out, results = tmp_path / "out", tmp_path / "results"
+    results.mkdir()
+    appends = f"open({str(results / 'gpu.csv')!r}, 'w').write('a row'); print('done')"
     made = [
-        gpu.Part("good", ["-c", "print('done')"], 60),
+        gpu.Part("good", ["-c", appends], 60),
+        gpu.Part("rows kept", ["-c", f"open({str(out / 'gpu.csv')!r})"], 60),
         gpu.Part("slow", sleeps[1:], 1),
         gpu.Part("ended", sleeps[1:], 60),
         gpu.Part("late", ["-c", ""], 60),
@@ -358,16 +363,18 @@ def test_the_suite_runs_its_parts_within_its_time(
     monkeypatch.setattr(gpu, "parts", lambda options: iter(made))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", lambda: {"torch": "x"})
-    arguments = ["--out", str(tmp_path / "out"), "--minutes", "0.1"]
+    monkeypatch.setattr(gpu, "RESULTS", results)
+    arguments = ["--out", str(out), "--minutes", "0.1"]
     began = time.monotonic()
     assert run_command(gpu.main, arguments) == 1
     assert time.monotonic() - began < 30
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
     ended = {part["name"]: part["ended"] for part in summary["parts"]}
-    assert ended == {"good": 0, "slow": "timed out", "ended": "timed out", "late": "no time"}
-    assert (tmp_path / "out/good.log").read_text() == "done\n"
+    late = {"slow": "timed out", "ended": "timed out", "late": "no time"}
+    assert ended == {"good": 0, "rows kept": 0, **late}
+    assert (out / "good.log").read_text() == "done\n"
     assert run_command(gpu.main, [*arguments, "--parts", "nothing"]) == 2
-    assert "--parts nothing: there are good, slow" in capsys.readouterr().err
+    assert "--parts nothing: there are good, rows kept, slow" in capsys.readouterr().err
 
 
 def test_the_suite_passes_what_is_named_on(tmp_path: Path) -> None:
@@ -378,3 +385,47 @@ def test_the_suite_passes_what_is_named_on(tmp_path: Path) -> None:
         assert named[name][named[name].index("--official") + 1] == "clone"
     assert "--official" not in named["step-wrn"] and "set.npz" in named["training"]
     assert "training" not in {part.name for part in gpu.parts(gpu.Options(out=tmp_path))}
+
+
+def test_without_a_test_tool_the_suite_says_what_that_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "_installed", lambda name: name != "hypothesis")
+    monkeypatch.setattr(gpu, "parts", lambda options: iter([gpu.Part("good", ["-c", ""], 60)]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: {"torch": "x"})
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    assert run_command(gpu.main, ["--out", str(tmp_path / "out")]) == 0
+    assert "hypothesis is not installed, which costs the tests in" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert list(summary["missing"]) == ["hypothesis"]
+
+
+def test_tests_run_without_limits_where_the_package_for_them_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    def arguments(name: str) -> list[str]:
+        made = {part.name: part.arguments for part in gpu.parts(gpu.Options(out=tmp_path))}
+        return made[name]
+
+    monkeypatch.setattr(gpu, "_installed", lambda name: True)
+    assert "--timeout=120" in arguments("tests") and "-o" not in arguments("tests")
+    monkeypatch.setattr(gpu, "_installed", lambda name: name != "pytest_timeout")
+    assert "--timeout=120" not in arguments("tests")
+    strict = set(pytestconfig.getini("addopts"))
+    assert set(gpu.LENIENT.split()) == strict - {"--strict-config"}
+    # One good file and one that cannot be imported, under this project's settings.
+    (tmp_path / "test_good.py").write_text("def test_good(): pass\n")
+    (tmp_path / "test_lost.py").write_text("import no_such_package\n")
+    settings = (pytestconfig.rootpath / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(settings)
+    command = ["." if word == "tests" else word for word in arguments("tests")]
+    command[command.index("gpu")] = "not gpu"
+    done = subprocess.run(
+        [sys.executable, *command, "-p", "no:timeout"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 passed" in done.stdout and "1 error" in done.stdout, done.stdout + done.stderr
