@@ -29,7 +29,7 @@ bench: .venv/installed-dev ## time the kernels, the step and the loaders on this
 verify: .venv/installed ## compare every fast path with the reference on this machine
 	$(python) -m reat_fast.verify
 
-# python=... names an interpreter that has what the tests need, where no environment can be made.
+# python=... names an interpreter, where no environment can be made; of test tools that it lacks, bench/gpu.py says the cost.
 gpu: ## run what only a CUDA device can show: parity, tests, kernels, the ladder of the step, loaders
 	$(python) -m bench.gpu --out gpu-results
 

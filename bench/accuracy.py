@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +46,14 @@ def main(arguments: Sequence[str]) -> int:
     if options.preset not in PRESETS:
         raise ValueError(f"unknown preset {options.preset!r}; presets: {', '.join(PRESETS)}")
     runs = [_train(options, seed) for seed in options.seeds]
+    mean = partial(Figure.of, average=statistics.mean)
     figures = [
-        _figure(f"{options.preset} {attack} {part}", [run[attack][part] for run in runs], "%")
+        mean(f"{options.preset} {attack} {part}", [run[attack][part] for run in runs], "%")
         for attack in STANDARD_ATTACKS
         for part in ("overall", "tail")
     ]
     seconds = [run["program"]["seconds"] for run in runs]
-    figures.append(_figure(f"{options.preset} whole program", seconds, "s"))
+    figures.append(mean(f"{options.preset} whole program", seconds, "s"))
     command = shlex.join(["python", "-m", "bench.accuracy", *arguments])
     file = record(figures, choose_device("auto").type, command)
     for figure in figures:
@@ -72,11 +74,6 @@ def _train(options: Options, seed: int) -> dict[str, dict[str, float]]:
             raise ValueError(f"--seeds {seed}: {' '.join(command)} ended with {done.returncode}")
         evaluation = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
     return {**evaluation["attacks"], "program": {"seconds": seconds}}
-
-
-def _figure(what: str, values: Sequence[float], unit: str) -> Figure:
-    spread = max(values) - min(values)
-    return Figure(what, statistics.mean(values), spread, len(values), unit)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 from torch import Tensor, nn
 
 from bench.records import Figure, record
+from bench.timing import timed
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Config, Radius, from_json
@@ -55,7 +55,7 @@ class Options:
     """Seed, on both sides."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    save: bool = False
+    keep: bool = False
     """Append the figures to bench/results."""
 
 
@@ -95,17 +95,17 @@ def main(arguments: Sequence[str]) -> int:
     for name in options.attacks:
         for warm_up in (ours, theirs):
             warm_up("fgsm")
-        own, own_seconds = _timed(partial(ours, name), device)
-        other, other_seconds = _timed(partial(theirs, name), device)
+        own_seconds, own = timed(partial(ours, name), device)
+        other_seconds, other = timed(partial(theirs, name), device)
         print(_row(name, own, other, own_seconds, other_seconds), flush=True)
         what, shape = f"{options.run.name} {name}", f"{len(test)} images"
         figures.append(Figure(f"{what} ours", own_seconds, 0.0, 1, "s", shape, options.precision))
         if other is not None:
             figures.append(Figure(f"{what} package", other_seconds, 0.0, 1, "s", shape))
             figures.append(Figure(f"{what} ours - package", own - other, 0.0, 1, "points", shape))
-    if options.save:
+    if options.keep:
         command = shlex.join(["python", "-m", "bench.bench_attacks", *arguments])
-        print(f"{record(figures, device.type, command)} has {len(figures)} rows more")
+        print(f"figures appended to {record(figures, device.type, command)}")
     return 0
 
 
@@ -115,14 +115,6 @@ def _row(name: str, own: float, other: float | None, seconds: float, their_secon
         return f"{left}{'-':>11}{seconds:10.1f}{'-':>11}{'-':>8}"
     ratio = their_seconds / seconds
     return f"{left}{other:11.2f}{seconds:10.1f}{their_seconds:11.1f}{ratio:8.1f}"
-
-
-def _timed(measure: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    began = time.perf_counter()
-    value = measure()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return value, time.perf_counter() - began
 
 
 def _package(

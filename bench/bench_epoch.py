@@ -9,25 +9,25 @@ device and a clone of it: --official.
 from __future__ import annotations
 
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.official import Official
+from bench.official import Official, as_loaded
 from bench.records import Figure, record
+from bench.timing import seconds
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import Config
+from reat_fast.config import Config, flag
 from reat_fast.data import ImageSet, longtail_counts
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, use_precision
-from reat_fast.evaluate import Attack, evaluate
+from reat_fast.evaluate import Attack, evaluate, evenly
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.resident import ResidentLoader
@@ -36,6 +36,8 @@ from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, make_optimizer
 
 CLASSES, SIZE = 10, 32
+EVALUATED = 500
+"""Images per batch of our evaluation, as python -m reat_fast.evaluate has it."""
 PRECISIONS: tuple[Precision, ...] = ("bf16", "tf32", "float32")
 """What our evaluation can search in, its default last; the official one takes TF32."""
 
@@ -67,8 +69,7 @@ class Options:
         least = {"batch_size": 1, "largest": 50, "test_images": 1, "repeats": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(self, name)}: must be at least {bound}")
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: must be at least {bound}")
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,14 @@ def _ours(options: Options, sets: Sets, config: Config, device: torch.device) ->
         taken = CapturedStep(step, first)
     for batch in (first, _shortened(first, len(sets.train) % options.batch_size)):
         taken.train_on(batch)
-    training = [_epoch(taken, loader, number, device) for number in range(options.repeats)]
+    training = [
+        seconds(partial(_epoch, taken, loader, number), device) for number in range(options.repeats)
+    ]
     figures = [_figure(options, "epoch: ours, training", training)]
     for precision in PRECISIONS if device.type == "cuda" else PRECISIONS[-1:]:
-        _evaluation(model, sets.test, precision, limit=1)
-        tested = [_evaluation(model, sets.test, precision) for _ in range(options.repeats)]
+        _evaluation(model, evenly(sets.test, EVALUATED), precision)
+        evaluation = partial(_evaluation, model, sets.test, precision)
+        tested = [seconds(evaluation, device) for _ in range(options.repeats)]
         name = f"evaluation in {precision}"
         figures.append(_figure(options, f"epoch: ours, {name}", tested))
         both = [a + b for a, b in zip(training, tested, strict=True)]
@@ -160,65 +164,57 @@ def _shortened(batch: Batch, rest: int) -> Batch:
     return Batch(batch.images, batch.labels[:size], batch.indices[:size], batch.gather)
 
 
-def _epoch(
-    step: TrainStep | CapturedStep, loader: ResidentLoader, epoch: int, device: torch.device
-) -> float:
-    began = _now(device)
+def _epoch(step: TrainStep | CapturedStep, loader: ResidentLoader, epoch: int) -> None:
     for batch in loader.epoch(epoch):
         step.train_on(batch)
-    return _now(device) - began
 
 
-def _evaluation(
-    model: Network, test: ImageSet, precision: Precision, limit: int | None = None
-) -> float:
+def _evaluation(model: Network, test: ImageSet, precision: Precision) -> None:
     attacks = [Attack.from_name(name, 8 / 255, 2 / 255) for name in ("clean", "pgd20")]
-    began = time.perf_counter()
-    evaluate(model, test, attacks, CLASSES, precision=precision, limit_batches=limit)
-    return time.perf_counter() - began  # its figures were read, so the device is done
+    evaluate(model, test, attacks, CLASSES, batch_size=EVALUATED, precision=precision)
 
 
 def _theirs(options: Options, sets: Sets, official: Official) -> list[Figure]:
+    """Time an epoch of the official code and its evaluation, whose batches lie ready."""
     mixed = np.random.default_rng(0).permutation(len(sets.train))
-    device = official.device
+    training = _on_host(sets.train, mixed, options.batch_size)
+    test = _on_host(sets.test, np.arange(len(sets.test)), options.batch_size)
+
+    def train() -> None:
+        for images, labels in training:
+            official.step(images, labels)
+
+    def attack() -> None:
+        for images, labels in test:
+            official.evaluate(images, labels)
+
     for _ in range(2):
-        official.step(*_on_host(sets.train, mixed[: options.batch_size]))
-        official.evaluate(*_on_host(sets.test, np.arange(min(options.batch_size, len(sets.test)))))
-    began = _now(device)
-    for first in range(0, len(mixed), options.batch_size):
-        official.step(*_on_host(sets.train, mixed[first : first + options.batch_size]))
-    trained = _now(device)
-    for first in range(0, len(sets.test), options.batch_size):
-        rows = np.arange(first, min(first + options.batch_size, len(sets.test)))
-        official.evaluate(*_on_host(sets.test, rows))
-    ended = _now(device)
-    seconds = {
-        "training": trained - began,
-        "evaluation": ended - trained,
-        "with evaluation": ended - began,
-    }
-    return [_figure(options, f"epoch: official, {n}", [s], "tf32") for n, s in seconds.items()]
+        official.step(*training[0])
+        official.evaluate(*test[0])
+    found = {"training": seconds(train, official.device)}
+    found["evaluation"] = seconds(attack, official.device)
+    found["with evaluation"] = sum(found.values())
+    return [_figure(options, f"epoch: official, {n}", [s], "tf32") for n, s in found.items()]
 
 
-def _on_host(image_set: ImageSet, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = image_set.take(rows)
-    images = torch.from_numpy(np.asarray(chosen.images)).permute(0, 3, 1, 2)
-    return images.float() / 255, torch.from_numpy(chosen.labels)
+def _on_host(
+    image_set: ImageSet, rows: np.ndarray, batch_size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return batches as the official loader gives them."""
+    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    chosen = [image_set.take(batch) for batch in batches]
+    return [
+        (as_loaded(torch.from_numpy(np.asarray(batch.images))), torch.from_numpy(batch.labels))
+        for batch in chosen
+    ]
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _figure(options: Options, what: str, seconds: list[float], dtype: str = "") -> Figure:
+def _figure(options: Options, what: str, times: list[float], dtype: str = "") -> Figure:
     shape = (
         f"{options.model} B={options.batch_size} {SIZE}x{SIZE}, largest class {options.largest}, "
         f"{options.test_images} test images"
     )
-    spread = max(seconds) - min(seconds)
-    return Figure(what, statistics.median(seconds), spread, len(seconds), "s", shape, dtype)
+    return Figure.of(what, times, "s", shape, dtype)
 
 
 if __name__ == "__main__":

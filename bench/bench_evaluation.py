@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import Figure, record
+from bench.timing import seconds, timed
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import Radius
 from reat_fast.data import ImageSet
@@ -56,8 +55,6 @@ class Options:
     """L-infinity radius."""
     step_size: Radius = 2 / 255
     """Step of the attack."""
-    measured_algorithms: bool = False
-    """Let cuDNN choose by measuring, as in training; unset: by its heuristics, as in evaluate."""
     repeats: int = 3
     """Timed calls of each row, after the first."""
     device: str = "auto"
@@ -70,7 +67,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     options = parse_flags(Options, list(arguments), "python -m bench.bench_evaluation")
     device = choose_device(options.device)
-    torch.backends.cudnn.benchmark = options.measured_algorithms
     flops = options.images * _flops_per_image(options)
     print(
         f"{options.attack} on {options.images:,} images of {options.size}x{options.size}, "
@@ -82,17 +78,17 @@ def main(arguments: Sequence[str]) -> int:
     )
     figures: list[Figure] = []
     for precision, steps, call in _rows(options, device):
-        first, robust = _seconds(call)
-        times = [_seconds(call)[0] for _ in range(options.repeats)]
-        median, spread = statistics.median(times), max(times) - min(times)
-        print(
-            f"{precision:9}{steps:>10}{median:9.3f}{spread:9.3f}{first:9.2f}"
-            f"{options.images / median:10.0f}{flops / median / 1e12:9.2f}{robust:10.2f}",
-            flush=True,
-        )
+        first, robust = timed(call, device)
+        times = [seconds(call, device) for _ in range(options.repeats)]
         what = f"evaluation: {options.attack} {steps}"
         shape = f"{options.model} N={options.images} B={options.batch_size}"
-        figures.append(Figure(what, median, spread, len(times), "s", shape, precision))
+        figures.append(figure := Figure.of(what, times, "s", shape, precision))
+        print(
+            f"{precision:9}{steps:>10}{figure.value:9.3f}{figure.spread:9.3f}{first:9.2f}"
+            f"{options.images / figure.value:10.0f}{flops / figure.value / 1e12:9.2f}"
+            f"{robust:10.2f}",
+            flush=True,
+        )
     if options.keep:
         command = shlex.join(["python", "-m", "bench.bench_evaluation", *arguments])
         print(f"figures appended to {record(figures, device.type, command)}")
@@ -129,13 +125,6 @@ def _rows(options: Options, device: torch.device) -> Iterator[tuple[Precision, s
         if device.type == "cuda":
             yield precision, "replayed", partial(robust, precision)
         yield precision, "launched", partial(launched, precision)
-
-
-def _seconds(call: Call) -> tuple[float, float]:
-    """Return how long a call takes, and its figure, for which it waited for the device."""
-    began = time.perf_counter()
-    value = call()
-    return time.perf_counter() - began, value
 
 
 def _flops_per_image(options: Options) -> float:

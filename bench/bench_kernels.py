@@ -8,7 +8,6 @@ them; the share is bytes that must move over time, against a copy measured in th
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.records import Figure
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
@@ -140,19 +140,22 @@ def test_op(benchmark: Any, case: Case, how: str, copy_bandwidth: float) -> None
     benchmark.pedantic(
         lambda: seconds.append(_seconds(graph.replay, CALLS)), rounds=ROUNDS, warmup_rounds=3
     )
-    median, spread = statistics.median(seconds[3:]), max(seconds[3:]) - min(seconds[3:])
+    figure = Figure.of(case.name, seconds[3:], "s")
     benchmark.extra_info |= {
-        "median_microseconds": round(median * 1e6, 3),
-        "spread_microseconds": round(spread * 1e6, 3),
-        "gigabytes_per_second": round(moved / median / 1e9, 1),
-        "share_of_copy": round(moved / median / copy_bandwidth, 4),
+        "median_microseconds": round(figure.value * 1e6, 3),
+        "spread_microseconds": round(figure.spread * 1e6, 3),
+        "gigabytes_per_second": round(moved / figure.value / 1e9, 1),
+        "share_of_copy": round(moved / figure.value / copy_bandwidth, 4),
         "device": torch.cuda.get_device_name(),
     }
 
 
 def _body(call: Callable[[Backend], object], how: str) -> Callable[[], object]:
     if how == "compiled":
-        compiled: Callable[[], object] = torch.compile(lambda: call("torch"))
+        # One piece of code serves all cases: what was compiled of it for earlier shapes would make
+        # this one dynamic, and in the end reach the limit of recompilations.
+        torch.compiler.reset()
+        compiled: Callable[[], object] = torch.compile(lambda: call("torch"), dynamic=False)
         return compiled
     backend: Backend = "triton" if how == "triton" else "torch"
     return lambda: call(backend)

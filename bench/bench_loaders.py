@@ -15,9 +15,9 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.records import Figure, record
+from bench.timing import timed
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.data import ImageSet, load_dataset
 from reat_fast.engine.memory import keep_freed_memory
@@ -182,13 +183,8 @@ def usable(name: str, stored: Stored) -> bool:
 
 def rate(epoch: Epoch, number: int, device: torch.device) -> float:
     """Return the images per second of an epoch."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    shown = epoch(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return shown / (time.perf_counter() - began)
+    seconds, shown = timed(partial(epoch, number), device)
+    return shown / seconds
 
 
 def compare(stored: Stored, options: Options, device: torch.device) -> list[Figure]:
@@ -202,25 +198,31 @@ def compare(stored: Stored, options: Options, device: torch.device) -> list[Figu
         for name in LOADERS:
             if not usable(name, stored):
                 continue
-            began = time.perf_counter()
             way = opened(name, stored, options.batch_size, options.workers, device)
-            epochs[name] = stack.enter_context(way)
-            epochs[name](0)
-            first[name] = time.perf_counter() - began
+            first[name], epochs[name] = timed(partial(_after_first_epoch, way, stack), device)
         rates: dict[str, list[float]] = {name: [] for name in epochs}
         for number in range(1, options.repeats + 1):
             for name, epoch in epochs.items():
                 rates[name].append(rate(epoch, number, device))
     shape, figures = f"B={options.batch_size} {size}x{size}", []
+    usual = statistics.median(rates[PIL])
     for name, found in rates.items():
-        median, spread = statistics.median(found), max(found) - min(found)
-        ratio = median / statistics.median(rates[PIL])
-        print(f"{name:16} {median:10,.0f} {spread:8,.0f} {ratio:6.2f} {first[name]:14.2f}")
-        figures += [
-            Figure(f"loader {what}: {name}", median, spread, len(found), "images/s", shape),
-            Figure(f"loader {what}, first epoch: {name}", first[name], 0.0, 1, "s", shape),
-        ]
+        figure = Figure.of(f"loader {what}: {name}", found, "images/s", shape)
+        print(
+            f"{name:16} {figure.value:10,.0f} {figure.spread:8,.0f} {figure.value / usual:6.2f} "
+            f"{first[name]:14.2f}"
+        )
+        start = Figure(f"loader {what}, first epoch: {name}", first[name], 0.0, 1, "s", shape)
+        figures += [figure, start]
     return figures
+
+
+def _after_first_epoch(
+    way: contextlib.AbstractContextManager[Epoch], stack: contextlib.ExitStack
+) -> Epoch:
+    epoch = stack.enter_context(way)
+    epoch(0)
+    return epoch
 
 
 def main(arguments: list[str]) -> int:

@@ -10,21 +10,23 @@ code is 1; the others are timed all the same.
 from __future__ import annotations
 
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.host_time import host_seconds, host_waits
-from bench.ladder import DEFAULT, Labels, Ladder, Rung, Step
+from bench.ladder import DEFAULT, RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step
 from bench.records import Figure, record
+from bench.timing import seconds, timed
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.cli.terminal import one_line
+from reat_fast.config import flag
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.models import create_model
 
@@ -51,7 +53,8 @@ class Options:
     official: Path | None = None
     """A clone of the official REAT code, whose step is timed too."""
     seconds: float | None = None
-    """Make no further rung ready after so many seconds, and say which are left out."""
+    """Make no further rung ready after so many seconds, and say which are left out. Plain PyTorch
+    under torch.compile is made ready first."""
     max_autotune: bool = False
     """Time plain PyTorch under torch.compile(mode="max-autotune") too, which compiles for
     minutes."""
@@ -63,8 +66,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_size", "size", "repeats"):
             if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(self, name)}: must be at least 1")
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
 
 
 @dataclass
@@ -77,13 +79,9 @@ class Timing:
     mebibytes: float
     seconds: list[float] = field(default_factory=list)
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        return max(self.seconds) - min(self.seconds)
+    def figure(self, shape: str = "") -> Figure:
+        """Return median and spread of the steps."""
+        return Figure.of(f"step: {self.rung.name}", self.seconds, "s", shape, self.rung.dtype)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -110,10 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     shape = f"{options.model} B={options.batch_size} {options.size}x{options.size}"
     if options.labels != "uniform":
         shape += f" {options.labels}"
-    figures = [
-        Figure(f"step: {t.rung.name}", t.median, t.spread, len(t.seconds), "s", shape, t.rung.dtype)
-        for t in timings
-    ]
+    figures = [timing.figure(shape) for timing in timings]
     figures += _host_figures(ladder, shape)
     if options.keep:
         command = shlex.join(["python", "-m", "bench.bench_step", *arguments])
@@ -131,7 +126,7 @@ def _time(ladder: Ladder, options: Options, device: torch.device) -> tuple[list[
     timings: list[Timing] = []
     failed = 0
     began = time.perf_counter()
-    for rung in wanted:
+    for rung in sorted(wanted, key=lambda rung: rung.name not in RECORDED):
         late = options.seconds is not None and time.perf_counter() - began > options.seconds
         if late and timings:
             print(f"{rung.name}: left out, {options.seconds} s have passed", flush=True)
@@ -143,9 +138,10 @@ def _time(ladder: Ladder, options: Options, device: torch.device) -> tuple[list[
             print(f"{rung.name}: failed: {one_line(error)[:500]}", flush=True)
     if not timings:
         raise ValueError("no rung could be timed; the lines before say why")
+    timings.sort(key=lambda timing: wanted.index(timing.rung))
     for _ in range(options.repeats):
         for timing in timings:
-            timing.seconds.append(_seconds(timing.step, device))
+            timing.seconds.append(seconds(timing.step, device))
     return timings, failed
 
 
@@ -155,15 +151,17 @@ def _made_ready(rung: Rung, device: torch.device) -> Timing:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    began = time.perf_counter()
-    step = rung.make()
-    for _ in range(2):
-        step()
-    _wait(device)
-    warm_up = time.perf_counter() - began
+    warm_up, step = timed(partial(_warmed_up, rung), device)
     memory = torch.cuda.max_memory_allocated() - before if on_gpu else 0
     print(f"{rung.name}: ready after {warm_up:.1f} s", file=sys.stderr, flush=True)
     return Timing(rung, step, warm_up, memory / 2**20)
+
+
+def _warmed_up(rung: Rung) -> Step:
+    step = rung.make()
+    for _ in range(RECORDED_AFTER if rung.name in RECORDED else 2):
+        step()
+    return step
 
 
 def _host_figures(ladder: Ladder, shape: str) -> list[Figure]:
@@ -175,27 +173,10 @@ def _host_figures(ladder: Ladder, shape: str) -> list[Figure]:
     def step() -> object:
         return captured.train_on(ladder.batch)
 
-    seconds, waits = host_seconds(step), host_waits(step)
-    median = statistics.median(seconds)
-    print(f"{DEFAULT}: {median * 1e6:.0f} us of the host a step, which waits {waits} times")
-    spread, name = max(seconds) - min(seconds), f"step: {DEFAULT}, host"
-    return [
-        Figure(name, median, spread, len(seconds), "s", shape, "bfloat16"),
-        Figure(f"{name} waits", waits, 0, 1, "waits", shape, "bfloat16"),
-    ]
-
-
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    name = f"step: {DEFAULT}, host"
+    host, waits = Figure.of(name, host_seconds(step), "s", shape, "bfloat16"), host_waits(step)
+    print(f"{DEFAULT}: {host.value * 1e6:.0f} us of the host a step, which waits {waits} times")
+    return [host, Figure(f"{name} waits", waits, 0, 1, "waits", shape, "bfloat16")]
 
 
 def _flops_per_image(options: Options) -> float:
@@ -216,8 +197,7 @@ def _peak(device: torch.device) -> float:
     """Measure this machine's matrix product in FLOP/s: bf16 on a GPU, float32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (3072, torch.float32)
     a, b = torch.rand(2, size, size, device=device).to(dtype)
-    seconds = min(_seconds(lambda: a @ b, device) for _ in range(6))
-    return 2.0 * float(size) ** 3 / seconds
+    return 2.0 * float(size) ** 3 / min(seconds(lambda: a @ b, device) for _ in range(6))
 
 
 def _print(
@@ -233,11 +213,12 @@ def _print(
         f"{'rung':{width}} {'ms/step':>9} {'spread':>8} {'images/s':>9} {'TFLOP/s':>8} "
         f"{'of peak':>8} {'ratio':>6} {'MiB':>7} {'warm-up s':>10}"
     )
-    first = timings[0].median
+    first = timings[0].figure().value
     for timing in timings:
-        median = timing.median
+        figure = timing.figure()
+        median = figure.value
         print(
-            f"{timing.rung.name:{width}} {median * 1e3:9.1f} {timing.spread * 1e3:8.1f} "
+            f"{timing.rung.name:{width}} {median * 1e3:9.1f} {figure.spread * 1e3:8.1f} "
             f"{options.batch_size / median:9.1f} {flops / median / 1e12:8.3f} "
             f"{100 * flops / median / peak:6.1f} % {first / median:6.2f} "
             f"{timing.mebibytes:7.0f} {timing.warm_up:10.1f}"

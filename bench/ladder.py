@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from unittest import mock
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import Mode, PlainStep
-from bench.official import Official
+from bench.official import Official, as_loaded
 from reat_fast.config import Config
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import give_back_freed_memory, keep_freed_memory
@@ -34,6 +35,16 @@ Returned = TypeVar("Returned")
 CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "cudnn-stem")
 DEFAULT = "captured, cudnn"
 """The rung that training takes on a GPU unless told otherwise."""
+
+RECORDED: dict[str, Mode] = {
+    "baseline, compiled": "reduce-overhead",
+    "baseline, max-autotune": "max-autotune",
+}
+"""Rungs that torch.compile records as CUDA graphs, and its mode. To be made ready before any other:
+while it records, it frees the workspaces of cuBLAS, which graphs captured before still address."""
+
+RECORDED_AFTER = 3
+"""Steps after which such a rung only replays: torch.compile warms up, records and replays."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +126,10 @@ class Ladder:
         self._official: Official | None = None
         if official is not None:
             self._official = Official(official, model, COUNTS, self._config, device)
-            self._on_host = images.permute(0, 3, 1, 2).float() / 255, drawn
+            self._on_host = as_loaded(images), drawn
 
     def rungs(self) -> Iterator[Rung]:
-        """Yield the rungs, from the plainest on; those that compile for long come last."""
+        """Yield the rungs, from the plainest on; RECORDED come last here, but are made first."""
         on_gpu = self._device.type == "cuda"
         reference = Kind(reference=True, channels_last=False)
         yield Rung("loop reference", lambda: _as_scripts_run(self._eager(reference)))
@@ -158,10 +169,9 @@ class Ladder:
         yield self._replayed("captured, cudnn-stem, compiled update", stem)
         whole = replace(update, form="compiled")
         yield self._replayed("captured, compiled, compiled update", whole)
-        yield Rung("baseline, compiled", lambda: self._baseline("reduce-overhead"), "bfloat16")
-        if self._max_autotune:
-            tuned = "baseline, max-autotune"
-            yield Rung(tuned, lambda: self._baseline("max-autotune"), "bfloat16")
+        for name, mode in RECORDED.items():
+            if mode != "max-autotune" or self._max_autotune:
+                yield Rung(name, partial(self._baseline, mode), "bfloat16")
 
     def _network(self, channels_last: bool) -> Network:
         torch.manual_seed(0)

@@ -49,6 +49,15 @@ def load_official(folder: Path) -> dict[str, ModuleType]:
     return code
 
 
+def as_loaded(images: Tensor) -> Tensor:
+    """Return images uint8 [B, H, W, C] as the official loader gives them: float32 [B, C, H, W].
+
+    Contiguous, as its ToTensor has them: cuDNN would take other kernels for what permute leaves,
+    which is channels_last.
+    """
+    return images.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
 class Official:
     """The official network, optimiser and loss, with the settings of the official script.
 
@@ -79,7 +88,7 @@ class Official:
         self.device = device
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """Take a training step on images float32 [B, C, H, W] and labels [B] in host memory."""
+        """Take a training step on images of as_loaded and labels [B], in host memory."""
         with _settings():
             images, labels = images.to(self.device), labels.to(self.device)
             self._model.eval()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +30,20 @@ class Figure:
     unit: str
     shape: str = ""
     dtype: str = "float32"
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        values: Sequence[float],
+        unit: str,
+        shape: str = "",
+        dtype: str = "float32",
+        average: Callable[[Sequence[float]], float] = statistics.median,
+    ) -> Figure:
+        """Sum up what was measured several times."""
+        spread = max(values) - min(values)
+        return cls(what, average(values), spread, len(values), unit, shape, dtype)
 
 
 def record(figures: Iterable[Figure], device: str, command: str, folder: Path = RESULTS) -> Path:

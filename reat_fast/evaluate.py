@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import Config, Radius, from_json
+from reat_fast.config import Config, Radius, flag, from_json
 from reat_fast.data import Dataset, ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision
@@ -44,7 +44,6 @@ def evaluate(
     eps: float = 8 / 255,
     seed: int = 0,
     batch_size: int = 500,
-    limit_batches: int | None = None,
     restarts: int = 1,
     precision: Precision = "float32",
     train_counts: Sequence[int] | None = None,
@@ -67,9 +66,7 @@ def evaluate(
     Errors: ValueError from AutoAttack, see there.
     """
     count = len(image_set)
-    if limit_batches is not None:
-        count = min(count, limit_batches * batch_size)
-    labels = torch.from_numpy(image_set.labels[:count])
+    labels = torch.from_numpy(image_set.labels)
     samples = labels.bincount(minlength=num_classes).tolist()
     found = {}
     with (
@@ -128,10 +125,10 @@ class Options:
         for name in ("image_size", "subset", "batch_size", "restarts"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise ValueError(f"{flag(name)} {value}: must be at least 1")
         for name in ("eps", "step_size"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: not in [0, 1]")
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: not in [0, 1]")
 
 
 def main(arguments: list[str]) -> int:

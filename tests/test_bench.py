@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,9 @@ import torch
 from test_step import NoSync
 from torch import Tensor
 
-from bench import bench_epoch, bench_step, clocks, gpu, host_time
+from bench import bench_epoch, bench_kernels, bench_step, clocks, gpu, host_time
 from bench.baselines import PlainStep
-from bench.ladder import COUNTS, Ladder, Rung, long_tailed_labels
+from bench.ladder import COUNTS, RECORDED, Ladder, Rung, long_tailed_labels
 from bench.official import Official, load_official
 from reat_fast.cli.command import run_command
 from reat_fast.config import Config
@@ -163,6 +165,43 @@ def test_a_rung_that_fails_is_named_and_leaves_the_others(
         torch.backends.cudnn.benchmark = benchmark
 
 
+def test_what_torch_compile_records_is_ready_before_anything_is_captured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[str] = []
+
+    def made(name: str) -> Rung:
+        return Rung(name, lambda: lambda: steps.append(name))
+
+    names = ["eager", "captured", "baseline, max-autotune", "official", "baseline, compiled"]
+    monkeypatch.setattr(Ladder, "rungs", lambda self: iter([made(name) for name in names]))
+    small = ["--model", "resnet8", "--batch-size", "4", "--size", "8", "--device", "cpu"]
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        assert run_command(bench_step.main, [*small, "--repeats", "2"]) == 0
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    made_ready = [3 * [names[2]], 3 * [names[4]], *(2 * [names[i]] for i in (0, 1, 3))]
+    assert steps == [*sum(made_ready, []), *names, *names]
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [next(name for name in names if row.startswith(name)) for row in rows] == names
+
+
+def test_the_rungs_that_torch_compile_records_are_known_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(PlainStep, "__init__", lambda self, *given: modes.append(given[-1]))
+    ladder = Ladder(CPU, model="resnet8", batch_size=4, size=8, max_autotune=True)
+    last = list(ladder._last_rungs())[-2:]
+    assert [rung.name for rung in last] == list(RECORDED)
+    for rung in last:
+        rung.make()
+    assert modes == ["reduce-overhead", "max-autotune"]
+    ladder = Ladder(CPU, model="resnet8", batch_size=4, size=8)
+    assert [rung.name for rung in ladder._last_rungs()][-1] == "baseline, compiled"
+
+
 def test_an_epoch_is_timed_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model", "resnet8", "--largest", "50", "--test-images", "5", "--batch-size", "32"]
     benchmark = torch.backends.cudnn.benchmark
@@ -222,6 +261,50 @@ def test_the_official_step_does_what_its_script_does(tmp_path: Path) -> None:
         assert torch.backends.cudnn.deterministic == deterministic
 
 
+def test_the_official_code_gets_images_as_its_loader_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def note(images: Tensor, labels: Tensor) -> None:
+        given.append((images, labels))
+
+    official: Any = SimpleNamespace(step=note, evaluate=note, device=CPU)
+    monkeypatch.setattr("bench.ladder.Official", lambda *_: official)
+    ladder = Ladder(CPU, batch_size=4, size=8, official=Path("clone"))
+    note(*ladder._on_host)
+    options = bench_epoch.Options(largest=50, test_images=7, batch_size=4)
+    sets = bench_epoch._made(options)
+    figures = bench_epoch._theirs(options, sets, official)
+    for images, labels in given:
+        assert images.dtype == torch.float32 and images.is_contiguous()
+        assert len(images) == len(labels) and 0 <= images.min() < images.max() <= 1
+    assert torch.equal(255 * given[0][0], ladder.batch.images.permute(0, 3, 1, 2).float())
+    assert torch.equal(torch.cat([labels for _, labels in given[-2:]]), torch.arange(7))
+    assert [figure.what.split(", ")[1] for figure in figures][2] == "with evaluation"
+    assert figures[2].value == figures[0].value + figures[1].value
+
+
+def test_each_case_of_the_kernels_is_compiled_for_its_own_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes: list[torch.Size] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        shapes.extend(given.shape for given in inputs if isinstance(given, Tensor))
+        assert all(type(length) is int for shape in shapes for length in shape), shapes
+        assert not any(isinstance(given, torch.SymInt) for given in inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    sizes = range(2, 2 + 2 * torch._dynamo.config.recompile_limit)
+    for size in sizes:
+        images = torch.ones(size, 3)
+        body = bench_kernels._body(lambda backend, given=images: given + 1, "compiled")
+        assert torch.equal(body(), images + 1)
+    assert shapes == [(size, 3) for size in sizes]
+
+
 def test_waits_of_the_host_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -267,8 +350,12 @@ def test_the_suite_runs_its_parts_within_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    out, results = tmp_path / "out", tmp_path / "results"
+    results.mkdir()
+    appends = f"open({str(results / 'gpu.csv')!r}, 'w').write('a row'); print('done')"
     made = [
-        gpu.Part("good", ["-c", "print('done')"], 60),
+        gpu.Part("good", ["-c", appends], 60),
+        gpu.Part("rows kept", ["-c", f"open({str(out / 'gpu.csv')!r})"], 60),
         gpu.Part("slow", sleeps[1:], 1),
         gpu.Part("ended", sleeps[1:], 60),
         gpu.Part("late", ["-c", ""], 60),
@@ -276,16 +363,18 @@ def test_the_suite_runs_its_parts_within_its_time(
     monkeypatch.setattr(gpu, "parts", lambda options: iter(made))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", lambda: {"torch": "x"})
-    arguments = ["--out", str(tmp_path / "out"), "--minutes", "0.1"]
+    monkeypatch.setattr(gpu, "RESULTS", results)
+    arguments = ["--out", str(out), "--minutes", "0.1"]
     began = time.monotonic()
     assert run_command(gpu.main, arguments) == 1
     assert time.monotonic() - began < 30
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
     ended = {part["name"]: part["ended"] for part in summary["parts"]}
-    assert ended == {"good": 0, "slow": "timed out", "ended": "timed out", "late": "no time"}
-    assert (tmp_path / "out/good.log").read_text() == "done\n"
+    late = {"slow": "timed out", "ended": "timed out", "late": "no time"}
+    assert ended == {"good": 0, "rows kept": 0, **late}
+    assert (out / "good.log").read_text() == "done\n"
     assert run_command(gpu.main, [*arguments, "--parts", "nothing"]) == 2
-    assert "--parts nothing: there are good, slow" in capsys.readouterr().err
+    assert "--parts nothing: there are good, rows kept, slow" in capsys.readouterr().err
 
 
 def test_the_suite_passes_what_is_named_on(tmp_path: Path) -> None:
@@ -296,3 +385,47 @@ def test_the_suite_passes_what_is_named_on(tmp_path: Path) -> None:
         assert named[name][named[name].index("--official") + 1] == "clone"
     assert "--official" not in named["step-wrn"] and "set.npz" in named["training"]
     assert "training" not in {part.name for part in gpu.parts(gpu.Options(out=tmp_path))}
+
+
+def test_without_a_test_tool_the_suite_says_what_that_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "_installed", lambda name: name != "hypothesis")
+    monkeypatch.setattr(gpu, "parts", lambda options: iter([gpu.Part("good", ["-c", ""], 60)]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: {"torch": "x"})
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    assert run_command(gpu.main, ["--out", str(tmp_path / "out")]) == 0
+    assert "hypothesis is not installed, which costs the tests in" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert list(summary["missing"]) == ["hypothesis"]
+
+
+def test_tests_run_without_limits_where_the_package_for_them_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    def arguments(name: str) -> list[str]:
+        made = {part.name: part.arguments for part in gpu.parts(gpu.Options(out=tmp_path))}
+        return made[name]
+
+    monkeypatch.setattr(gpu, "_installed", lambda name: True)
+    assert "--timeout=120" in arguments("tests") and "-o" not in arguments("tests")
+    monkeypatch.setattr(gpu, "_installed", lambda name: name != "pytest_timeout")
+    assert "--timeout=120" not in arguments("tests")
+    strict = set(pytestconfig.getini("addopts"))
+    assert set(gpu.LENIENT.split()) == strict - {"--strict-config"}
+    # One good file and one that cannot be imported, under this project's settings.
+    (tmp_path / "test_good.py").write_text("def test_good(): pass\n")
+    (tmp_path / "test_lost.py").write_text("import no_such_package\n")
+    settings = (pytestconfig.rootpath / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(settings)
+    command = ["." if word == "tests" else word for word in arguments("tests")]
+    command[command.index("gpu")] = "not gpu"
+    done = subprocess.run(
+        [sys.executable, *command, "-p", "no:timeout"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 passed" in done.stdout and "1 error" in done.stdout, done.stdout + done.stderr
