@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 import warnings
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +12,9 @@ import torch
 from test_step import NoSync
 from torch import Tensor
 
-from bench import bench_epoch, bench_kernels, bench_step, clocks, gpu, host_time
+from bench import bench_epoch, bench_kernels, bench_step, gpu, host_time
 from bench.baselines import PlainStep
 from bench.ladder import COUNTS, RECORDED, Ladder, Rung, long_tailed_labels
-from bench.official import Official, load_official
 from reat_fast.cli.command import run_command
 from reat_fast.config import Config
 from reat_fast.models import create_model
@@ -213,78 +206,6 @@ def test_an_epoch_is_timed_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "epoch: ours, evaluation in float32" in capsys.readouterr().out
 
 
-def made_clone(folder: Path) -> Path:
-    """Write what stands for a clone of the official code."""
-    lines = {
-        "loss_functions": "def REAT(model, x, y, optimizer, counts, at_counts, args):\n"
-        "    logits = model(x)\n"
-        "    return logits, logits.square().sum() * args.eps + args.ns * args.ss\n",
-        "resnet": "import torch\ndef resnet18(dataset):\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))\n",
-        "wrn": "WideResNet = None\n",
-    }
-    for name, text in lines.items():
-        (folder / f"{name}.py").write_text(text)
-    return folder
-
-
-def test_a_folder_that_is_no_clone_is_named(tmp_path: Path) -> None:
-    made_clone(tmp_path)
-    assert set(load_official(tmp_path)) == {"loss_functions", "resnet", "wrn"}
-    with pytest.raises(ValueError, match="runs on a CUDA device only"):
-        Official(tmp_path, "resnet18", COUNTS, Config(), CPU)
-    (tmp_path / "wrn.py").write_text("wide = 1\n")
-    with pytest.raises(ValueError, match=r"wrn.py has no WideResNet; is it REAT's\?"):
-        load_official(tmp_path)
-    (tmp_path / "wrn.py").write_text("import no_such_package\n")
-    with pytest.raises(ValueError, match=r"wrn.py cannot be run \(No module named"):
-        load_official(tmp_path)
-
-
-def test_the_official_step_does_what_its_script_does(tmp_path: Path) -> None:
-    device: Any = SimpleNamespace(type="cuda")  # passes for one until a tensor goes there
-    made = made_clone(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Module, "to", lambda self, *_: self)
-        patch.setattr(Tensor, "to", lambda self, *_: self)
-        official = Official(made, "resnet18", COUNTS, Config(), device)
-        with pytest.raises(ValueError, match="has resnet18 and wrn28_10, not resnet8"):
-            Official(made, "resnet8", COUNTS, Config(), device)
-        images, labels = torch.rand(6, 3, 8, 8), torch.arange(6)
-        deterministic = torch.backends.cudnn.deterministic
-        before = [parameter.detach().clone() for parameter in official._model.parameters()]
-        official.step(images, labels)
-        assert sum(official._predicted) == 6 and sum(official._wrong) <= 6
-        after = official._model.parameters()
-        assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert 0 <= official.evaluate(images, labels) <= 6
-        assert torch.backends.cudnn.deterministic == deterministic
-
-
-def test_the_official_code_gets_images_as_its_loader_has_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    given: list[tuple[Tensor, Tensor]] = []
-
-    def note(images: Tensor, labels: Tensor) -> None:
-        given.append((images, labels))
-
-    official: Any = SimpleNamespace(step=note, evaluate=note, device=CPU)
-    monkeypatch.setattr("bench.ladder.Official", lambda *_: official)
-    ladder = Ladder(CPU, batch_size=4, size=8, official=Path("clone"))
-    note(*ladder._on_host)
-    options = bench_epoch.Options(largest=50, test_images=7, batch_size=4)
-    sets = bench_epoch._made(options)
-    figures = bench_epoch._theirs(options, sets, official)
-    for images, labels in given:
-        assert images.dtype == torch.float32 and images.is_contiguous()
-        assert len(images) == len(labels) and 0 <= images.min() < images.max() <= 1
-    assert torch.equal(255 * given[0][0], ladder.batch.images.permute(0, 3, 1, 2).float())
-    assert torch.equal(torch.cat([labels for _, labels in given[-2:]]), torch.arange(7))
-    assert [figure.what.split(", ")[1] for figure in figures][2] == "with evaluation"
-    assert figures[2].value == figures[0].value + figures[1].value
-
-
 def test_each_case_of_the_kernels_is_compiled_for_its_own_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -318,114 +239,3 @@ def test_waits_of_the_host_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert host_time.host_waits(step) == 3
     assert modes == ["warn", "default"]
     assert host_time.host_seconds(lambda: time.sleep(0.002), repeats=2)[0] >= 0.002
-
-
-@pytest.fixture
-def fake_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put an nvidia-smi on the path whose clock is 1980 MHz and whose memory clock is hidden."""
-    script = tmp_path / "nvidia-smi"
-    script.write_text("#!/bin/sh\necho '1980, 1980, [N/A], 512.25, 700.00, 61'\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-
-
-def test_clocks_are_read_while_something_runs(fake_smi: None) -> None:
-    with clocks.watched_clocks() as readings:
-        deadline = time.monotonic() + 20
-        while not readings and time.monotonic() < deadline:
-            time.sleep(0.01)
-    found = clocks.summary(readings)
-    assert found["sm_mhz"] == {"least": 1980, "median": 1980, "most": 1980}
-    assert found["watts"]["median"] == 512.25 and "memory_mhz" not in found
-
-
-def test_without_nvidia_smi_there_are_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with clocks.watched_clocks() as readings:
-        pass
-    assert readings == [] and clocks.summary(readings) == {} == clocks.read_clocks()
-
-
-def test_the_suite_runs_its_parts_within_its_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
-    out, results = tmp_path / "out", tmp_path / "results"
-    results.mkdir()
-    appends = f"open({str(results / 'gpu.csv')!r}, 'w').write('a row'); print('done')"
-    made = [
-        gpu.Part("good", ["-c", appends], 60),
-        gpu.Part("rows kept", ["-c", f"open({str(out / 'gpu.csv')!r})"], 60),
-        gpu.Part("slow", sleeps[1:], 1),
-        gpu.Part("ended", sleeps[1:], 60),
-        gpu.Part("late", ["-c", ""], 60),
-    ]
-    monkeypatch.setattr(gpu, "parts", lambda options: iter(made))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "environment", lambda: {"torch": "x"})
-    monkeypatch.setattr(gpu, "RESULTS", results)
-    arguments = ["--out", str(out), "--minutes", "0.1"]
-    began = time.monotonic()
-    assert run_command(gpu.main, arguments) == 1
-    assert time.monotonic() - began < 30
-    summary = json.loads((out / "summary.json").read_text())
-    ended = {part["name"]: part["ended"] for part in summary["parts"]}
-    late = {"slow": "timed out", "ended": "timed out", "late": "no time"}
-    assert ended == {"good": 0, "rows kept": 0, **late}
-    assert (out / "good.log").read_text() == "done\n"
-    assert run_command(gpu.main, [*arguments, "--parts", "nothing"]) == 2
-    assert "--parts nothing: there are good, rows kept, slow" in capsys.readouterr().err
-
-
-def test_the_suite_passes_what_is_named_on(tmp_path: Path) -> None:
-    options = gpu.Options(out=tmp_path, data=Path("set.npz"), official=Path("clone"))
-    named = {part.name: part.arguments for part in gpu.parts(options)}
-    assert list(named)[:3] == ["verify", "tests", "step"]
-    for name in ("step", "epoch"):
-        assert named[name][named[name].index("--official") + 1] == "clone"
-    assert "--official" not in named["step-wrn"] and "set.npz" in named["training"]
-    assert "training" not in {part.name for part in gpu.parts(gpu.Options(out=tmp_path))}
-
-
-def test_without_a_test_tool_the_suite_says_what_that_costs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu, "_installed", lambda name: name != "hypothesis")
-    monkeypatch.setattr(gpu, "parts", lambda options: iter([gpu.Part("good", ["-c", ""], 60)]))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "environment", lambda: {"torch": "x"})
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    assert run_command(gpu.main, ["--out", str(tmp_path / "out")]) == 0
-    assert "hypothesis is not installed, which costs the tests in" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert list(summary["missing"]) == ["hypothesis"]
-
-
-def test_tests_run_without_limits_where_the_package_for_them_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
-) -> None:
-    def arguments(name: str) -> list[str]:
-        made = {part.name: part.arguments for part in gpu.parts(gpu.Options(out=tmp_path))}
-        return made[name]
-
-    monkeypatch.setattr(gpu, "_installed", lambda name: True)
-    assert "--timeout=120" in arguments("tests") and "-o" not in arguments("tests")
-    monkeypatch.setattr(gpu, "_installed", lambda name: name != "pytest_timeout")
-    assert "--timeout=120" not in arguments("tests")
-    strict = set(pytestconfig.getini("addopts"))
-    assert set(gpu.LENIENT.split()) == strict - {"--strict-config"}
-    # One good file and one that cannot be imported, under this project's settings.
-    (tmp_path / "test_good.py").write_text("def test_good(): pass\n")
-    (tmp_path / "test_lost.py").write_text("import no_such_package\n")
-    settings = (pytestconfig.rootpath / "pyproject.toml").read_text()
-    (tmp_path / "pyproject.toml").write_text(settings)
-    command = ["." if word == "tests" else word for word in arguments("tests")]
-    command[command.index("gpu")] = "not gpu"
-    done = subprocess.run(
-        [sys.executable, *command, "-p", "no:timeout"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "1 passed" in done.stdout and "1 error" in done.stdout, done.stdout + done.stderr
