@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import NoSync
+from no_sync import NoSync
 from torch import Tensor
 
 from bench import bench_epoch, bench_step, clocks, gpu, host_time
