@@ -48,9 +48,12 @@ def pgd(
     that should be a sum over samples; None is cross-entropy. nonfinite: int64 device tensor to
     which the number of NaN and infinite gradient elements is added.
     Returns images within eps of the given ones and inside `clip`; the model's mode and its
-    gradients are left as they are. Nothing syncs.
+    gradients are left as they are. Nothing syncs, so images outside `clip` are not found; PGD does.
+    Errors: ValueError for images that are not floating-point, labels of another number, and a
+    radius, step or number of steps below 0.
     Source: Madry et al., ICLR 2018; the order of operations is that of the official REAT code.
     """
+    _refuse(images, labels, eps, step_size, steps)
     noise = uniform_noise(images, eps) if start is None else start
     return ascend(
         model,
@@ -102,6 +105,22 @@ def _input_gradient(model: Classifier, images: Tensor, labels: Tensor, loss: Att
     return torch.autograd.grad(total, images)[0]
 
 
+def _refuse(
+    images: Tensor,
+    labels: Tensor,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+) -> None:
+    if not images.is_floating_point():
+        raise ValueError(f"images: {images.dtype}; divide bytes by 255, the attack moves fractions")
+    if len(labels) != len(images):
+        raise ValueError(f"labels: {len(labels)} of them for {len(images)} images")
+    for name, value in (("eps", eps), ("step_size", step_size), ("steps", steps)):
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"{name}: {value}; must be 0 or more")
+
+
 class PGD:
     """Attack a classifier with an object that is called on images and labels.
 
@@ -125,8 +144,21 @@ class PGD:
         self.random_start = random_start
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return adversarial images [B, C, H, W] for images in [0, 1] and labels [B]."""
-        with evaluating(self.model):
+        """Return adversarial images [B, C, H, W] for images in [0, 1] and labels [B].
+
+        Errors: ValueError for images outside [0, 1], negative labels, and what pgd refuses.
+        """
+        if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
+            low, high = float(images.min()), float(images.max())
+            raise ValueError(
+                f"images: pixels reach from {low:.3g} to {high:.3g}; give images in [0, 1] and "
+                "normalise inside the model"
+            )
+        if labels.numel() and int(labels.min()) < 0:
+            raise ValueError(f"labels: {int(labels.min())}; must be classes, from 0 on")
+        # Tensors of inference mode have no gradients; what is made outside of it does.
+        with evaluating(self.model), torch.inference_mode(False):
+            images, labels = (t.clone() if t.is_inference() else t for t in (images, labels))
             return pgd(
                 self.model,
                 images,

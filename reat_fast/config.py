@@ -252,6 +252,10 @@ class Config:
                 "must lie in [0, 1], and goes with --objective bsl and ce",
             ),
             "ema": (0 <= self.ema < 1, unit),
+            "milestones": (
+                all(epoch >= 1 for epoch in self.milestones),
+                "must be numbers of epochs, 1 or more",
+            ),
             "gamma": (finite(self.gamma), number),
             "warmup": (0 <= self.warmup <= 1, "must lie in [0, 1]"),
             "eps": (0 <= self.eps <= 1, "must lie in [0, 1], as images do; 8/255 is usual"),

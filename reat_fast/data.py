@@ -135,7 +135,9 @@ def load_run_data(
     name, path, image_size: what to take instead of the run's. Image files are cut to the size that
     the run has them in, whichever set they are of. Raises DataError.
     """
-    name, path = name or config.dataset, path or config.data
+    name = name or config.dataset
+    if path is None and name == config.dataset:
+        path = config.data
     are_files = name in lists.READERS and (path is None or path.suffix != ".npz")
     if image_size is None and are_files:
         image_size = config.image_size
@@ -173,7 +175,7 @@ def longtail_counts(
     odd C). Official arithmetic, rounding down. Raises DataError.
     """
     if not 0 < imbalance <= 1:
-        raise DataError(f"imbalance must be in (0, 1], smallest / largest class, got {imbalance}")
+        raise DataError(f"--imbalance {imbalance}: must lie in (0, 1], smallest over largest class")
     if largest < 1 or num_classes < 1:
         raise DataError(f"largest and num_classes must be positive, got {largest}, {num_classes}")
     if profile not in ("exp", "step"):
@@ -185,8 +187,8 @@ def longtail_counts(
         whole = max(num_classes // 2, 1)
         counts = [largest] * whole + [int(largest * imbalance)] * (num_classes - whole)
     if 0 in counts:
-        empty = f"imbalance {imbalance} leaves class {counts.index(0)} empty"
-        raise DataError(f"{empty}: raise it above 1/{largest}, or use a larger largest")
+        empty = f"--imbalance {imbalance}: leaves class {counts.index(0)} empty"
+        raise DataError(f"{empty}; raise it above 1/{largest}, or give a larger --largest")
     return counts
 
 
@@ -205,7 +207,7 @@ def longtail_indices(labels: npt.ArrayLike, counts: Sequence[int], seed: int = 0
     for label, count in enumerate(counts):
         members = np.flatnonzero(labels == label)
         if not 0 <= count <= len(members):
-            cure = "lower the largest class (largest)"
+            cure = "lower --largest"
             raise DataError(f"class {label} has {len(members)} images, {count} asked: {cure}")
         generator.shuffle(members)
         chosen.append(members[:count])
@@ -249,7 +251,7 @@ def make_splits(
     labels = dataset.train.labels
     if profile == "as-is":
         if largest is not None:
-            raise DataError("profile as-is takes every image: leave largest out")
+            raise DataError("--largest: a set that is taken as-is has every image; leave it out")
         subset = np.arange(len(labels), dtype=np.int64)
     else:
         largest = _smallest_class(labels, imbalance) if largest is None else largest

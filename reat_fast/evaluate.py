@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +23,17 @@ from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
+from reat_fast.evaluation.saved import (
+    EVALUATION,
+    weights_sha256,
+    write,
+    write_beside_others,
+)
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.tables import accuracy_table
-from reat_fast.storage.whole_files import write_text
+from reat_fast.storage.whole_files import refuse_unwritable
 
 STATE = "autoattack-state.pt"
 GUARDED_IMAGES = 64
@@ -92,10 +97,10 @@ class Options:
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
     attacks: tuple[str, ...] = STANDARD_ATTACKS
     """clean, fgsm, pgd20, pgd100, cw20, lsa20 (any N), aa (AutoAttack) or aa-package."""
-    eps: Radius = 8 / 255
-    """L-infinity radius, on images in [0, 1]."""
-    step_size: Radius = 2 / 255
-    """Step of the PGD, CW and LSA attacks."""
+    eps: Radius | None = None
+    """L-infinity radius, on images in [0, 1]; unset: that of the run, 8/255 of lone weights."""
+    step_size: Radius | None = None
+    """Step of the PGD, CW and LSA attacks; unset: that of the run, 2/255 of lone weights."""
     restarts: int = 1
     """Random starts of these attacks; an image counts if it withstands them all."""
     precision: Precision = "float32"
@@ -112,12 +117,13 @@ class Options:
     """Training images per class, where the folder of the run has no split.json."""
     batch_size: int = 500
     """Images per batch; changes no figure."""
-    seed: int = 0
-    """Seed of all that is random in the attacks."""
+    seed: int | None = None
+    """Seed of all that is random in the attacks; unset: that of the run, 0 of lone weights."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """JSON file to write; unset: evaluation.json in the folder of the run."""
+    """JSON file to write; unset: evaluation.json in the folder of the run. Attacks that it holds on
+    the same weights under the same conditions stay; other conditions go to evaluation-2.json."""
     quiet: bool = False
     """Show no progress and no table, only warnings and errors."""
 
@@ -127,35 +133,67 @@ class Options:
             if value is not None and value < 1:
                 raise ValueError(f"{flag(name)} {value}: must be at least 1")
         for name in ("eps", "step_size"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: not in [0, 1]")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{flag(name)} {value}: not in [0, 1]")
+        if self.seed is not None:
+            Config(seed=self.seed)
+        if not self.attacks:
+            raise ValueError("--attacks: name at least one, such as clean or pgd20")
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     options = parse_flags(Options, arguments, "python -m reat_fast.evaluate")
-    attacks = [Attack.from_name(name, options.eps, options.step_size) for name in options.attacks]
+    for name in options.attacks:
+        Attack.from_name(name, 0.0, 0.0)  # refused before anything is loaded
     weights = checkpoint.find_weights(options.run)
+    folder = options.run if options.run.is_dir() else options.run.parent
+    refuse_unwritable(options.out or folder / EVALUATION)
     device = choose_device(options.device)
+    began = time.perf_counter()
+    result = _evaluate_run(options, weights, folder, device)
+    result["seconds"] = round(time.perf_counter() - began, 3)
+    if options.out is None:
+        out, result = write_beside_others(folder, result)
+    else:
+        out = options.out
+        write(out, result)
+    if "aa" in options.attacks:
+        (folder / STATE).unlink(missing_ok=True)  # now that its result is safe
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not options.quiet:
+        print(accuracy_table(result))
+        print(f"{out} written ({time.perf_counter() - began:.1f} s on {device})")
+    return 0
+
+
+def _evaluate_run(
+    options: Options, weights: Path, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Measure what the options ask for; returns what evaluation.json holds but the seconds."""
     if device.type == "cpu":
         keep_freed_memory()
     model, spec = checkpoint.load_model_and_spec(weights, device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    folder = options.run if options.run.is_dir() else options.run.parent
-    dataset = _dataset(options, folder, spec, weights)
+    config = _config(folder)
+    eps = config.eps if options.eps is None else options.eps
+    step_size = config.step_size if options.step_size is None else options.step_size
+    seed = config.seed if options.seed is None else options.seed
+    dataset = _dataset(options, config, spec, weights)
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
-    began = time.perf_counter()
-    warnings = _guard(model, test, options.seed)
+    warnings = _guard(model, test, seed)
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
         result = evaluate(
             model,
             test,
-            attacks,
+            [Attack.from_name(name, eps, step_size) for name in options.attacks],
             spec.num_classes,
-            eps=options.eps,
-            seed=options.seed,
+            eps=eps,
+            seed=seed,
             batch_size=options.batch_size,
             restarts=options.restarts,
             precision=options.precision,
@@ -163,35 +201,31 @@ def main(arguments: list[str]) -> int:
             state=folder / STATE,
             bar=bar,
         )
-    warnings += guards.warnings_for_figures(result["attacks"])
-    result |= {
-        "weights": weights.name,
-        "dataset": dataset.name,
-        "class_names": list(dataset.class_names),
-        "eps": options.eps,
-        "step_size": options.step_size,
-        "restarts": options.restarts,
-        "precision": options.precision,
-        "seed": options.seed,
-        "device": str(device),
-        "seconds": round(time.perf_counter() - began, 3),
-        "warnings": warnings,
-    }
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
-    out = options.out or folder / "evaluation.json"
-    write_text(out, json.dumps(result, indent=2) + "\n")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if not options.quiet:
-        print(accuracy_table(result))
-        print(f"{out} written ({result['seconds']:.1f} s on {device})")
-    return 0
+    return result | {
+        "weights": weights.name,
+        "weights_sha256": weights_sha256(weights),
+        "dataset": dataset.name,
+        "class_names": list(dataset.class_names),
+        "eps": eps,
+        "step_size": step_size,
+        "restarts": options.restarts,
+        "precision": options.precision,
+        "seed": seed,
+        "device": str(device),
+        "warnings": warnings + guards.warnings_for_figures(result["attacks"]),
+    }
 
 
-def _dataset(options: Options, folder: Path, spec: checkpoint.ModelSpec, weights: Path) -> Dataset:
+def _config(folder: Path) -> Config:
     file = folder / "config.json"
-    config = from_json(file.read_text("utf-8"), str(file)) if file.is_file() else Config()
+    return from_json(file.read_text("utf-8"), str(file)) if file.is_file() else Config()
+
+
+def _dataset(
+    options: Options, config: Config, spec: checkpoint.ModelSpec, weights: Path
+) -> Dataset:
     dataset = load_run_data(config, options.dataset, options.data, options.image_size)
     if dataset.num_classes != spec.num_classes:
         raise ValueError(
@@ -203,7 +237,9 @@ def _dataset(options: Options, folder: Path, spec: checkpoint.ModelSpec, weights
 
 def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int] | None:
     counts = checkpoint.train_counts(folder)
-    if counts is None and options.train_counts is not None:
+    if counts is not None and options.train_counts is not None:
+        raise ValueError(f"--train-counts: {folder / 'split.json'} has them; leave it out")
+    if options.train_counts is not None:
         counts = list(options.train_counts)
         if len(counts) != num_classes or min(counts) < 0:
             raise ValueError(

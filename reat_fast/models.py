@@ -189,7 +189,8 @@ def _pair(conv: str, bn: str, unit: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 def _official_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = state_dict.get("state_dict", state_dict)
+    whole = state_dict if isinstance(state_dict, Mapping) else {}
+    state = whole.get("state_dict", whole)
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError("not a state dict: expected tensors by name, or {'state_dict': ...}")
     if all(key.startswith("module.") for key in state):

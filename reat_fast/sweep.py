@@ -107,6 +107,8 @@ def read_lines(file: Path) -> list[Line]:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{file}: not a text file") from None
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; write one run a line, as `reat`") from None
     lines: dict[str, Line] = {}
     for number, row in enumerate(text.splitlines(), start=1):
         place = f"{file}:{number}"
@@ -148,8 +150,14 @@ def make_runs(
 ) -> list[SweepRun]:
     """Combine lines and seeds, the seeds of a line one after another.
 
-    Errors: ValueError where a run was begun with other flags than its line has now.
+    data: where that of all runs is, instead of where a line has it.
+    Errors: ValueError where a run was begun with other flags than its line has now, and for data
+    that is not there.
     """
+    for line in lines:
+        place = data or line.config.data
+        if place is not None and not place.exists():
+            raise ValueError(f"{line.place}: --data {place}: no such file or folder")
     runs = [
         SweepRun(line, seed, out / f"{line.name}-seed{seed}", data)
         for line in lines
@@ -270,8 +278,6 @@ class Options:
             raise ValueError("--seeds: give each seed once")
         for seed in self.seeds:
             Config(seed=seed)
-        if self.data is not None and not self.data.exists():
-            raise ValueError(f"--data {self.data}: no such file or folder")
         for name in self.attacks:
             Attack.from_name(name, 0.0, 0.0)
 

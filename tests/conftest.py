@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from made_data import made_npz
+from no_sync import NoSync
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast.kernels.triton_support import INTERPRETED, Backend
 
@@ -61,20 +63,14 @@ def uninitialised_memory_is_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.fixture
 def forbid_syncs() -> Iterator[None]:
     """Fail on any operation that would make a program wait for its device."""
-    with _NoSyncs():  # type: ignore[no-untyped-call]
+    with NoSync():  # type: ignore[no-untyped-call]
         yield
 
 
-class _NoSyncs(TorchDispatchMode):
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if name in self.WAITING:
-            raise AssertionError(f"{name} waits for the device")
-        return func(*args, **(kwargs or {}))
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small made data set, which no test may change."""
+    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
 
 
 @pytest.fixture(

@@ -1,4 +1,4 @@
-"""The folder of a run, written by hand, with class names that try to become part of a page."""
+"""Runs for tests: the training command, and a folder written by hand with hostile class names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reat_fast import train
+from reat_fast.cli.command import run_command
 from reat_fast.config import Config, to_json
 from reat_fast.reporting.data import PARTS
 
 EVIL = ["<script>document.title='executed'</script>", "$x$", "a|b", '" onload="x', "&amp;"]
 COUNTS = [400, 200, 100, 50, 10]
+
+
+def run(*arguments: object) -> int:
+    """Run reat_fast.train on a command line; return its exit code."""
+    return run_command(train.main, [str(argument) for argument in arguments])
 
 
 def made_run(folder: Path, overall: float = 50.0, **settings: Any) -> Path:

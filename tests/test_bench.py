@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import NoSync
+from no_sync import NoSync
 from torch import Tensor
 
 from bench import bench_epoch, bench_kernels, bench_step, gpu, host_time

@@ -80,7 +80,7 @@ def test_every_field_has_help_and_every_preset_parses(capsys: pytest.CaptureFixt
 @given(
     eps=st.floats(0, 1),
     lr=st.floats(0, 10),
-    milestones=st.lists(st.integers(0, 200), max_size=4).map(tuple),
+    milestones=st.lists(st.integers(1, 200), max_size=4).map(tuple),
     limit=st.none() | st.integers(1, 9),
 )
 def test_json_gives_the_same_configuration_back(

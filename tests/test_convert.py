@@ -361,7 +361,7 @@ def test_values_that_do_not_fit_the_data_are_one_line(
 ) -> None:
     target = ["--to", str(tmp_path / "out" / "set")]
     for flags, message in (
-        (["--imbalance", "2"], "imbalance must be in (0, 1]"),
+        (["--imbalance", "2"], "--imbalance 2.0: must lie in (0, 1]"),
         (["--imbalance", "0.001"], "leaves class 2 empty"),
         (["--imbalance", "0.5", "--largest", "99"], "class 0 has 40 images, 99 asked"),
         (["--imbalance", "0.5", "--split-seed", "-1"], "--split-seed -1: must lie in [0, 2^32)"),

@@ -23,11 +23,12 @@ import pytest
 import torch
 from killed_run import SMALL, differences
 from made_data import made_images, made_npz
+from made_run import run
 from PIL import Image
 from safetensors.torch import save_file
 from test_sources import as_images, batch, idx_bytes, python2_batch
 
-from reat_fast import checkpoint, data, evaluate, train
+from reat_fast import checkpoint, data, evaluate
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS, CheckpointError, ModelSpec
 from reat_fast.cli.command import run_command
 from reat_fast.config import from_json
@@ -42,10 +43,6 @@ MakeDisk = Callable[[int], Path]
 SPEC = ModelSpec("resnet8", 3, 1, 2, None, ("a", "b", "c"))
 
 
-def run(*arguments: object) -> int:
-    return run_command(train.main, [str(argument) for argument in arguments])
-
-
 def only_line(capsys: pytest.CaptureFixture[str]) -> str:
     """Return what was said on stderr, which has to be one line that begins with error."""
     error = capsys.readouterr().err
@@ -54,14 +51,9 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
-
-
-@pytest.fixture(scope="module")
-def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(*SMALL, "--data", made, "--run-dir", folder) == 0
+    assert run(*SMALL, "--data", data, "--run-dir", folder) == 0
     return folder
 
 
@@ -103,16 +95,16 @@ def read_only(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def test_a_folder_that_cannot_be_written_is_named(
-    made: Path, read_only: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, read_only: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (read_only, read_only / "run"):
-        assert run(*SMALL, "--data", made, "--run-dir", folder) == 2
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 2
         assert str(folder) in only_line(capsys)
     assert not any(read_only.iterdir())
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint_before_and_the_run_goes_on(
-    made: Path,
+    data: Path,
     whole: Path,
     make_disk: MakeDisk,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,7 +123,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before_and_the_run_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "finish_epoch", fill_up)
-        assert run(*SMALL, "--data", made, "--run-dir", folder) == 2
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 2
     error = only_line(capsys)
     assert f"{folder}/" in error and "No space left on device" in error
     for name in (CHECKPOINT, PREVIOUS):
@@ -144,7 +136,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before_and_the_run_goes_on(
 
 @pytest.mark.parametrize("write", [0, 3, 5, 12, 31])
 def test_a_failed_write_is_named_and_what_was_saved_before_is_whole(
-    made: Path,
+    data: Path,
     whole: Path,
     tmp_path: Path,
     write: int,
@@ -162,7 +154,7 @@ def test_a_failed_write_is_named_and_what_was_saved_before_is_whole(
     with monkeypatch.context() as patched:
         patched.setattr(whole_files.os, "fsync", fsync)
         patched.setattr(whole_files, "_sync_folder", lambda folder: None)
-        assert run(*SMALL, "--data", made, "--run-dir", folder) == 2
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 2
     assert "cannot be written (No space left on device)" in only_line(capsys)
     assert not list(folder.glob("*.part"))
     if write > 3:  # the first three describe the run
@@ -309,7 +301,7 @@ def test_an_image_that_announces_more_pixels_than_it_has_is_refused(tmp_path: Pa
 
 
 def test_a_clock_that_jumps_back_changes_nothing(
-    made: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
 
@@ -320,7 +312,7 @@ def test_a_clock_that_jumps_back_changes_nothing(
 
     monkeypatch.setattr(time, "time", earlier_each_time)
     monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * earlier_each_time()))
-    assert run(*SMALL, "--data", made, "--run-dir", tmp_path / "run") == 0
+    assert run(*SMALL, "--data", data, "--run-dir", tmp_path / "run") == 0
     assert differences(whole, tmp_path / "run") == []
     with (tmp_path / "run/timing.csv").open(newline="") as file:
         assert all(0 <= float(row["seconds"]) < 600 for row in csv.DictReader(file))
@@ -440,21 +432,21 @@ def test_a_configuration_of_other_types_is_refused(text: str, named: str) -> Non
     ],
 )
 def test_odd_flags_are_one_line_and_leave_nothing_behind(
-    made: Path,
+    data: Path,
     tmp_path: Path,
     arguments: tuple[object, ...],
     named: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(*SMALL, "--data", made, *arguments, "--run-dir", tmp_path / "run") == 2
+    assert run(*SMALL, "--data", data, *arguments, "--run-dir", tmp_path / "run") == 2
     assert named in only_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
 def test_class_names_cannot_talk_to_the_terminal(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with np.load(made) as archive:
+    with np.load(data) as archive:
         np.savez(tmp_path / "set.npz", **archive, class_names=["\x1b[2J", "a\nb", "\u202e", "d"])
     arguments = [*SMALL, "--data", tmp_path / "set.npz", "--run-dir", tmp_path / "run"]
     assert run(*arguments, "--epochs", 1, "--limit-batches", 1) == 0

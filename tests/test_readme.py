@@ -1,20 +1,25 @@
-"""The README: its commands parse, its code runs, its files exist."""
+"""README and docs: their commands parse, their code runs, their files exist."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
+import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from reat_fast import evaluate
 from reat_fast.cli.command import parse_flags
-from reat_fast.config import PRESETS, parse
+from reat_fast.config import parse
 from reat_fast.data import DATASETS
+from reat_fast.evaluation.attacks import Attack
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+TEXTS = [README, *(file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md")))]
 COMMANDS = [
     line.split("#")[0].strip()
     for line in README.splitlines()
@@ -22,26 +27,66 @@ COMMANDS = [
 ]
 
 
-def words(module: str) -> list[list[str]]:
-    start = f"python -m reat_fast.{module}"
-    return [shlex.split(command)[3:] for command in COMMANDS if command.startswith(start)]
+PLACEHOLDERS = {"NAME": "reat", "RUN": "runs/reat-1"}
 
 
-def test_every_training_command_parses() -> None:
-    commands = words("train")
-    assert len(commands) >= 4
-    for arguments in commands:
-        if arguments == ["--help"]:
-            continue
-        preset, _ = parse(arguments, "quickstart")
-        assert preset in PRESETS
+def command_lines() -> list[tuple[str, tuple[str, ...]]]:
+    """Return module and arguments of each command in a line of code or between backticks."""
+    found = {}
+    for text in TEXTS:
+        lines = re.findall(r"^    .*$", text, re.MULTILINE)
+        prose = re.sub(r"^    .*$|```[^`]*```", "", text, flags=re.MULTILINE)
+        for code in [*lines, *re.findall(r"`([^`]+)`", prose)]:
+            match = re.search(r" -m ((?:reat_fast|bench)\.\w+)(.*)", f" {code}", re.DOTALL)
+            if match:
+                arguments = shlex.split(match[2], comments=True)
+                found[match[1], tuple(PLACEHOLDERS.get(word, word) for word in arguments)] = None
+    return list(found)
 
 
-def test_every_evaluation_command_parses() -> None:
-    for arguments in words("evaluate"):
-        options = parse_flags(evaluate.Options, arguments, "evaluate")
-        for name in options.attacks:
-            evaluate.Attack.from_name(name, options.eps, options.step_size)
+def parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Read a command line by the module's own parser and do nothing more."""
+    program = import_module(module)
+    if module == "reat_fast.train":
+        return parse(arguments, "quickstart")
+    if hasattr(program, "Options"):
+        return parse_flags(program.Options, arguments, module)
+    read, options = argparse.ArgumentParser.parse_args, []
+
+    def stop(self: argparse.ArgumentParser, *given: Any) -> None:
+        options.append(read(self, *given))
+        raise InterruptedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(InterruptedError):
+        program.main()
+    return options[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [pytest.param(*found, id=f"{found[0]} {shlex.join(found[1])}") for found in command_lines()],
+)
+def test_every_command_is_one_that_its_module_takes(
+    module: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not arguments:  # named in a sentence
+        assert callable(import_module(module).main)
+        return
+    if arguments == ("--help",):
+        with pytest.raises(SystemExit):
+            parsed(module, list(arguments), monkeypatch)
+        return
+    options = parsed(module, list(arguments), monkeypatch)
+    for name in getattr(options, "attacks", ()):
+        Attack.from_name(name, 8 / 255, 2 / 255)
+
+
+def test_commands_are_found_in_lines_of_code_and_in_tables() -> None:
+    modules = [module for module, _ in command_lines()]
+    assert modules.count("reat_fast.train") >= 4
+    assert {"bench.accuracy", "reat_fast.convert", "reat_fast.export"} <= set(modules)
 
 
 def test_every_make_target_exists() -> None:

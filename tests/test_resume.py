@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from killed_run import SMALL, differences, kill_and_resume, run_once
-from made_data import made_npz
+from made_run import run
 
 from reat_fast import checkpoint, train
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
-from reat_fast.cli.command import run_command
 from reat_fast.engine.distributed import World
 from reat_fast.training import faults, selection
 from reat_fast.training.run import Run
@@ -24,19 +23,10 @@ from reat_fast.training.stopping import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
-
-
-@pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run_once(data, folder) == 0
     return folder
-
-
-def run(*arguments: object) -> int:
-    return run_command(train.main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from typing import Any
 import official_values as official
 import pytest
 import torch
+from no_sync import NoSync
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast import reference
 from reat_fast.config import PRESETS, Config, parse
@@ -102,32 +102,6 @@ def test_five_steps_equal_five_reference_steps_in_float32() -> None:
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-4, atol=1e-4 * scale)
 
 
-class NoSync(TorchDispatchMode):
-    """Refuse every operator that makes the host wait for the device or sizes depend on data."""
-
-    FORBIDDEN = (
-        "_local_scalar_dense",
-        "_unique",
-        "equal",
-        "is_nonzero",
-        "item",
-        "masked_select",
-        "nonzero",
-        "unique",
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name.rstrip("_0123456789") in self.FORBIDDEN or name.startswith("unique"):
-            raise AssertionError(f"{func} makes the host wait")
-        indices = [a for a in args[1:2] if isinstance(a, (list, tuple))]
-        if name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool for group in indices for i in group
-        ):
-            raise AssertionError(f"{func} has a shape that depends on data")
-        return func(*args, **(kwargs or {}))
-
-
 def uint8_batch(gather: bool = True) -> Batch:
     made = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (30, 8, 8, 3), generator=made, dtype=torch.uint8)
@@ -170,16 +144,32 @@ def test_a_step_never_makes_the_host_wait(name: str) -> None:
 
 
 def test_the_guard_against_waiting_works() -> None:
+    mask = torch.tensor([True, False, True])
     wrong: list[Callable[[], object]] = [
         lambda: torch.ones(2).sum().item(),
         lambda: bool(torch.ones(()) > 0),
         lambda: torch.ones(3).nonzero(),
-        lambda: torch.ones(3)[torch.tensor([True, False, True])],
+        lambda: torch.ones(3)[mask],
         lambda: torch.ones(3).unique(),
+        lambda: torch.ones(3).index_put_((mask,), torch.ones(2)),
     ]
     for call in wrong:
         with pytest.raises(AssertionError), NoSync():
             call()
+    with NoSync():
+        torch.ones(3)[mask] = 0.0
+
+
+def test_the_magnitude_of_a_policy_acts() -> None:
+    examples = []
+    for magnitude in (0, 30, 30):
+        model = make_model()
+        config = Config(policy="randaugment", policy_magnitude=magnitude, steps=1)
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        examples.append(step.train_on(uint8_batch())["images_adv"])
+    none, most, again = examples
+    assert torch.equal(most, again)
+    assert float((most - none).abs().max()) > 2 * Config().eps
 
 
 def test_gathered_and_copied_batches_give_the_same_step() -> None:

@@ -341,12 +341,12 @@ def test_a_sweep_of_real_runs(
     data = made_npz(tmp_path / "made.npz")
     presets, out = tmp_path / "presets.txt", tmp_path / "out"
     small = f"small: reat {SMALL} --data {data}\n"
-    presets.write_text(f"{small}absent: reat --device cpu --dataset npz --data {data}.absent\n")
+    presets.write_text(f"{small}huge: reat {SMALL} --data {data} --batch-size 9999\n")
     assert command(presets, "--out", out) == 1
     shown = capsys.readouterr()
-    assert "1 of 2 runs failed: absent-seed0 (exit code 2)" in shown.err
+    assert "1 of 2 runs failed: huge-seed0 (exit code 2)" in shown.err
     assert (out / "small-seed0" / "best.safetensors").exists()
-    assert "| small  | 1 of 1 |" in shown.out
+    assert "| small | 1 of 1 |" in shown.out
     (out / "small-seed0" / "evaluation.json").unlink()
     presets.write_text(small)
     assert command(presets, "--out", out) == 0

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from killed_run import SMALL
-from made_data import made_npz
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CHECKPOINT
@@ -57,11 +56,6 @@ def process_of_rank(rank: int, parent: int) -> int | None:
         if int(stat[1]) == parent and f"RANK={rank}".encode() in environment:
             return int(entry.name)
     return None
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
 
 
 def test_two_processes_make_one_run(data: Path, tmp_path: Path) -> None:

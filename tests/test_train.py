@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from made_data import made_images, made_npz
+from made_run import run
 
 from reat_fast import checkpoint, train
-from reat_fast.cli.command import run_command
 from reat_fast.training import gauge, selection
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
@@ -24,18 +24,9 @@ SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-bat
 SMALL += ["--lr", "0.05", "--schedule", "onecycle", "--eval-every", "1", "--device", "cpu"]
 
 
-def run(*arguments: object) -> int:
-    return run_command(train.main, [str(argument) for argument in arguments])
-
-
 def rows(run_dir: Path) -> list[dict[str, str]]:
     with (run_dir / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_npz(tmp_path_factory.mktemp("data") / "made.npz")
 
 
 def test_a_run_learns_and_leaves_everything_behind(

@@ -123,7 +123,11 @@ class AutoAttack:
         self.standing = self._read() or Standing(torch.ones(len(labels), dtype=torch.bool))
 
     def run(self) -> Standing:
-        """Search to the end and remove the state file; returns which images stand."""
+        """Search to the end; returns which images stand.
+
+        The state file stays, and a search that finds it at its end has nothing to do: whoever named
+        the file removes it once the result is kept.
+        """
         standing = self.standing
         while standing.run < len(self.runs):
             stage, rank = self.runs[standing.run]
@@ -137,8 +141,7 @@ class AutoAttack:
                 self._write()
             standing.run, standing.pending = standing.run + 1, None
             standing.after[stage] = 100 * float(standing.robust.double().mean())
-        if self._state:
-            self._state.unlink(missing_ok=True)
+        self._write(at_end=True)
         return standing
 
     def _survive(self, stage: str, rank: int, rows: Tensor) -> Tensor:
@@ -208,9 +211,10 @@ class AutoAttack:
         except Exception:  # torch.load has no base class for what a damaged file raises
             return None
 
-    def _write(self) -> None:
+    def _write(self, at_end: bool = False) -> None:
         now = time.monotonic()
-        if self._state is None or now - self._saved_at < SAVE_EVERY_SECONDS:
+        due = at_end or now - self._saved_at >= SAVE_EVERY_SECONDS
+        if self._state is None or not due:
             return
         saved = {"key": self._key, "standing": asdict(self.standing)}
         write_atomically(self._state, lambda partial: torch.save(saved, partial))

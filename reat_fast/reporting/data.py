@@ -187,7 +187,10 @@ def _read_csv(file: Path) -> list[dict[str, str]]:
     if not file.is_file():
         return []
     with _reading(file), file.open(newline="", encoding="utf-8") as table:
-        rows = list(csv.DictReader(table))
+        reader = csv.DictReader(table)
+        if "epoch" not in (reader.fieldnames or ()):
+            raise ValueError("no column epoch in the heading")
+        rows = list(reader)
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():
                 raise ValueError(f"row {number} has not as many cells as the heading")

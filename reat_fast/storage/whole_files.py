@@ -51,6 +51,24 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Make the folder of a file and see whether it takes one, before there is work to lose.
+
+    Errors: OSError naming the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise OSError("is a folder; name a file")
+        with path.with_name(path.name + ".part").open("wb") as file:
+            file.truncate()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            path.with_name(path.name + ".part").unlink()
+
+
 @contextmanager
 def replacing(target: Path, names: Collection[str]) -> Iterator[Path]:
     """Give a place beside `target` for a file or folder, which takes its place when all went well.

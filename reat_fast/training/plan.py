@@ -42,6 +42,8 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
     resume, state = _folder_to_resume(config, world), None
     if resume is not None and named and config.resume is not None:
         raise ValueError(f"--resume {config.resume}: a run keeps its preset; leave out {preset}")
+    if config.resume is not None and config.run_dir not in (None, resume):
+        raise ValueError(f"--run-dir {config.run_dir}: the run stays in {resume}; leave it out")
     if resume is not None:
         state, source = checkpoint.load_newest_checkpoint(resume)
         saved = from_json(state["config"], str(source))

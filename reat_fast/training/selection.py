@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
+from reat_fast.evaluation.saved import EVALUATION, joined, weights_sha256, write
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
 from reat_fast.reporting.pictures import draw_accuracy, draw_learning
-from reat_fast.storage.whole_files import write_text
 from reat_fast.training.gauge import seconds_per_step
 from reat_fast.training.run import Run
 
@@ -84,17 +83,23 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     )
     result |= {
         "weights": weights.name,
+        "weights_sha256": weights_sha256(weights),
         "weights_epoch": int(run.best["epoch"]) if best and run.best else config.epochs,
         "dataset": run.dataset.name,
         "class_names": list(run.dataset.class_names),
         "train_counts": run.splits.counts,
         "eps": config.eps,
         "step_size": config.step_size,
+        "restarts": 1,
+        "precision": "float32",
         "seed": config.seed,
         "device": str(run.device),
         "seconds": round(time.perf_counter() - began, 3),
+        "warnings": [],
     }
-    write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    file = folder / EVALUATION
+    result = joined(file, result) or result  # of a run that had ended, and was evaluated since
+    write(file, result)
     title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
     draw_accuracy(result, folder / "accuracy.png", title)
     draw_learning(folder / "metrics.csv", folder / "learning.png")

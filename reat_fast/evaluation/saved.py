@@ -1,0 +1,66 @@
+"""evaluation.json: attacks on the same weights under the same conditions, none of them lost."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from reat_fast.storage.whole_files import write_text
+
+EVALUATION = "evaluation.json"
+
+CONDITIONS = (
+    *("weights", "weights_sha256", "dataset", "samples", "eps", "step_size"),
+    *("restarts", "precision", "seed"),
+)
+"""What attacks in one file share; what a file of another version does not hold is not compared."""
+
+
+def weights_sha256(weights: Path) -> str:
+    """Return the sha256 of a file of weights, by which an evaluation knows them."""
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Write what an evaluation found into a folder that may hold others; returns file and content.
+
+    The file is the first of evaluation.json, evaluation-2.json, ... that is not there yet or is of
+    the same weights and conditions, whose other attacks stay.
+    """
+    for number in itertools.count(1):
+        file = folder / (f"evaluation-{number}.json" if number > 1 else EVALUATION)
+        whole = joined(file, result)
+        if whole is not None or not file.exists():
+            break
+    written = result if whole is None else whole
+    write(file, written)
+    return file, written
+
+
+def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return an earlier evaluation with the attacks of a later one, seconds added up.
+
+    None where there is no earlier one, or one of other weights or under other conditions.
+    """
+    try:
+        earlier = json.loads(file.read_text("utf-8"))
+        same = all(earlier.get(name, result[name]) == result[name] for name in CONDITIONS)
+        if not same or not isinstance(earlier["attacks"], dict):
+            return None
+        return {
+            **earlier,
+            **result,
+            "attacks": earlier["attacks"] | result["attacks"],
+            "seconds": round(earlier["seconds"] + result["seconds"], 3),
+            "warnings": list(dict.fromkeys((*earlier.get("warnings", ()), *result["warnings"]))),
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # damaged, or not one of ours
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Write an evaluation as JSON, whole or not at all."""
+    write_text(file, json.dumps(result, indent=2) + "\n")

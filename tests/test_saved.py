@@ -1,0 +1,59 @@
+"""evaluation.json gathers attacks of the same conditions and gives nothing up for others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reat_fast.evaluation.saved import CONDITIONS, joined, weights_sha256, write_beside_others
+
+
+def result(attacks: dict[str, float], **changes: Any) -> dict[str, Any]:
+    same = {name: name for name in CONDITIONS}
+    figures = {name: {"overall": value} for name, value in attacks.items()}
+    return {**same, "attacks": figures, "seconds": 2.5, "warnings": ["w"], **changes}
+
+
+def content(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text()))
+
+
+def test_attacks_of_the_same_conditions_are_gathered(tmp_path: Path) -> None:
+    file, _ = write_beside_others(tmp_path, result({"clean": 70.0, "aa": 30.0}, weights_epoch=7))
+    again, whole = write_beside_others(tmp_path, result({"clean": 71.0, "cw20": 40.0}))
+    assert again == file == tmp_path / "evaluation.json"
+    assert whole == content(file)
+    overall = {name: figures["overall"] for name, figures in whole["attacks"].items()}
+    assert overall == {"clean": 71.0, "aa": 30.0, "cw20": 40.0}
+    assert whole["weights_epoch"] == 7 and whole["seconds"] == 5.0 and whole["warnings"] == ["w"]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_another_condition_gets_a_file_of_its_own_and_finds_it_again(
+    condition: str, tmp_path: Path
+) -> None:
+    first, _ = write_beside_others(tmp_path, result({"aa": 30.0}))
+    before = first.read_bytes()
+    for name in ("clean", "pgd20"):
+        other, _ = write_beside_others(tmp_path, result({name: 1.0}, **{condition: "other"}))
+        assert other == tmp_path / "evaluation-2.json"
+    assert first.read_bytes() == before
+    assert set(content(other)["attacks"]) == {"clean", "pgd20"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"attacks": 3}', "[" * 100_000])
+def test_what_cannot_be_read_is_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    assert joined(tmp_path / "evaluation.json", result({"clean": 1.0})) is None
+    file, _ = write_beside_others(tmp_path, result({"clean": 1.0}))
+    assert file.name == "evaluation-2.json"
+    assert (tmp_path / "evaluation.json").read_text() == text
+
+
+def test_weights_are_known_by_their_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"abc")
+    assert weights_sha256(file).startswith("ba7816bf8f01cfea414140de5dae2223")  # of FIPS 180-2
