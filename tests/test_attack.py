@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import official_values as official
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from reat_fast import reference
 from reat_fast.attack import PGD, cross_entropy, pgd, with_batch_statistics
+from reat_fast.models import create_model
 from reat_fast.objective import rbl_loss
 
 EPS, STEP = 8 / 255, 2 / 255
@@ -143,3 +147,36 @@ def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
     adv = attack(official.TinyNetwork().eval(), made, steps=2, loss=broken, nonfinite=count)
     assert int(count) == 2 * made["images"].numel()
     assert bool(adv.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "images: torch.uint8; divide"),
+        ({"images": torch.rand(2, 3, 8, 8) * 255}, "images: pixels reach from"),
+        ({"images": torch.full((2, 3, 8, 8), torch.nan)}, "images: pixels reach from nan"),
+        ({"labels": torch.tensor([0, -100])}, "labels: -100; must be classes"),
+        ({"labels": torch.tensor([0])}, "labels: 1 of them for 2 images"),
+        ({"eps": -1 / 255}, "eps: -0.0039"),
+        ({"alpha": torch.nan}, "step_size: nan; must be 0 or more"),
+        ({"steps": -1}, "steps: -1"),
+    ],
+)
+def test_what_would_mean_nothing_is_refused(changes: dict[str, Any], named: str) -> None:
+    given = {"images": torch.rand(2, 3, 8, 8), "labels": torch.tensor([0, 1]), **changes}
+    images, labels = given.pop("images"), given.pop("labels")
+    model = create_model("resnet8", 5, width=8)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        PGD(model, **given)(images, labels)
+    assert model.training
+
+
+def test_the_object_works_in_inference_mode_and_on_no_images() -> None:
+    model = create_model("resnet8", 5, width=8)
+    attack = PGD(model, steps=2, random_start=False)
+    expected = attack(torch.full((1, 3, 8, 8), 0.5), torch.ones(1).long())
+    with torch.inference_mode():
+        images = torch.full((1, 3, 8, 8), 0.5)
+        found = attack(images, torch.ones(1).long())
+    assert torch.equal(found, expected) and not torch.equal(found, images)
+    assert attack(torch.rand(0, 3, 8, 8), torch.ones(0).long()).shape == (0, 3, 8, 8)

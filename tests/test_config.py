@@ -55,6 +55,7 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--label-smoothing", "2"], "--label-smoothing 2.0: must lie in [0, 1]"),
         (["--clip-norm", "-1"], "--clip-norm -1.0: must be a finite number"),
         (["--limit-batches", "0"], "--limit-batches 0: must be at least 1"),
+        (["--milestones", "-3"], "--milestones (-3,): must be numbers of epochs, 1 or more"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_flag(arguments: list[str], named: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -223,6 +224,71 @@ def test_the_command_repeats_the_figures_of_the_run(
     assert "clean  pgd20" in shown and "class 0" in shown or "0" in shown
 
 
+def test_attacks_are_gathered_and_a_part_of_the_images_stands_apart(run_dir: Path) -> None:
+    before = json.loads((run_dir / "evaluation.json").read_text())
+    assert command(run_dir, "--attacks", "fgsm", "--quiet") == 0
+    gathered = json.loads((run_dir / "evaluation.json").read_text())
+    assert gathered["attacks"] == {**before["attacks"], "fgsm": gathered["attacks"]["fgsm"]}
+    assert gathered["weights_epoch"] == before["weights_epoch"]
+    apart = run_dir / "evaluation-2.json"
+    for flags in (["--subset", 5], ["--subset", 5, "--eps", "1/255"]):
+        assert command(run_dir, "--attacks", "clean", *flags, "--quiet") == 0
+        assert json.loads(apart.read_text())["samples"] == 5
+        apart = run_dir / "evaluation-3.json"
+    assert json.loads((run_dir / "evaluation.json").read_text()) == gathered
+    for number in (2, 3):
+        (run_dir / f"evaluation-{number}.json").unlink()
+
+
+def test_a_run_is_evaluated_at_the_radius_and_with_the_seed_it_was_tested_with(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    lone = tmp_path / "lone"
+    shutil.copytree(run_dir, lone)
+    changed = {"eps": 1 / 255, "step_size": 0.5 / 255, "seed": 7}
+    config = json.loads((lone / "config.json").read_text())
+    (lone / "config.json").write_text(json.dumps({**config, **changed}))
+    assert command(lone, "--attacks", "pgd3", "--quiet") == 0
+    found = json.loads((lone / "evaluation-2.json").read_text())
+    assert {name: found[name] for name in changed} == changed
+
+
+def test_a_place_that_takes_no_file_is_named_before_the_search(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("searched"))
+        assert command(run_dir, "--attacks", "aa", "--out", tmp_path / "file" / "out.json") == 2
+    assert "out.json: cannot be written" in capsys.readouterr().err
+    out = tmp_path / "new" / "out.json"
+    assert command(run_dir, "--attacks", "clean", "--out", out, "--quiet") == 0
+    assert [file.name for file in out.parent.iterdir()] == ["out.json"]
+
+
+def test_the_state_of_a_search_stays_until_its_result_is_written(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"steps": 2, "queries": 5, "state": None}
+    monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", short)
+
+    def fail(*_: object) -> None:
+        raise OSError("evaluation.json: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "write_beside_others", fail)
+        assert command(run_dir, "--attacks", "aa", "--subset", 6) == 2
+    assert (run_dir / evaluate.STATE).exists() and "No space left" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoAttack, "_survive", lambda *_: pytest.fail("attacked again"))
+        assert command(run_dir, "--attacks", "aa", "--subset", 6, "--quiet") == 0
+    assert not (run_dir / evaluate.STATE).exists()
+    (run_dir / "evaluation-2.json").unlink()
+
+
 def test_the_command_takes_weights_subset_and_output(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     arguments = [run_dir / "last.safetensors", "--attacks", "fgsm", "--subset", 10, "--out", out]
@@ -308,6 +374,11 @@ def test_bad_input_is_one_line(
         ((tmp_path / "absent",), "absent: no such run"),
         ((run_dir, "--data", wide), "has 6 classes"),
         ((run_dir, "--eps", "2"), "--eps 2.0: not in [0, 1]"),
+        ((run_dir, "--attacks"), "--attacks: name at least one"),
+        ((run_dir, "--seed", "-1"), "--seed -1: must lie in"),
+        ((run_dir, "--dataset", "tiny-imagenet"), "tiny-imagenet needs --data FOLDER"),
+        ((run_dir, "--train-counts", *"11111"), "split.json has them; leave it out"),
+        ((run_dir, "--out", run_dir), "is a folder; name a file"),
         ((run_dir, "--subset", "0"), "--subset 0: must be at least 1"),
         ((run_dir, "--restarts", "0"), "--restarts 0: must be at least 1"),
         ((run_dir, "--precision", "fp8"), "--precision"),

@@ -319,6 +319,7 @@ def test_only_few_classes_are_named(classes: int) -> None:
         ("metrics.csv", "epoch,loss,adv_accuracy\n1,2.0\n"),
         ("metrics.csv", "epoch,loss,adv_accuracy,ae_counts\n1,2.0,many,1 2\n"),
         ("metrics.csv", "epoch,lr\n1,0.1\n"),
+        ("metrics.csv", "garbage\n"),
         ("timing.csv", "epoch,seconds\n1,2\n"),
         ("timing.csv", "\0\xff"),
         ("evaluation.json", "{}"),

@@ -116,6 +116,7 @@ def test_what_a_resumed_run_refuses(
         (("--resume", tmp_path / "absent"), "absent: no such folder"),
         (("--resume", tmp_path), "checkpoint-last.pt: no such checkpoint"),
         (("reat", "--resume", run_dir), "a run keeps its preset"),
+        (("--resume", run_dir, "--run-dir", tmp_path), f"the run stays in {run_dir}; leave it out"),
     ]:
         assert run(*arguments) == 2
         error = capsys.readouterr().err
