@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,9 +246,36 @@ def test_a_finished_batch_is_not_attacked_again(
             first.run()
         again = search(victim, images, labels, state=state, batch_size=20)
         assert again.standing.run == 1 and len(again.standing.pending) < 60
-        # Another seed is another search; so is a file that is none.
-        assert search(victim, images, labels, state=state, seed=1).standing.run == 0
+        # A file that is none is not one to go on from.
         state.write_bytes(b"torn")
+        assert search(victim, images, labels, state=state).standing.run == 0
+
+
+def test_a_search_goes_on_from_its_own_state_file_alone(
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = test_set
+    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
+    state = tmp_path / "state.pt"
+    with attacked(model) as victim:
+        first = search(victim, images, labels, state=state)
+        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+        assert search(victim, images, labels, state=state).standing.run == 1
+        for setting in ({"seed": 1}, {"eps": EPS / 2}, {"steps": 11}, {"queries": 61}):
+            assert search(victim, images, labels, state=state, **setting).standing.run == 0
+        assert search(victim, images.flip(0), labels, state=state).standing.run == 0
+        assert search(victim, images, labels.roll(1), state=state).standing.run == 0
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[0, 0, 0, 0] += 1e-6  # as after one more step of training
+    with attacked(other) as victim:
+        assert search(victim, images, labels, state=state).standing.run == 0
+    with attacked(model, "bf16") as victim:
         assert search(victim, images, labels, state=state).standing.run == 0
 
 
