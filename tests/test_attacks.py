@@ -146,23 +146,29 @@ def test_cw_is_a_plain_loop_over_the_margin(model: nn.Module, image_set: ImageSe
     torch.testing.assert_close(ours, adv, rtol=0, atol=3e-8)  # float32 steps, as above
 
 
-def test_an_image_counts_only_if_it_withstands_every_restart(
-    model: nn.Module, image_set: ImageSet
-) -> None:
-    attack = Attack.from_name("pgd2", EPS, STEP)
-    clean, _, labels = clean_and_start(image_set)
-    images, rows = torch.from_numpy(image_set.images), torch.arange(len(labels))
-    right = torch.ones(len(labels), dtype=torch.bool)
+def test_an_image_counts_only_if_it_withstands_every_restart(model: nn.Module) -> None:
+    # One step in a wide ball: where it begins decides which images fall.
+    eps = 0.25
+    attack = Attack.from_name("pgd1", eps, eps / 4)
+    labels = np.arange(200, dtype=np.int64) % 4
+    image_set = ImageSet(made_images(labels, 3, seed=4), labels)
+    images, rows = torch.from_numpy(image_set.images), torch.arange(200)
     singles = []
     for restart in range(3):
-        _, start = prepare(images, rows, 0, restart, EPS, padding=0, flip=False)
+        clean, start = prepare(images, rows, 0, restart, eps, padding=0, flip=False)
+        own = torch.from_numpy(labels)
         with attacked(model) as victim:
-            adv = attack.perturb(victim, clean, start.double(), labels, EPS)
-            singles.append(~victim.fooled(adv, labels))
-        right &= singles[-1]
-    for batch_size in (5, 24):
-        found = evaluate(model, image_set, [attack], 4, eps=EPS, restarts=3, batch_size=batch_size)
-        assert found["attacks"]["pgd2"]["overall"] == pytest.approx(100 * right.double().mean())
+            adv = attack.perturb(victim, clean.double(), start.double(), own, eps)
+            singles.append(~victim.fooled(adv, own))
+    stood = [int(right.sum()) for right in singles]
+    both, all_three = (int(torch.stack(singles[:n]).all(0).sum()) for n in (2, 3))
+    assert 0 < all_three < both < min(stood)
+    for restarts, expected in ((1, stood[0]), (2, both), (3, all_three)):
+        for batch_size in (64, 200):
+            found = evaluate(
+                model, image_set, [attack], 4, eps=eps, restarts=restarts, batch_size=batch_size
+            )
+            assert found["attacks"]["pgd1"]["overall"] == pytest.approx(100 * expected / 200)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,20 +92,43 @@ def ours_and_package(
     model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Run both in full, but for Square: 500 queries instead of 5000 keep the test quick."""
-    package = pytest.importorskip("pyautoattack.square")
+    pytest.importorskip("pyautoattack")
     images, labels = test_set
     with attacked(model) as victim:
         standing = search(victim, images, labels, steps=100, queries=500).run()
-    perturb = package.SquareAttack.perturb
-
-    def with_fewer_queries(self: object, *arguments: Tensor) -> Tensor:
-        self.n_queries = 500
-        return perturb(self, *arguments)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package.SquareAttack, "perturb", with_fewer_queries)
+        shorten_package(patch, steps=100, queries=500)
         theirs = package_autoattack(model, images, labels, eps=EPS, seed=0, batch_size=64)
     return standing.after, standing.robust, theirs
+
+
+def shorten_package(patch: pytest.MonkeyPatch, steps: int, queries: int) -> None:
+    """Let the package's attacks take so many steps, and Square so many queries."""
+    from pyautoattack.autopgd_base import APGDAttack
+    from pyautoattack.fab_base import FABAttack
+    from pyautoattack.square import SquareAttack
+
+    # Auto-PGD plans its step sizes when it is made, the others read their numbers when they run.
+    begin, fab_perturb, square_perturb = (
+        APGDAttack.__init__,
+        FABAttack.perturb,
+        SquareAttack.perturb,
+    )
+
+    def short_apgd(self: object, *given: object, **named: object) -> None:
+        begin(self, *given, **{**named, "n_iter": steps})
+
+    def short_fab(self: object, *batch: Tensor) -> Tensor:
+        self.n_iter = steps
+        return fab_perturb(self, *batch)
+
+    def short_square(self: object, *batch: Tensor) -> Tensor:
+        self.n_queries = queries
+        return square_perturb(self, *batch)
+
+    patch.setattr(APGDAttack, "__init__", short_apgd)
+    patch.setattr(FABAttack, "perturb", short_fab)
+    patch.setattr(SquareAttack, "perturb", short_square)
 
 
 def test_the_robust_accuracy_is_that_of_the_package(
@@ -115,6 +139,20 @@ def test_the_robust_accuracy_is_that_of_the_package(
     assert after["square"] == pytest.approx(100 * ours.double().mean())
     # Random starts: over seeds each of the two varies by an image of these 60.
     assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
+
+
+def test_of_a_thousand_images_the_same_stand_as_with_the_package(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyautoattack")
+    images, labels = made(1000, seed=2)
+    with attacked(model) as victim:
+        ours = search(victim, images, labels, steps=10, queries=20, batch_size=500).run().robust
+    shorten_package(monkeypatch, steps=10, queries=20)
+    theirs = package_autoattack(model, images, labels, eps=EPS, seed=0, batch_size=500)
+    assert 400 < int(ours.sum()) < 700
+    # A tenth of a point. Random starts: of two seeds, ours or the package's, one image differs.
+    assert int((ours != theirs).sum()) <= 1
 
 
 def test_every_attack_takes_its_part(model: nn.Module, test_set: tuple[Tensor, Tensor]) -> None:
@@ -251,9 +289,36 @@ def test_a_finished_batch_is_not_attacked_again(
             first.run()
         again = search(victim, images, labels, state=state, batch_size=20)
         assert again.standing.run == 1 and len(again.standing.pending) < 60
-        # Another seed is another search; so is a file that is none.
-        assert search(victim, images, labels, state=state, seed=1).standing.run == 0
+        # A file that is none is not one to go on from.
         state.write_bytes(b"torn")
+        assert search(victim, images, labels, state=state).standing.run == 0
+
+
+def test_a_search_goes_on_from_its_own_state_file_alone(
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = test_set
+    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
+    state = tmp_path / "state.pt"
+    with attacked(model) as victim:
+        first = search(victim, images, labels, state=state)
+        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+        assert search(victim, images, labels, state=state).standing.run == 1
+        for setting in ({"seed": 1}, {"eps": EPS / 2}, {"steps": 11}, {"queries": 61}):
+            assert search(victim, images, labels, state=state, **setting).standing.run == 0
+        assert search(victim, images.flip(0), labels, state=state).standing.run == 0
+        assert search(victim, images, labels.roll(1), state=state).standing.run == 0
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[0, 0, 0, 0] += 1e-6  # as after one more step of training
+    with attacked(other) as victim:
+        assert search(victim, images, labels, state=state).standing.run == 0
+    with attacked(model, "bf16") as victim:
         assert search(victim, images, labels, state=state).standing.run == 0
 
 

@@ -14,7 +14,7 @@ from made_data import made_images, made_npz
 from PIL import Image
 from torch import Tensor
 
-from reat_fast import evaluate, reference, train
+from reat_fast import checkpoint, evaluate, reference, train
 from reat_fast.attack import cross_entropy
 from reat_fast.cli.command import run_command
 from reat_fast.data import ImageSet
@@ -350,6 +350,20 @@ def test_guards_speak_up(
     assert command(run_dir, "--attacks", "clean", "--out", out, "--quiet") == 0
     assert capsys.readouterr().err == "warning: this is doubtful\n"
     assert json.loads(out.read_text())["warnings"] == ["this is doubtful"]
+
+
+def test_weights_that_cannot_be_evaluated_are_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, spec = checkpoint.load_model_and_spec(run_dir / "last.safetensors", torch.device("cpu"))
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    checkpoint.save_weights(tmp_path / "broken.safetensors", model, spec)
+    arguments = ["--dataset", "npz", "--data", run_dir.parent / "made.npz", "--attacks", "clean"]
+    assert command(tmp_path / "broken.safetensors", *arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "error: model: some logits are NaN or infinite; check the weights\n"
+    assert shown.out == "" and not (tmp_path / "evaluation.json").exists()
 
 
 def test_a_missing_package_says_how_to_get_it(

@@ -13,8 +13,11 @@ import pytest
 import torch
 from made_data import made_images, made_npz
 from made_run import run
+from torch import Tensor
 
 from reat_fast import checkpoint, train
+from reat_fast.evaluate import evaluate
+from reat_fast.networks.architectures import Network
 from reat_fast.training import gauge, selection
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
@@ -191,6 +194,38 @@ def test_without_evaluation_the_last_weights_are_tested(data: Path, tmp_path: Pa
     assert run(*arguments, "--run-dir", run_dir) == 0
     assert not (run_dir / "best.safetensors").exists()
     assert json.loads((run_dir / "evaluation.json").read_text())["weights"] == "last.safetensors"
+
+
+def test_averaged_weights_are_what_is_evaluated_chosen_and_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[dict[str, Tensor]] = []
+
+    def noting_evaluate(network: Network, *others: Any, **settings: Any) -> dict[str, Any]:
+        evaluated.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return evaluate(network, *others, **settings)
+
+    monkeypatch.setattr(selection, "evaluate", noting_evaluate)
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--ema", 0.9]
+    assert run(*arguments, "--run-dir", run_dir) == 0
+    state = checkpoint.load_checkpoint(run_dir / "checkpoint-last.pt")
+    averaged = {
+        name.removeprefix("average."): tensor
+        for name, tensor in state["step"].items()
+        if name.startswith("average.")
+    }
+    assert set(averaged) == {
+        n for n, tensor in state["model"].items() if tensor.is_floating_point()
+    }
+    assert all(not torch.equal(tensor, state["model"][n]) for n, tensor in averaged.items())
+    saved = [
+        checkpoint.load_model(run_dir / f"{name}.safetensors").state_dict()
+        for name in ("last", "best")
+    ]
+    assert len(evaluated) == 2  # to choose the epoch, and the test
+    for weights in (*saved, *evaluated):
+        assert all(torch.equal(weights[name], tensor) for name, tensor in averaged.items())
 
 
 def test_limit_batches_shortens_epochs_and_evaluations(data: Path, tmp_path: Path) -> None:

@@ -177,12 +177,14 @@ class AutoAttack:
 
     def _announce(self, stage: str, rank: int) -> None:
         """Tell the progress bar what runs and how many passes are left if nothing more falls."""
+        # Steps, and what is seen once: where a search begins, what it aims at, its best, a verdict.
+        gradients = WITH_GRADIENT * (self.steps + 1) + 3 * FORWARD
         cost = {
             "clean": FORWARD,
-            "apgd-ce": WITH_GRADIENT * self.steps,
-            "apgd-t": WITH_GRADIENT * self.steps,
-            "fab-t": (WITH_GRADIENT + FORWARD) * self.steps,
-            "square": FORWARD * self.queries,
+            "apgd-ce": gradients,
+            "apgd-t": gradients,
+            "fab-t": (WITH_GRADIENT + FORWARD) * self.steps + 2 * FORWARD,
+            "square": FORWARD * (self.queries + 2),
         }
         standing = self.standing
         assert standing.pending is not None

@@ -81,16 +81,19 @@ class Trial:
         for restart in range(restarts):
             standing = right.nonzero().squeeze(1)  # what fell to an earlier start need not again
             if len(standing):
-                right[standing] = self._survive(attack, restart, standing, steps).cpu()
+                left = len(standing) * attack.passes * (restarts - restart)
+                right[standing] = self._survive(attack, restart, standing, steps, left).cpu()
         return right
 
-    def _survive(self, attack: Attack, restart: int, standing: Tensor, steps: int) -> Tensor:
+    def _survive(
+        self, attack: Attack, restart: int, standing: Tensor, steps: int, left: int
+    ) -> Tensor:
         """Attack the images at `standing` once; return which the model still gets right, bool [B].
 
         The verdicts stay on the device. What waits for it is the copy of the next images, so that
-        progress is told of what is done.
+        progress is told of what is done. steps: of batches, by the whole attack. left: passes of
+        images to the end of the attack, if none falls.
         """
-        left = len(standing) * attack.passes
         labels = self.labels[standing].to(self.victim.device)
         right = []
         for rows, own in zip(

@@ -1,0 +1,48 @@
+"""What the commands write to a pipe, and to a terminal that wants no colours."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from made_data import made_npz
+
+from reat_fast import evaluate, train
+from reat_fast.cli.command import run_command
+
+SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "1"]
+SMALL += ["--epochs", "1", "--steps", "1", "--batch-size", "16", "--limit-batches", "1"]
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal without colours"])
+def test_the_commands_write_no_escape_sequence(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+) -> None:
+    # A terminal that could show colours: what keeps them away is NO_COLOR, or that it is a pipe.
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if terminal:
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    data, folder = made_npz(tmp_path / "made.npz", train=10, test=2), str(tmp_path / "run")
+    for main, arguments, code in (
+        (train.main, ["reat", *SMALL, "--data", str(data), "--run-dir", folder], 0),
+        (train.main, ["--resume", folder, "--lr", "9"], 2),
+        (train.main, ["reat", "--learning-rate", "9"], 2),
+        (evaluate.main, [folder, "--attacks", "clean", "pgd2"], 0),
+        (evaluate.main, [folder, "--attacks", "none"], 2),
+    ):
+        assert run_command(main, arguments) == code
+        shown = capsys.readouterr()
+        assert shown.err if code else shown.out
+        assert "\x1b" not in shown.out + shown.err, arguments
+    for main in (train.main, evaluate.main):
+        with pytest.raises(SystemExit):
+            run_command(main, ["--help"])
+        shown = capsys.readouterr()
+        assert "--batch-size" in shown.out and "\x1b" not in shown.out + shown.err
