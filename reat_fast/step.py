@@ -226,7 +226,7 @@ class TrainStep:
             self.average.load_state_dict(state)
         if "free_perturbation" in state:
             self.allocate(state["free_perturbation"].to(self.epoch.device))
-            assert self._free is not None
+        if self._free is not None:
             self._free.load_state_dict(state)
         self.sums.load_state_dict(state)
         self.epoch.copy_(state["epoch"])

@@ -49,6 +49,36 @@ def test_twenty_kills_at_random_moments_leave_no_trace(
         assert differences(whole, tmp_path / f"run-{number}") == []
 
 
+def test_a_run_killed_before_its_first_step_begins_again_with_the_same_command(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()  # all that is there when a kill comes before the first file
+    for write in range(4):  # what describes the run, then the checkpoint of its beginning
+        assert run("--resume", folder) == 2
+        assert f"begin it with --run-dir {folder}" in capsys.readouterr().err
+        assert run_once(data, folder, die_in_write=write) == -signal.SIGKILL
+        assert not checkpoint.has_checkpoint(folder)
+    assert run(*SMALL, "--data", data, "--run-dir", folder) == 0
+    assert differences(whole, folder) == []
+
+
+def test_a_run_killed_before_it_saved_a_step_goes_on_from_its_beginning(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train", killed)
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 130
+    assert run(*SMALL, "--data", data, "--run-dir", folder) == 2  # no second run in its place
+    assert run("--resume", folder) == 0
+    assert differences(whole, folder) == []
+
+
 class StopAfter(StopRequest):
     """Ask to stop after so many steps, as a signal would."""
 

@@ -157,8 +157,9 @@ class FreePerturbation:
         return {"free_perturbation": self._perturbation}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up a saved state, into the same memory."""
-        self._perturbation.copy_(state["free_perturbation"])
+        """Take up a saved state, into the same memory; zeros where none had been made yet."""
+        saved = state.get("free_perturbation")
+        self._perturbation.copy_(torch.zeros_like(self._perturbation) if saved is None else saved)
 
 
 def _shifted(logits: Tensor, labels: Tensor, *, offsets: Tensor) -> Tensor:
