@@ -121,7 +121,8 @@ class Config:
     steps: int = 10
     """Steps of the attack in training."""
     attack: Literal["pgd", "fgsm-rs", "n-fgsm", "free"] = "pgd"
-    """How examples are made in training; the others are one-step attacks, for speed."""
+    """How examples are made in training: pgd, one of two one-step attacks, or free, which takes the
+    gradient of training itself."""
     replays: int = 8
     """Updates on one batch with --attack free."""
     start: Literal["uniform", "normal", "none"] = "uniform"
@@ -304,9 +305,26 @@ class Config:
         for name, (fine, need) in checks.items():
             if not fine:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: {need}")
+        if self.attack == "free":
+            _refuse_for_free_training(self)
         for name, value in vars(self).items():
             if isinstance(value, int) and value >= 2**31 and not name.endswith("seed"):
                 raise ValueError(f"{flag(name)} {value}: must be below 2^31")
+
+
+def _refuse_for_free_training(config: Config) -> None:
+    """Refuse what the attack of a preset may have and free training cannot."""
+    fitting = {"radius": ("same",), "attack_batchnorm": ("eval",), "attack_loss": ("auto", "ce")}
+    needed = [
+        f"{flag(name)} {values[0]}"
+        for name, values in fitting.items()
+        if getattr(config, name) not in values
+    ]
+    if needed:
+        raise ValueError(
+            "--attack free: has one radius, and the loss and BatchNorm of training itself; "
+            f"add {' '.join(needed)}"
+        )
 
 
 def flag(name: str) -> str:

@@ -80,6 +80,27 @@ def test_a_run_learns_and_leaves_everything_behind(
     assert checkpoint.load_model(run_dir)(torch.rand(1, 3, 8, 8)).shape == (1, 4)
 
 
+def test_free_training_says_what_its_attack_is_and_nothing_of_another(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "reat",
+        *SMALL,
+        "--data",
+        data,
+        "--epochs",
+        1,
+        "--attack",
+        "free",
+        "--tail",
+        "none",
+    ]
+    assert run(*arguments, "--replays", 2, "--run-dir", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "attack: free, along the gradient of training itself, 2 updates on each batch" in shown
+    assert "RBL" not in shown and "tail penalty" not in shown
+
+
 @pytest.mark.parametrize("fused", ["--fused", "--no-fused", "--ema=0.9"])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
     data: Path, tmp_path: Path, fused: str, monkeypatch: pytest.MonkeyPatch
