@@ -102,7 +102,7 @@ class Config:
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 sets no limit."""
     label_smoothing: float = 0.0
-    """Share of the target spread over all classes."""
+    """Share of the target spread over all classes, with --objective bsl, ce and trades."""
     ema: float = 0.0
     """Decay of averaged weights, which are then the ones evaluated and saved; 0 keeps none."""
     schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
@@ -248,8 +248,8 @@ class Config:
             "clip_norm": (finite(self.clip_norm), number),
             "label_smoothing": (
                 0 <= self.label_smoothing <= 1
-                and (self.objective in ("bsl", "ce") or not self.label_smoothing),
-                "must lie in [0, 1], and goes with --objective bsl and ce",
+                and (self.objective in ("bsl", "ce", "trades") or not self.label_smoothing),
+                "must lie in [0, 1], and goes with --objective bsl, ce and trades",
             ),
             "ema": (0 <= self.ema < 1, unit),
             "gamma": (finite(self.gamma), number),

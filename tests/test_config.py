@@ -53,6 +53,10 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--no-fused", "--graph", "on"], "--graph on: the reference"),
         (["--ema", "1"], "--ema 1.0: must lie in [0, 1)"),
         (["--label-smoothing", "2"], "--label-smoothing 2.0: must lie in [0, 1]"),
+        (
+            ["mart", "--label-smoothing", "0.1"],
+            "--label-smoothing 0.1: must lie in [0, 1], and goes with --objective bsl, ce and",
+        ),
         (["--clip-norm", "-1"], "--clip-norm -1.0: must be a finite number"),
         (["--limit-batches", "0"], "--limit-batches 0: must be at least 1"),
     ],

@@ -321,6 +321,14 @@ def test_methods_reduce_to_cross_entropy_where_they_should() -> None:
     torch.testing.assert_close(values_of("trades", same, labels, beta=6.0), clean, **EXACT)
 
 
+def test_trades_smooths_the_labels_of_its_clean_images_alone() -> None:
+    logits, labels = made_logits()
+    smoothed = F.cross_entropy(logits["clean"], labels, label_smoothing=0.1)
+    divergence = 6.0 * reference.kl(logits["clean"], logits["adv"]).mean()
+    found = values_of("trades", logits, labels, beta=6.0, label_smoothing=0.1)
+    torch.testing.assert_close(found, smoothed + divergence, **EXACT)
+
+
 def test_mart_on_hand_made_probabilities() -> None:
     # Clean p = (1/2, 1/4, 1/4), adversarial p = (1/4, 1/2, 1/4), label 0, beta 4.
     rows = {"clean": [[0.5, 0.25, 0.25]], "adv": [[0.25, 0.5, 0.25]]}
