@@ -55,6 +55,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         with explained_faults(run):
             if run.world.main and not run.config.quiet:
                 announce(run)
+            if run.world.main and run.changed_code:
+                changed = f"changed since the run was begun: {run.changed_code}"
+                print(changed, file=sys.stderr, flush=True)
             run.open_folder()
             if run.log is not None and not run.config.quiet:
                 for line in run.log.where:

@@ -18,7 +18,9 @@ from reat_fast import checkpoint, train
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
 from reat_fast.cli.command import run_command
 from reat_fast.engine.distributed import World
+from reat_fast.env import environment
 from reat_fast.training import faults, selection
+from reat_fast.training import run as run_module
 from reat_fast.training.run import Run
 from reat_fast.training.stopping import Stopped, StopRequest
 
@@ -263,6 +265,34 @@ def test_a_batch_larger_than_the_data_is_refused(
     assert run(*arguments) == 2
     assert "--batch-size 63: the training set has 62 images" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_the_program_at_once(
+    first: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), first)
+        assert stop.asked and stop.agreed(1)
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may say it twice: the step still ends
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert ("press Ctrl-C again to stop at once" in capsys.readouterr().err) == (first == 2)
+
+
+def test_code_that_changed_since_the_run_was_begun_is_named_even_where_all_is_quiet(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*SMALL, "--data", data, "--epochs", 1, "--run-dir", folder) == 0
+    assert run("--resume", folder) == 0
+    assert capsys.readouterr().err == ""
+    described = {**environment(), "torch": "9.9", "commit": "abc"}
+    monkeypatch.setattr(run_module, "environment", lambda: described)
+    assert run("--resume", folder) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("changed since the run was begun: commit ")
+    assert error.endswith(f" -> abc, torch {environment()['torch']} -> 9.9\n")
 
 
 def test_processes_stop_at_the_same_step() -> None:

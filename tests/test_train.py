@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_a_run_learns_and_leaves_everything_behind(
     shown = capsys.readouterr().out
     assert shown.splitlines()[0].startswith("preset reat (as asked); expected time ")
     assert "RBL weights cannot change" in shown
+    share = re.search(
+        r"^tail penalty \(official\): with the last weights its gradient by the features has "
+        r"(\S+) % of the length of balanced softmax's$",
+        shown,
+        re.MULTILINE,
+    )
+    assert share is not None and 0 < float(share[1]) < 100
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "config.json",
