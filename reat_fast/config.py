@@ -103,7 +103,7 @@ class Config:
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 sets no limit."""
     label_smoothing: float = 0.0
-    """Share of the target spread over all classes."""
+    """Share of the target spread over all classes, with --objective bsl, ce and trades."""
     ema: float = 0.0
     """Decay of averaged weights, which are then the ones evaluated and saved; 0 keeps none."""
     schedule: Literal["multistep", "onecycle", "cosine", "constant"] = "multistep"
@@ -122,7 +122,8 @@ class Config:
     steps: int = 10
     """Steps of the attack in training."""
     attack: Literal["pgd", "fgsm-rs", "n-fgsm", "free"] = "pgd"
-    """How examples are made in training; the others are one-step attacks, for speed."""
+    """How examples are made in training: pgd, one of two one-step attacks, or free, which takes the
+    gradient of training itself."""
     replays: int = 8
     """Updates on one batch with --attack free."""
     start: Literal["uniform", "normal", "none"] = "uniform"
@@ -248,8 +249,8 @@ class Config:
             "clip_norm": (finite(self.clip_norm), number),
             "label_smoothing": (
                 0 <= self.label_smoothing <= 1
-                and (self.objective in ("bsl", "ce") or not self.label_smoothing),
-                "must lie in [0, 1], and goes with --objective bsl and ce",
+                and (self.objective in ("bsl", "ce", "trades") or not self.label_smoothing),
+                "must lie in [0, 1], and goes with --objective bsl, ce and trades",
             ),
             "ema": (0 <= self.ema < 1, unit),
             "milestones": (
@@ -309,9 +310,26 @@ class Config:
         for name, (fine, need) in checks.items():
             if not fine:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: {need}")
+        if self.attack == "free":
+            _refuse_for_free_training(self)
         for name, value in vars(self).items():
             if isinstance(value, int) and value >= 2**31 and not name.endswith("seed"):
                 raise ValueError(f"{flag(name)} {value}: must be below 2^31")
+
+
+def _refuse_for_free_training(config: Config) -> None:
+    """Refuse what the attack of a preset may have and free training cannot."""
+    fitting = {"radius": ("same",), "attack_batchnorm": ("eval",), "attack_loss": ("auto", "ce")}
+    needed = [
+        f"{flag(name)} {values[0]}"
+        for name, values in fitting.items()
+        if getattr(config, name) not in values
+    ]
+    if needed:
+        raise ValueError(
+            "--attack free: has one radius, and the loss and BatchNorm of training itself; "
+            f"add {' '.join(needed)}"
+        )
 
 
 def flag(name: str) -> str:

@@ -140,7 +140,7 @@ class TrainStep:
             batch.indices,
             config.seed,
             self.epoch,
-            self.plan.noise_scale,
+            self.attack.noise_scale(batch.labels, self.epoch),
             gather=gather,
             padding=4 if config.augment else 0,
             flip=config.augment,
@@ -157,7 +157,8 @@ class TrainStep:
         Returns images_adv [B, C, H, W], logits [B, K] before the update, the loss and its terms
         (scalars; bsl and tail in REAT), all detached. Leaves the model in train mode.
         """
-        begin = self.plan.draw_start(images) if start is None else images + start
+        scale = self.attack.noise_scale(labels, self.epoch)
+        begin = self.plan.draw_start(images, scale) if start is None else images + start
         return self._step(images, labels, begin, len(labels))
 
     def allocate(self, images: Tensor) -> None:
@@ -223,7 +224,7 @@ class TrainStep:
             self.average.load_state_dict(state)
         if "free_perturbation" in state:
             self.allocate(state["free_perturbation"].to(self.epoch.device))
-            assert self._free is not None
+        if self._free is not None:
             self._free.load_state_dict(state)
         self.sums.load_state_dict(state)
         self.epoch.copy_(state["epoch"])

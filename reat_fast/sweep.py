@@ -33,6 +33,7 @@ from reat_fast.evaluation.attacks import Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
 from reat_fast.storage.whole_files import write_text
+from reat_fast.training.run_folder import never_began
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""
@@ -171,7 +172,7 @@ def make_runs(
 def _refuse_changes(run: SweepRun) -> None:
     file = run.folder / "config.json"
     if not file.is_file():
-        if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        if run.folder.exists() and not never_began(run.folder):
             raise ValueError(f"{run.folder}: holds no run of this sweep; name another --out")
         return
     if run.state == "new" and any(run.folder.glob("*.safetensors")):
@@ -197,7 +198,7 @@ def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict
         codes[run.folder.name] = 0
         if run.state != "finished":
             if run.state == "new" and run.folder.exists():
-                shutil.rmtree(run.folder)  # stopped within its first epoch, so nothing is lost
+                shutil.rmtree(run.folder)  # ended before its first step, so nothing is lost
             code = _run(head, "reat_fast.train", run.arguments)
             codes[run.folder.name] = 1 if code == 0 and run.state != "finished" else code
             write_tables(runs, out, attacks)

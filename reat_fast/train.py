@@ -55,6 +55,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         with explained_faults(run):
             if run.world.main and not run.config.quiet:
                 announce(run)
+            if run.world.main and run.changed_code:
+                changed = f"changed since the run was begun: {run.changed_code}"
+                print(changed, file=sys.stderr, flush=True)
             run.open_folder()
             if run.log is not None and not run.config.quiet:
                 for line in run.log.where:
@@ -169,11 +172,14 @@ def announce(run: Run) -> None:
         f"{len(run.splits.held_out):,} held out, {len(run.splits.test):,} test images; "
         f"{config.model}, {sum(p.numel() for p in run.model.parameters()):,} parameters"
     )
-    if run.changed_code:
-        print(f"changed since the run was begun: {run.changed_code}")
     for note in run.dataset.notes:
         print(note)
-    if config.fused and resolve_attack_loss(config) == "ce" and config.attack_loss == "auto":
+    if config.attack == "free":
+        print(
+            f"attack: free, along the gradient of training itself, {config.replays} updates on "
+            "each batch; --start, --steps and --step-size do not act"
+        )
+    elif config.fused and resolve_attack_loss(config) == "ce" and config.attack_loss == "auto":
         print(
             "attack: plain cross-entropy; REAT's RBL weights cannot change an adversarial "
             "example while BatchNorm is in eval mode"

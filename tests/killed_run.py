@@ -42,10 +42,7 @@ def train_in_folder(data: str, folder: str, die_in_write: int | None) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if die_in_write is not None:
         whole_files.write_atomically = _dying(whole_files.write_atomically, die_in_write)
-    go_on = checkpoint.has_checkpoint(Path(folder))
-    if not go_on:  # killed before its first checkpoint: begin again
-        for file in Path(folder).glob("*"):
-            file.unlink()
+    go_on = checkpoint.has_checkpoint(Path(folder))  # else the same command begins again
     arguments = ["--resume", folder] if go_on else [*SMALL, "--data", data, "--run-dir", folder]
     os._exit(run_command(train.main, arguments))
 

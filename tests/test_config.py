@@ -53,6 +53,10 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--no-fused", "--graph", "on"], "--graph on: the reference"),
         (["--ema", "1"], "--ema 1.0: must lie in [0, 1)"),
         (["--label-smoothing", "2"], "--label-smoothing 2.0: must lie in [0, 1]"),
+        (
+            ["mart", "--label-smoothing", "0.1"],
+            "--label-smoothing 0.1: must lie in [0, 1], and goes with --objective bsl, ce and",
+        ),
         (["--clip-norm", "-1"], "--clip-norm -1.0: must be a finite number"),
         (["--limit-batches", "0"], "--limit-batches 0: must be at least 1"),
         (["--milestones", "-3"], "--milestones (-3,): must be numbers of epochs, 1 or more"),
@@ -63,6 +67,35 @@ def test_bad_input_is_one_line_that_names_the_flag(arguments: list[str], named: 
         parse(arguments, "reat")
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cure"),
+    [
+        (["robustlt"], "--radius same --attack-batchnorm eval"),
+        (["reat-plus", "--awp", "0"], "--radius same"),
+        (["reat-offsets"], "--attack-loss auto"),
+        (["reat-batchnorm"], "--attack-batchnorm eval --attack-loss auto"),
+        (["trades"], "--attack-loss auto"),
+        (["robal"], "--attack-loss auto"),
+        (["reat", "--attack-loss", "bsl"], "--attack-loss auto"),
+    ],
+)
+def test_free_training_refuses_what_it_has_no_use_for_with_the_flags_that_mend_it(
+    arguments: list[str], cure: str
+) -> None:
+    asked = [*arguments, "--attack", "free"]
+    with pytest.raises(ValueError, match="--attack free: has one radius") as refused:
+        parse(asked, "reat")
+    assert f"; add {cure} (" in str(refused.value)
+    _, config = parse([*asked, *cure.split()], "reat")
+    assert config.attack == "free"
+
+
+@pytest.mark.parametrize("preset", ["reat", "quickstart", "at", "mart", "at-bsl", "taet"])
+def test_free_training_takes_presets_that_differ_in_start_and_steps(preset: str) -> None:
+    _, config = parse([preset, "--attack", "free", "--attack-loss", "ce"], "reat")
+    assert (config.attack, config.start) == ("free", PRESETS[preset].start)
 
 
 def test_every_field_has_help_and_every_preset_parses(capsys: pytest.CaptureFixture[str]) -> None:

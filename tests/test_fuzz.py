@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,3 +93,28 @@ def test_the_long_form_counts_cases_and_keeps_what_breaks_a_reader(
     assert fuzz.main([*arguments, "--cases", "20"]) == 1
     assert "idx: KeyError" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["idx-fault"]
+
+
+BREAKING = """
+import fuzz
+from fuzz_targets import TARGETS, Target
+
+TARGETS["idx"] = Target("file", lambda path, content: {}["absent"])
+fuzz.main(["--only-here", "--cases", "20", "--targets", "idx", "--found", "."])
+"""
+
+
+def test_coverage_guides_the_long_form_where_atheris_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("atheris", reason="needs atheris")
+    arguments = ["--engine", "auto", "--found", str(tmp_path / "found"), "--targets", "idx"]
+    assert fuzz.main([*arguments, "--cases", "20"]) == 0
+    assert "idx: 20 cases, atheris, " in capsys.readouterr().out
+    assert list((tmp_path / "found").iterdir()) == []
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", BREAKING]
+    broken = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True)
+    assert broken.returncode != 0
+    assert "Fault: KeyError" in broken.stdout + broken.stderr
+    assert [file.name[:10] for file in tmp_path.glob("idx-*")] == ["idx-crash-"]

@@ -97,7 +97,11 @@ def test_replays_equal_eager_steps(precision: str, gather: bool, reproducible: N
     replayed.close()
 
 
-CHEAP = {"fgsm-rs": {"attack": "fgsm-rs"}, "free": {"attack": "free", "replays": 2}}
+CHEAP = {
+    "fgsm-rs": {"attack": "fgsm-rs"},
+    "n-fgsm of radii": {"attack": "n-fgsm", "radius": "class", "radius_warmup": 0.0},
+    "free": {"attack": "free", "replays": 2},
+}
 CAPTURED = {**PRESETS, **{n: dataclasses.replace(Config(), **c) for n, c in CHEAP.items()}}  # type: ignore[arg-type]
 
 

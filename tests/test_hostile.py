@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,9 +158,10 @@ def test_a_failed_write_is_named_and_what_was_saved_before_is_whole(
         assert run(*SMALL, "--data", data, "--run-dir", folder) == 2
     assert "cannot be written (No space left on device)" in only_line(capsys)
     assert not list(folder.glob("*.part"))
-    if write > 3:  # the first three describe the run
-        assert run("--resume", folder) == 0
-        assert differences(whole, folder) == []
+    # The first three describe the run, the fourth is the checkpoint of its beginning.
+    again = ["--resume"] if write > 3 else [*SMALL, "--data", data, "--run-dir"]
+    assert run(*again, folder) == 0
+    assert differences(whole, folder) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
@@ -300,22 +302,42 @@ def test_an_image_that_announces_more_pixels_than_it_has_is_refused(tmp_path: Pa
         FileImages([tmp_path / "bomb.png"], 8)[0]
 
 
-def test_a_clock_that_jumps_back_changes_nothing(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_jumps_changes_nothing(
+    data: Path, whole: Path, tmp_path: Path, hours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
 
-    def earlier_each_time() -> float:
+    def elsewhere_each_time() -> float:
         nonlocal now
-        now -= 3600
+        now += 3600 * hours
         return now
 
-    monkeypatch.setattr(time, "time", earlier_each_time)
-    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * earlier_each_time()))
+    monkeypatch.setattr(time, "time", elsewhere_each_time)
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * elsewhere_each_time()))
     assert run(*SMALL, "--data", data, "--run-dir", tmp_path / "run") == 0
     assert differences(whole, tmp_path / "run") == []
     with (tmp_path / "run/timing.csv").open(newline="") as file:
         assert all(0 <= float(row["seconds"]) < 600 for row in csv.DictReader(file))
+
+
+@pytest.mark.filterwarnings("ignore:Creating legend")  # Matplotlib looks at the clock as well
+def test_a_machine_that_sleeps_between_any_two_steps_ends_with_the_same_bits(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = 0.0
+
+    def days_later(clock: Callable[[], float]) -> float:
+        nonlocal slept
+        slept += 86_400.0
+        return clock() + slept
+
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, partial(days_later, getattr(time, name)))
+    assert run(*SMALL, "--data", data, "--run-dir", tmp_path / "run") == 0
+    assert differences(whole, tmp_path / "run") == []
+    with (tmp_path / "run/timing.csv").open(newline="") as file:
+        assert all(float(row["seconds"]) >= 86_400 for row in csv.DictReader(file))
 
 
 # Files that lie

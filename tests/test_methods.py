@@ -18,9 +18,20 @@ from reat_fast.attack import ascend
 from reat_fast.config import PRESETS, Config
 from reat_fast.data import longtail_counts
 from reat_fast.methods import reference
-from reat_fast.methods.attacks import FreePerturbation, choose_attack_loss, plan_attack
+from reat_fast.methods.attacks import (
+    NORMAL_START,
+    FreePerturbation,
+    choose_attack_loss,
+    plan_attack,
+)
 from reat_fast.methods.cosine_head import CosineHead, use_cosine_head
-from reat_fast.methods.objectives import Objective, Part, make_objective, robal_margins
+from reat_fast.methods.objectives import (
+    TAET_SHARE,
+    Objective,
+    Part,
+    make_objective,
+    robal_margins,
+)
 from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.methods.radii import ClassRadii, class_radius_factors
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
@@ -28,6 +39,7 @@ from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network, TimmNetwork
 from reat_fast.networks.frozen import FrozenNetwork
 from reat_fast.objective import ClassStatistics
+from reat_fast.reference import rbl_loss, rbl_weights
 from reat_fast.step import TrainStep
 
 COUNTS = [40, 24, 12, 7, 4]
@@ -113,20 +125,21 @@ def learned_from(objective: str, clean: Tensor, adv: Tensor) -> list[Tensor]:
     return [clean, adv] if objective in ("trades", "mart", "robal") else [adv]
 
 
-METHODS = [name for name, changes in METHOD_PRESETS.items() if "objective" in changes]
+PREDICTED = [6, 51, 2, 9, 1]  # adversarial examples by predicted class: weights far from equal
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHOD_PRESETS)
 def test_two_steps_of_a_preset_equal_two_reference_steps(name: str) -> None:
     settings: dict[str, Any] = METHOD_PRESETS[name]
-    # The reference attacks in eval mode and takes images as they are.
-    config = dataclasses.replace(PRESETS[name], attack_batchnorm="eval", policy="none")
+    config = dataclasses.replace(PRESETS[name], policy="none")  # images come as they are
     epoch = 50
     network = make_network(config.head)
     plain = copy.deepcopy(network)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, 0, 5e-4) for n in (network, plain)]
     step = TrainStep(network, optimizers[0], COUNTS, config)
     step.epoch.fill_(epoch)
+    predicted = {"ae_counts": torch.tensor(PREDICTED), "next_ae_counts": torch.zeros(5).long()}
+    step.statistics.load_state_dict(predicted)
     clean, labels = make_images()
     for k in range(2):
         noise = make_noise(clean, seed=k)
@@ -154,11 +167,16 @@ def reference_step(
         grown = min(epoch / (settings["radius_warmup"] * settings["epochs"]), 1.0)
         radii = [grown * r for r in reference.class_radii(COUNTS, EPS, settings["radius_alpha"])]
     radii = [radii[int(label)] for label in labels]
+    weights = torch.from_numpy(rbl_weights(COUNTS, PREDICTED))
+    rbl = partial(rbl_loss, weights=weights)  # REAT's own, also where the fast step leaves it out
     losses = {
-        "ce": lambda logits, labels: F.cross_entropy(logits, labels),
+        "ce": F.cross_entropy,
         "cosine": lambda logits, labels: F.cross_entropy(undone(logits, network), labels),
+        "auto": rbl,
+        "rbl": rbl,
+        "rbl_offsets": partial(reference.rbl_offsets_loss, weights=weights.tolist()),
     }
-    name = settings.get("attack_loss", "ce")
+    name = settings.get("attack_loss", "auto")
     loss = losses[name] if name != "kl" else reference.trades_attack_loss(network, clean)
     scale = 0.001 if settings.get("start") == "normal" else EPS
     adv = reference.attack(
@@ -170,13 +188,23 @@ def reference_step(
         radii=radii,
         step_sizes=[r / EPS * STEP for r in radii],
         steps=settings.get("steps", 10),
+        batchnorm=settings.get("attack_batchnorm", "eval"),
     )
     network.train()
 
     def of(network: Network) -> Tensor:
         beta = settings.get("beta", 6.0)
         return reference.loss_of(
-            settings["objective"], network, clean, adv, labels, COUNTS, epoch, beta
+            settings.get("objective", "bsl"),
+            network,
+            clean,
+            adv,
+            labels,
+            COUNTS,
+            epoch,
+            beta,
+            tail=settings.get("tail", "official"),
+            tail_coefficient=settings.get("tail_coefficient", 1.0),
         )
 
     if settings.get("awp"):
@@ -319,6 +347,14 @@ def test_methods_reduce_to_cross_entropy_where_they_should() -> None:
     # The same images twice: no divergence.
     same = {"clean": logits["clean"], "adv": logits["clean"]}
     torch.testing.assert_close(values_of("trades", same, labels, beta=6.0), clean, **EXACT)
+
+
+def test_trades_smooths_the_labels_of_its_clean_images_alone() -> None:
+    logits, labels = made_logits()
+    smoothed = F.cross_entropy(logits["clean"], labels, label_smoothing=0.1)
+    divergence = 6.0 * reference.kl(logits["clean"], logits["adv"]).mean()
+    found = values_of("trades", logits, labels, beta=6.0, label_smoothing=0.1)
+    torch.testing.assert_close(found, smoothed + divergence, **EXACT)
 
 
 def test_mart_on_hand_made_probabilities() -> None:
@@ -588,6 +624,119 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         with pytest.raises(ValueError, match=flag) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+# Read from the papers and their code, not from the presets: a constant is changed here and there.
+COMMON: dict[str, Any] = {
+    "dataset": "cifar10",
+    "imbalance": 0.02,
+    "imbalance_profile": "exp",
+    "model": "resnet18",
+    "epochs": 80,
+    "batch_size": 128,
+    "accumulate": 1,
+    "sampler": "instance",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 5e-4,
+    "clip_norm": 0.0,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+    "schedule": "multistep",
+    "milestones": (60, 75),
+    "gamma": 0.1,
+    "eps": 8 / 255,
+    "step_size": 2 / 255,
+    "steps": 10,
+    "attack": "pgd",
+    "start": "uniform",
+    "radius": "same",
+    "attack_loss": "auto",
+    "attack_batchnorm": "eval",
+    "objective": "bsl",
+    "head": "linear",
+    "awp": 0.0,
+    "tail": "official",
+    "tail_coefficient": 1.0,
+    "augment": True,
+    "policy": "none",
+    "policy_magnitude": 8,
+}
+AT_BSL: dict[str, Any] = {
+    "epochs": 100,
+    "milestones": (75, 90),
+    "objective": "bsl",
+    "tail": "none",
+    "attack_loss": "ce",
+    "start": "normal",
+}
+LARGER_FOR_RARE: dict[str, Any] = {"radius": "class", "radius_alpha": 0.3, "radius_warmup": 0.8}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "at": {**AT_BSL, "objective": "ce", "start": "uniform"},
+    "trades": {**AT_BSL, "objective": "trades", "attack_loss": "kl", "beta": 6.0},
+    "mart": {**AT_BSL, "objective": "mart", "beta": 5.0},
+    "at-bsl": AT_BSL,
+    "at-bsl-ra": {**AT_BSL, "policy": "randaugment"},
+    "at-bsl-aua": {**AT_BSL, "policy": "autoaugment"},
+    "robal": {
+        "batch_size": 64,
+        "weight_decay": 2e-4,
+        "steps": 5,
+        "objective": "robal",
+        "tail": "none",
+        "attack_loss": "cosine",
+        "head": "cosine",
+        "head_scale": 10.0,
+        "margin": 0.1,
+        "margin_tau": 0.3,
+        "prior_tau": 1.5,
+        "post_tau": 0.1,
+        "beta": 6.0,
+    },
+    "reat": {},
+    "reat-batchnorm": {"attack_batchnorm": "train", "attack_loss": "rbl"},
+    "reat-offsets": {"attack_loss": "rbl_offsets"},
+    "reat-pairwise": {"tail": "pairwise", "tail_coefficient": 1 / 512},
+    "taet": {**AT_BSL, "objective": "taet", "second_stage": 40},
+    "robustlt": {
+        **AT_BSL,
+        **LARGER_FOR_RARE,
+        "start": "uniform",
+        "policy": "autoaugment",
+        "nesterov": True,
+        "attack_batchnorm": "train",
+    },
+    "awp": {
+        **AT_BSL,
+        "epochs": 200,
+        "milestones": (100, 150),
+        "objective": "ce",
+        "start": "uniform",
+        "awp": 0.005,
+    },
+    "reat-plus": {
+        **AT_BSL,
+        **LARGER_FOR_RARE,
+        "epochs": 88,
+        "milestones": (66, 79),
+        "ema": 0.999,
+        "policy": "autoaugment",
+        "awp": 0.005,
+    },
+}
+
+
+@pytest.mark.parametrize("name", METHOD_PRESETS)
+def test_a_preset_has_the_constants_of_its_published_recipe(name: str) -> None:
+    recipe = {**COMMON, **PUBLISHED[name]}
+    assert {field: getattr(PRESETS[name], field) for field in recipe} == recipe
+
+
+def test_every_constant_that_a_preset_sets_is_one_of_its_published_recipe() -> None:
+    for name, changes in METHOD_PRESETS.items():
+        assert changes.keys() <= COMMON.keys() | PUBLISHED[name].keys()
+    assert TAET_SHARE == 0.1 and NORMAL_START == 0.001
 
 
 @pytest.mark.parametrize("name", METHOD_PRESETS)

@@ -17,7 +17,9 @@ from made_run import run
 from reat_fast import checkpoint, train
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
 from reat_fast.engine.distributed import World
+from reat_fast.env import environment
 from reat_fast.training import faults, selection
+from reat_fast.training import run as run_module
 from reat_fast.training.run import Run
 from reat_fast.training.stopping import Stopped, StopRequest
 
@@ -37,6 +39,36 @@ def test_twenty_kills_at_random_moments_leave_no_trace(
     assert kills >= 20
     for number in range(1, runs + 1):
         assert differences(whole, tmp_path / f"run-{number}") == []
+
+
+def test_a_run_killed_before_its_first_step_begins_again_with_the_same_command(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()  # all that is there when a kill comes before the first file
+    for write in range(4):  # what describes the run, then the checkpoint of its beginning
+        assert run("--resume", folder) == 2
+        assert f"begin it with --run-dir {folder}" in capsys.readouterr().err
+        assert run_once(data, folder, die_in_write=write) == -signal.SIGKILL
+        assert not checkpoint.has_checkpoint(folder)
+    assert run(*SMALL, "--data", data, "--run-dir", folder) == 0
+    assert differences(whole, folder) == []
+
+
+def test_a_run_killed_before_it_saved_a_step_goes_on_from_its_beginning(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train", killed)
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 130
+    assert run(*SMALL, "--data", data, "--run-dir", folder) == 2  # no second run in its place
+    assert run("--resume", folder) == 0
+    assert differences(whole, folder) == []
 
 
 class StopAfter(StopRequest):
@@ -223,6 +255,34 @@ def test_a_batch_larger_than_the_data_is_refused(
     assert run(*arguments) == 2
     assert "--batch-size 63: the training set has 62 images" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_the_program_at_once(
+    first: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), first)
+        assert stop.asked and stop.agreed(1)
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may say it twice: the step still ends
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert ("press Ctrl-C again to stop at once" in capsys.readouterr().err) == (first == 2)
+
+
+def test_code_that_changed_since_the_run_was_begun_is_named_even_where_all_is_quiet(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*SMALL, "--data", data, "--epochs", 1, "--run-dir", folder) == 0
+    assert run("--resume", folder) == 0
+    assert capsys.readouterr().err == ""
+    described = {**environment(), "torch": "9.9", "commit": "abc"}
+    monkeypatch.setattr(run_module, "environment", lambda: described)
+    assert run("--resume", folder) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("changed since the run was begun: commit ")
+    assert error.endswith(f" -> abc, torch {environment()['torch']} -> 9.9\n")
 
 
 def test_processes_stop_at_the_same_step() -> None:

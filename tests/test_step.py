@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from reat_fast import reference
 from reat_fast.config import PRESETS, Config, parse
+from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.distributed import World
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.loaders import Batch
+from reat_fast.methods import reference as methods
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
@@ -452,3 +455,69 @@ def test_a_missing_compiler_is_said_at_once(flag: str, monkeypatch: pytest.Monke
         ValueError, match="form compiled: needs the C\\+\\+ compiler no-such-compil"
     ):
         TrainStep(model, make_optimizer(model, config), COUNTS, config)
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "autoaugment"])
+def test_a_step_augments_by_the_published_policy_before_anything_else(policy: Any) -> None:
+    config = Config(policy=policy, steps=0, start="none", augment=False, seed=3)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    step.epoch.fill_(2)
+    batch = uint8_batch()
+    expected = apply_policy(
+        batch.images, batch.indices, 3, 2, policy, num_ops=2, magnitude=8, gather=True
+    )
+    found = step.train_on(batch)["images_adv"]
+    assert torch.equal(found, expected.permute(0, 3, 1, 2) / 255)
+
+
+@pytest.mark.parametrize(("attack", "noise"), [("fgsm-rs", 1.0), ("n-fgsm", 2.0)])
+def test_a_one_step_attack_of_radii_per_class_is_made_of_multiples_of_each(
+    attack: str, noise: float
+) -> None:
+    step_size, radius = (1.25, 1.0) if attack == "fgsm-rs" else (1.0, math.inf)
+    changes: dict[str, Any] = {"attack": attack, "radius": "class", "radius_alpha": 1.0}
+    config = Config(**changes, augment=False, epochs=10, radius_warmup=0.8, precision="float32")
+    radii = [r / 2 for r in methods.class_radii(COUNTS, config.eps, 1.0)]  # 4 of 8 epochs done
+    step = TrainStep(
+        model := make_model(torch.float64), make_optimizer(model, config), COUNTS, config
+    )
+    step.epoch.fill_(4)
+    images, labels = make_batch(torch.float64)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(0)
+    found = step(images, labels)["images_adv"]
+    torch.manual_seed(0)
+    unit = torch.rand_like(images) * 2 - 1
+    for b, label in enumerate(labels.tolist()):
+        eps, row = radii[label], slice(b, b + 1)
+        expected = methods.one_step_attack(
+            plain,
+            images[row],
+            labels[row],
+            noise * eps * unit[row],
+            step=step_size * eps,
+            radius=radius * eps if eps else 0.0,
+        )
+        # Sums of a few hundred float64 terms in another order, eps 2.2e-16, through eight layers.
+        torch.testing.assert_close(found[row], expected, rtol=1e-10, atol=1e-10)
+    # The same of noise drawn for a batch of a loader, in float32 (4e-8 of a pixel up to 1).
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    step.epoch.fill_(4)
+    batch = uint8_batch()
+    found = step.train_on(batch)["images_adv"]
+    clean = batch.images[batch.indices].permute(0, 3, 1, 2) / 255
+    farthest = (found - clean).abs().amax((1, 2, 3))
+    for label, distance in zip(batch.labels.tolist(), farthest.tolist(), strict=True):
+        assert distance <= min(noise + step_size, radius) * radii[label] + 1e-7
+
+
+def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None:
+    config = Config(attack="free", replays=2, lr=0.01, precision="float32", batch_size=8)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    beginning = copy.deepcopy((model.state_dict(), step.optimizer.state_dict(), step.state_dict()))
+    first = step.train_on(uint8_batch())
+    for part, state in zip((model, step.optimizer, step), beginning, strict=True):
+        part.load_state_dict(state)
+    again = step.train_on(uint8_batch())
+    assert torch.equal(again["images_adv"], first["images_adv"])
+    assert torch.equal(again["logits"], first["logits"])

@@ -147,12 +147,13 @@ def test_the_same_command_goes_on_where_a_sweep_was_stopped(
     assert trainer.commands == []
 
 
-def test_a_run_stopped_in_its_first_epoch_begins_again(
-    presets: Path, tmp_path: Path, trainer: Trainer
+@pytest.mark.parametrize("left", ["config.json", "config.json.part", "checkpoint-last.pt.part"])
+def test_a_run_ended_before_its_first_step_begins_again(
+    left: str, presets: Path, tmp_path: Path, trainer: Trainer
 ) -> None:
     folder = tmp_path / "out" / "reat-seed0"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(to_json(PRESETS["reat"]))
+    (folder / left).write_text(to_json(PRESETS["reat"]))
     assert command(presets, "--out", tmp_path / "out") == 0
     assert trainer.commands[0][-2:] == ["--run-dir", str(folder)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,13 @@ def test_a_run_learns_and_leaves_everything_behind(
     shown = capsys.readouterr().out
     assert shown.splitlines()[0].startswith("preset reat (as asked); expected time ")
     assert "RBL weights cannot change" in shown
+    share = re.search(
+        r"^tail penalty \(official\): with the last weights its gradient by the features has "
+        r"(\S+) % of the length of balanced softmax's$",
+        shown,
+        re.MULTILINE,
+    )
+    assert share is not None and 0 < float(share[1]) < 100
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "config.json",
@@ -72,6 +80,27 @@ def test_a_run_learns_and_leaves_everything_behind(
     for picture in ("accuracy.png", "learning.png"):
         assert (run_dir / picture).read_bytes()[:4] == b"\x89PNG"
     assert checkpoint.load_model(run_dir)(torch.rand(1, 3, 8, 8)).shape == (1, 4)
+
+
+def test_free_training_says_what_its_attack_is_and_nothing_of_another(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "reat",
+        *SMALL,
+        "--data",
+        data,
+        "--epochs",
+        1,
+        "--attack",
+        "free",
+        "--tail",
+        "none",
+    ]
+    assert run(*arguments, "--replays", 2, "--run-dir", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "attack: free, along the gradient of training itself, 2 updates on each batch" in shown
+    assert "RBL" not in shown and "tail penalty" not in shown
 
 
 @pytest.mark.parametrize("fused", ["--fused", "--no-fused", "--ema=0.9"])

@@ -49,7 +49,8 @@ class StepAttack:
 
     model, statistics, counts, config: those of the step. autocast: makes the context in which the
     network itself computes. plan: the numbers of the attack. network: the frozen copy that is
-    attacked, None where BatchNorm takes the statistics of the attacked batch.
+    attacked, None where BatchNorm takes the statistics of the attacked batch, and in free training,
+    which makes no examples here.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class StepAttack:
         self._model, self._statistics, self._autocast = model, statistics, autocast
         self._loss = resolve_attack_loss(config)
         self.network: FrozenNetwork | None = None
-        if config.attack_batchnorm == "eval":
+        if config.attack_batchnorm == "eval" and config.attack != "free":
             form = resolve_form(config, device)
             if form == "compiled":
                 require_compiler("--attack-form compiled", device)
@@ -75,18 +76,30 @@ class StepAttack:
         if config.radius == "class":
             warmup = config.radius_warmup * config.epochs
             self._radii = ClassRadii(counts, config.radius_alpha, warmup, device, weight.dtype)
+        self._pgd = config.attack == "pgd"
         self.plan = plan_attack(
             "pgd" if config.attack == "free" else config.attack,
             eps=config.eps,
             step_size=config.step_size,
             steps=config.steps,
-            start=config.start,
+            # Free training makes no examples here, and needs no noise for them.
+            start="none" if config.attack == "free" else config.start,
         )
 
     def refresh(self) -> None:
         """Take up the weights that the model has now; may not sync."""
         if self.network is not None:
             self.network.refresh()
+
+    def noise_scale(self, labels: Tensor, epoch: Tensor) -> float | Tensor:
+        """Return the scale of the random start, for each image [B] where radii differ; no sync.
+
+        RobustLT's PGD starts from the common radius whatever the class; a one-step attack is made
+        of multiples of its radius, the start among them.
+        """
+        if self._radii is None or self._pgd:
+            return self.plan.noise_scale
+        return self.plan.noise_scale * self._radii.factors(labels, epoch)
 
     def examples(
         self,

@@ -46,14 +46,19 @@ class AttackPlan:
     step_size: float
     steps: int
 
-    def draw_start(self, images: Tensor) -> Tensor:
-        """Return images plus noise from the default generator, for steps without a loader."""
+    def draw_start(self, images: Tensor, scale: float | Tensor | None = None) -> Tensor:
+        """Return images plus noise from the default generator, for steps without a loader.
+
+        scale: a noise_scale for each image [B], or one for all; None is the plan's own.
+        """
+        scale = self.noise_scale if scale is None else scale
+        scale = scale.view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale
         if self.noise == "none":
             return images.clone()
         unit = torch.rand_like(images) * 2 - 1
         if self.noise == "normal":
             unit = torch.randn_like(images)
-        return self.settle_(images + self.noise_scale * unit)
+        return self.settle_(images + scale * unit)
 
     def settle_(self, start: Tensor) -> Tensor:
         """Bring a start, noise added, to where the attack begins; in place, may not sync."""
@@ -157,8 +162,9 @@ class FreePerturbation:
         return {"free_perturbation": self._perturbation}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up a saved state, into the same memory."""
-        self._perturbation.copy_(state["free_perturbation"])
+        """Take up a saved state, into the same memory; zeros where none had been made yet."""
+        saved = state.get("free_perturbation")
+        self._perturbation.copy_(torch.zeros_like(self._perturbation) if saved is None else saved)
 
 
 def _shifted(logits: Tensor, labels: Tensor, *, offsets: Tensor) -> Tensor:

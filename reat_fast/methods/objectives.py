@@ -100,7 +100,9 @@ def make_objective(
             )
             return Objective(("bsl", "tail"), compute, frozenset({"tail"}))
         case "trades":
-            return Objective(("ce", "kl"), partial(trades, beta=beta))
+            return Objective(
+                ("ce", "kl"), partial(trades, beta=beta, label_smoothing=label_smoothing)
+            )
         case "mart":
             return Objective(("bce", "kl"), partial(mart, beta=beta))
         case "robal":
@@ -146,15 +148,17 @@ def balanced_softmax(
     return logits, {"bsl": bsl, "tail": penalty * (len(labels) / part.total)}
 
 
-def trades(forward: Forward, part: Part, *, beta: float) -> tuple[Tensor, Terms]:
+def trades(
+    forward: Forward, part: Part, *, beta: float, label_smoothing: float = 0.0
+) -> tuple[Tensor, Terms]:
     """Compute CE(clean) + beta KL(clean || adv), the gradient flowing into both.
 
     Source: trades.py of TRADES (ICML 2019). Dropped: its second forward of the clean images, which
     gives the same logits and moves the running statistics of BatchNorm once more.
     """
     clean, logits = _clean_and_adv(forward, part)
-    ce = class_loss(clean, part.labels, reduction="sum") / part.total
-    return logits, {"ce": ce, "kl": beta * kl_rows(clean, logits).sum() / part.total}
+    ce = class_loss(clean, part.labels, label_smoothing=label_smoothing, reduction="sum")
+    return logits, {"ce": ce / part.total, "kl": beta * kl_rows(clean, logits).sum() / part.total}
 
 
 def mart(forward: Forward, part: Part, *, beta: float) -> tuple[Tensor, Terms]:

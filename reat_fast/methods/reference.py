@@ -130,17 +130,19 @@ def attack(
     radii: Sequence[float],
     step_sizes: Sequence[float],
     steps: int,
+    batchnorm: str = "eval",
 ) -> Tensor:
-    """Attack image by image in eval mode from `start`, each with a radius and step of its own.
+    """Attack image by image from `start`, each with a radius and step of its own.
 
-    loss: of logits [B, K] and labels [B]. Returns images in [0, 1]; the network is left in eval
-    mode.
+    loss: of logits [B, K] and labels [B]. batchnorm: eval for running statistics, train for those
+    of the attacked images, which move no running statistics: it is a copy that is attacked.
+    Returns images in [0, 1].
     """
-    network.eval()
+    victim = copy.deepcopy(network).train(batchnorm == "train")
     adv = start.clone()
     for _ in range(steps):
         adv = adv.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(network(adv), labels), adv)
+        (gradient,) = torch.autograd.grad(loss(victim(adv), labels), adv)
         moved = []
         for b, image in enumerate(adv.detach()):
             image = image + step_sizes[b] * gradient[b].sign()
@@ -155,6 +157,12 @@ def trades_attack_loss(network: Network, clean: Tensor) -> Callable[[Tensor, Ten
     network.eval()
     clean_logits = network(clean).detach()
     return lambda logits, labels: kl(clean_logits, logits).sum()
+
+
+def rbl_offsets_loss(logits: Tensor, labels: Tensor, weights: Sequence[float]) -> Tensor:
+    """Compute the cross-entropy of logits + log w, w the RBL weight of each class."""
+    offsets = [math.log(weight) for weight in weights]
+    return F.cross_entropy(logits + logits.new_tensor(offsets), labels)
 
 
 def one_step_attack(
@@ -232,13 +240,19 @@ def loss_of(
     counts: Sequence[int],
     epoch: int,
     beta: float,
+    tail: str = "none",
+    tail_coefficient: float = 1.0,
 ) -> Tensor:
-    """Compute a loss by the name that make_objective takes."""
+    """Compute a loss by the name that make_objective takes, bsl with REAT's tail penalty."""
     match objective:
         case "ce":
             return F.cross_entropy(network(adv), labels)
         case "bsl":
-            return reference.balanced_softmax_loss(network(adv), labels, counts)
+            features, logits = network.forward_features_logits(adv)
+            loss = reference.balanced_softmax_loss(logits, labels, counts)
+            if tail == "none":
+                return loss
+            return loss + tail_coefficient * reference.tail_penalty(features, labels, counts, tail)
         case "trades":
             return trades_loss(network, clean, adv, labels, beta)
         case "mart":

@@ -15,6 +15,7 @@ from reat_fast.cli.command import choose_device
 from reat_fast.config import Config, changes, from_json, parse
 from reat_fast.engine.distributed import World
 from reat_fast.training.logs import check_logs
+from reat_fast.training.run_folder import never_began
 
 
 @dataclass
@@ -65,6 +66,11 @@ def _folder_to_resume(config: Config, world: World) -> Path | None:
             return checkpoint.newest_run(Path("runs"))
         if not config.resume.is_dir():
             raise CheckpointError(f"--resume {config.resume}: no such folder")
+        if never_began(config.resume):
+            raise CheckpointError(
+                f"--resume {config.resume}: holds nothing to go on from, its run ended before the "
+                f"first step; begin it with --run-dir {config.resume}"
+            )
         return config.resume
     # torchrun starts a failed job again with the command line it had.
     if world.restarts and config.run_dir is not None and checkpoint.has_checkpoint(config.run_dir):
@@ -81,6 +87,8 @@ def _new_run_dir(config: Config, preset: str, world: World) -> Path:
         )
     if config.run_dir is not None and (world.restarts or not world.main):
         return config.run_dir  # the main process looks, and what an earlier attempt left is ours
+    if config.run_dir is not None and never_began(config.run_dir):
+        return config.run_dir  # what it holds is written again
     return checkpoint.new_run_dir(config.run_dir, preset)
 
 

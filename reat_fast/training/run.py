@@ -148,7 +148,7 @@ class Run:
         return self.plan.run_dir
 
     def open_folder(self) -> None:
-        """Take the folder for this process and write what describes the run."""
+        """Take the folder for this process; write what describes the run, and its beginning."""
         if self.world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder)
@@ -157,6 +157,8 @@ class Run:
                     f"--run-dir {self.folder}: another run ended here meanwhile; name another"
                 )
             describe_run(self.folder, self.plan.preset, self.config, self.dataset, self.splits)
+            if self.plan.state is None:  # before anything else: from here on --resume works
+                self.save()
             self.log = MetricLog(
                 self.config.log,
                 self.folder,

@@ -9,11 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from reat_fast.checkpoint import CheckpointError
-from reat_fast.config import Config, to_json
+from reat_fast.checkpoint import CHECKPOINT, CheckpointError
+from reat_fast.config import Config, from_json, to_json
 from reat_fast.data import Dataset, Splits
 from reat_fast.env import environment
 from reat_fast.storage.whole_files import write_text
+
+DESCRIPTION = ("config.json", "env.json", "split.json")
+"""What describe_run writes; the first checkpoint follows it."""
 
 
 class FolderLock:
@@ -42,12 +45,27 @@ class FolderLock:
         os.close(self._descriptor)
 
 
+def never_began(folder: Path) -> bool:
+    """Say whether a folder is what a run leaves that was killed before its first checkpoint.
+
+    An empty one is; one with a config.json that is not of this program is somebody else's.
+    """
+    half_written = {f"{name}.part" for name in (*DESCRIPTION, CHECKPOINT)}
+    if not folder.is_dir():
+        return False
+    names = {file.name for file in folder.iterdir()}
+    if "config.json" in names:
+        try:
+            from_json((folder / "config.json").read_text("utf-8"))
+        except (ValueError, OSError):
+            return False
+    return names <= half_written.union(DESCRIPTION)
+
+
 def describe_run(
     folder: Path, preset: str, config: Config, dataset: Dataset, splits: Splits
 ) -> None:
     """Write what a run is made of: configuration, environment and split, before its first step."""
-    write_text(folder / "config.json", to_json(config) + "\n")
-    write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
     split = {
         "preset": preset,
         "dataset": dataset.name,
@@ -57,7 +75,13 @@ def describe_run(
         "held_out": len(splits.held_out),
         "fingerprint": splits.fingerprint,
     }
-    write_text(folder / "split.json", json.dumps(split, indent=2) + "\n")
+    texts = (
+        to_json(config),
+        json.dumps(environment(), indent=2),
+        json.dumps(split, indent=2),
+    )
+    for name, text in zip(DESCRIPTION, texts, strict=True):
+        write_text(folder / name, text + "\n")
 
 
 def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
