@@ -167,6 +167,47 @@ def test_every_attack_takes_its_part(model: nn.Module, test_set: tuple[Tensor, T
     assert accuracies == sorted(accuracies, reverse=True) and accuracies[1] < accuracies[0]
 
 
+def test_targets_go_down_the_logits_and_starts_reach_the_radius(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = test_set
+    aims: dict[str, list[Tensor]] = {"apgd": [], "fab": []}
+    starts: list[Tensor] = []
+
+    def idle_apgd(
+        victim: Victim,
+        clean: Tensor,
+        own: Tensor,
+        targets: Tensor,
+        noise: Tensor,
+        *_: object,
+        **__: object,
+    ) -> Tensor:
+        aims["apgd"].append(targets)
+        starts.append(noise)
+        return clean
+
+    def idle_fab(
+        victim: Victim, clean: Tensor, own: Tensor, targets: Tensor, **_: object
+    ) -> Tensor:
+        aims["fab"].append(targets)
+        return clean
+
+    monkeypatch.setattr(apgd, "apgd", idle_apgd)
+    monkeypatch.setattr(autoattack, "fab", idle_fab)
+    with attacked(model) as victim:
+        search(victim, images, labels, queries=0, eps=0.25).run()
+    right = model(images).argmax(1) == labels
+    order = model(images[right]).argsort(1, descending=True)
+    assert (order[:, 0] == labels[right]).all()
+    for found in (aims["apgd"][1:], aims["fab"]):
+        assert torch.equal(torch.stack(found, 1), order[:, 1:])
+    for noise in starts:
+        assert (noise.abs().flatten(1).amax(1) == 0.25).all()  # one pixel of each image
+        assert abs(float(noise.mean())) < 0.01  # of 10,000 numbers: a deviation of 0.0015
+    assert len({float(noise.sum()) for noise in starts}) == CLASSES  # new in each run
+
+
 def test_fab_stands_where_the_package_stands(
     model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
