@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from reat_fast.engine.average import PREFIX
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
@@ -191,7 +192,8 @@ def load_model(run_or_checkpoint: str | Path, map_location: str | torch.device =
 
     run_or_checkpoint: the folder of a run (best.safetensors, else last.safetensors; the other way
     round in a run with --select last), an exported folder, one .safetensors file, or a
-    checkpoint-last.pt. Returns logits [B, K] when called.
+    checkpoint-last.pt, of which the averaged weights count where it has them. Returns logits [B, K]
+    when called.
     Errors: CheckpointError naming the file.
     """
     model, _ = load_model_and_spec(Path(run_or_checkpoint), map_location)
@@ -205,7 +207,7 @@ def load_model_and_spec(
     file = find_weights(path)
     if file.suffix == ".pt":
         state = load_checkpoint(file, map_location)
-        spec, tensors = _spec(state["model_spec"], file), state["model"]
+        spec, tensors = _spec(state["model_spec"], file), state["model"] | _averages(state)
     else:
         spec, tensors = _read_weights(file, map_location)
     sizes = {size for tensor in tensors.values() if tensor.numel() for size in tensor.shape}
@@ -218,6 +220,13 @@ def load_model_and_spec(
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{file}: weights do not fit {spec.name} ({reason})") from error
     return model.eval(), spec
+
+
+def _averages(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the averaged weights of a checkpoint, which are the ones that count, if it has any."""
+    kept = state.get("step")
+    named = kept.items() if isinstance(kept, dict) else ()
+    return {str(n).removeprefix(PREFIX): t for n, t in named if str(n).startswith(PREFIX)}
 
 
 def find_weights(path: Path) -> Path:

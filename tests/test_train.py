@@ -249,8 +249,8 @@ def test_averaged_weights_are_what_is_evaluated_chosen_and_saved(
     }
     assert all(not torch.equal(tensor, state["model"][n]) for n, tensor in averaged.items())
     saved = [
-        checkpoint.load_model(run_dir / f"{name}.safetensors").state_dict()
-        for name in ("last", "best")
+        checkpoint.load_model(run_dir / name).state_dict()
+        for name in ("last.safetensors", "best.safetensors", "checkpoint-last.pt")
     ]
     assert len(evaluated) == 2  # to choose the epoch, and the test
     for weights in (*saved, *evaluated):

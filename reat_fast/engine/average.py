@@ -9,6 +9,9 @@ from torch import Tensor
 
 from reat_fast.networks.architectures import Network
 
+PREFIX = "average."
+"""Before the name of a tensor whose average a saved state holds."""
+
 
 class WeightAverage:
     """Follow a network with average <- average + share * (network - average) after each step.
@@ -44,7 +47,7 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs."""
-        average = {f"average.{n}": t for n, t in zip(self._names, self._average, strict=True)}
+        average = {PREFIX + n: t for n, t in zip(self._names, self._average, strict=True)}
         return {**average, "average_steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
