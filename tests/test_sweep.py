@@ -39,6 +39,10 @@ def write_run(folder: Path, clean: float, pgd20: float | None, **changes: Any) -
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "timing.csv").write_text("epoch,seconds\n1,10.0\n2,20.5\n")
+    machine = {"commit": "0123abc", "cpu": "Made CPU", "cpu_cores": 2, "gpus": []}
+    (folder / "env.json").write_text(
+        json.dumps({**machine, "torch": "2.8" if clean < 72 else "2.9"})
+    )
 
 
 class Trainer:
@@ -109,6 +113,8 @@ def test_every_line_runs_with_every_seed_and_is_summed_up(
     assert [row["run"] for row in rows] == ["reat", "short"]
     assert float(rows[0]["pgd20_tail_mean"]) == 16 and float(rows[0]["pgd20_tail_std"]) == 1
     assert float(rows[0]["seconds_mean"]) == 30.5
+    assert (rows[0]["device"], rows[0]["torch"]) == ("Made CPU 2 cores", "2.8; 2.9")
+    assert rows[0]["commit"] == "0123abc"
 
 
 def test_a_failed_run_does_not_end_the_sweep_and_is_named(

@@ -26,6 +26,9 @@ from reat_fast.reporting.tables import (
     setting_text,
 )
 
+ORIGINS = ("device", "torch", "commit")
+"""What a row of summary.csv tells of where its runs come from, each value once."""
+
 
 @dataclass(frozen=True)
 class SummaryRow:
@@ -36,6 +39,7 @@ class SummaryRow:
     attacks: tuple[str, ...]
     conditions: dict[str, Any]
     values: dict[str, list[float]]
+    origins: dict[str, set[str]]
 
     @property
     def finished(self) -> int:
@@ -54,6 +58,7 @@ def summarise(
     conditions: dict[str, Any] = {}
     columns = _columns(attacks)
     values: dict[str, list[float]] = {column: [] for column in (*columns, "seconds")}
+    origins: dict[str, set[str]] = {name: set() for name in ORIGINS}
     for folder in folders:
         file = folder / "evaluation.json"
         if not file.is_file():
@@ -66,6 +71,8 @@ def summarise(
                 if value is not None:
                     values[column].append(float(value))
             values["seconds"].append(_seconds(folder / "timing.csv"))
+            for origin, told in _origin(folder / "env.json", evaluation).items():
+                origins[origin].add(told)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
         if conditions not in ({}, found):
@@ -76,7 +83,7 @@ def summarise(
                 "evaluate it again"
             )
         conditions = found
-    return SummaryRow(name, len(folders), tuple(attacks), conditions, values)
+    return SummaryRow(name, len(folders), tuple(attacks), conditions, values, origins)
 
 
 def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -91,6 +98,17 @@ def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:
 def _seconds(timing: Path) -> float:
     with timing.open(newline="", encoding="utf-8") as file:
         return sum(float(row["seconds"]) for row in csv.DictReader(file))
+
+
+def _origin(file: Path, evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Name the device, the torch and the commit of a run, by the env.json in its folder."""
+    if not file.is_file():
+        return {}
+    facts = json.loads(file.read_text("utf-8"))
+    device = f"{facts['cpu']} {facts['cpu_cores']} cores"
+    if str(evaluation.get("device")).startswith("cuda") and facts["gpus"]:
+        device = facts["gpus"][0]["name"]
+    return {"device": device, "torch": str(facts["torch"]), "commit": str(facts["commit"])}
 
 
 def markdown(rows: Sequence[SummaryRow]) -> str:
@@ -143,7 +161,7 @@ def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> 
     columns = [*_columns(rows[0].attacks), "seconds"]
     names = [column.lower().replace("-", "").replace(" ", "_") for column in columns]
     figures = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
-    writer.writerow(["run", "command", "finished", "planned", *PROTOCOL, *figures])
+    writer.writerow(["run", "command", "finished", "planned", *PROTOCOL, *figures, *ORIGINS])
     for row in rows:
         figure: list[float | str] = []
         for column in columns:
@@ -152,5 +170,7 @@ def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> 
             figure.append(statistics.stdev(values) if len(values) > 1 else "")
         conditions = [row.conditions.get(condition, "") for condition in PROTOCOL]
         command = f"python -m reat_fast.train {commands[row.name]}"
-        writer.writerow([row.name, command, row.finished, row.planned, *conditions, *figure])
+        origins = ["; ".join(sorted(row.origins[name])) for name in ORIGINS]
+        runs = [row.name, command, row.finished, row.planned]
+        writer.writerow([*runs, *conditions, *figure, *origins])
     return text.getvalue()
