@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.host_time import host_seconds, host_waits
 from bench.ladder import DEFAULT, RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step
 from bench.records import Figure, record
-from bench.timing import seconds, timed
+from bench.timing import matrix_rate, seconds, timed
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.config import flag
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     flops = options.batch_size * _flops_per_image(options)
     timings, failed = _time(ladder, options, device)
-    _print(options, device, timings, flops, _peak(device))
+    _print(options, device, timings, flops, matrix_rate(device))
     shape = f"{options.model} B={options.batch_size} {options.size}x{options.size}"
     if options.labels != "uniform":
         shape += f" {options.labels}"
@@ -191,13 +191,6 @@ def _flops_per_image(options: Options) -> float:
     # The backward counted here holds both gradients; the attack needs that of the images only,
     # which costs a forward, and the update that of the weights too.
     return float(options.steps * 2 * once + once + back)
-
-
-def _peak(device: torch.device) -> float:
-    """Measure this machine's matrix product in FLOP/s: bf16 on a GPU, float32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (3072, torch.float32)
-    a, b = torch.rand(2, size, size, device=device).to(dtype)
-    return 2.0 * float(size) ** 3 / min(seconds(lambda: a @ b, device) for _ in range(6))
 
 
 def _print(
