@@ -15,16 +15,28 @@ class Stopped(BaseException):
     """The program was asked to end; no Exception, for compilers catch all of these."""
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise Stopped in the block at the first SIGTERM, and ignore later ones until it ends."""
+class Stop:
+    """Whether the program was asked to end; what raises Stopped may have raised something else."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)
+    asked = False
+
+    def finish(self) -> None:
+        """Ignore SIGTERM from here on: only writing is left."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Raise Stopped in the block at the first SIGTERM, and ignore later ones until it ends."""
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.asked = True
+        stop.finish()
         raise Stopped
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, ask)
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
