@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.records import Figure, record
@@ -192,7 +191,7 @@ def longest_kernel(events: Iterable[Any]) -> str:
 
     Names of templates say in brackets which kernel it is, so these stay.
     """
-    ran = [event for event in events if event.device_type == DeviceType.CUDA]
+    ran = [event for event in events if event.device_type.name == "CUDA"]
     if not ran:
         return ""
     longest = max(ran, key=lambda event: event.time_range.elapsed_us())

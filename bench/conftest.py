@@ -1,8 +1,6 @@
-"""pytest for bench: rows on request, and what is known kept when a run is asked to end."""
+"""pytest for bench: rows of what is measured, on request."""
 
 from __future__ import annotations
-
-import signal
 
 import pytest
 
@@ -11,8 +9,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--keep", action="store_true", help="append figures to bench/results as they become known"
     )
-
-
-def pytest_configure() -> None:
-    """Let SIGTERM end a run as Ctrl-C does: pytest-benchmark then writes what it has."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -182,7 +182,7 @@ def run_folder(options: Options, name: str) -> Path:
 
 def _pytest(limit: int | None = None) -> list[str]:
     """Return the call of pytest, with a limit in seconds for each test where that can be set."""
-    call = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    call = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.stopping"]
     if not installed("pytest_timeout"):  # its setting in pyproject.toml would be an error
         return [*call, "-o", f"addopts={LENIENT}"]
     return call if limit is None else [*call, f"--timeout={limit}"]

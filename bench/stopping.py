@@ -40,3 +40,8 @@ def stoppable() -> Iterator[Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def pytest_configure() -> None:
+    """Let SIGTERM end pytest as Ctrl-C does, with what it has: for -p bench.stopping."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

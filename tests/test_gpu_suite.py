@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import clocks, gpu, gpu_parts, sanitizer
-from reat_fast.cli.command import run_command
+from bench import clocks, gpu, gpu_parts
+from reat_fast.cli.command import parse_flags, run_command
+from reat_fast.training.plan import make_plan
 
 
 @pytest.fixture
@@ -164,47 +167,20 @@ def test_make_passes_what_is_named_on(pytestconfig: pytest.Config) -> None:
     assert given.endswith('gpu-results --call 2 --data "a b.npz" --official "clone"')
 
 
-@pytest.mark.parametrize("place", ["path", "toolkit", "package", "nowhere"])
-def test_compute_sanitizer_is_found_where_it_may_be(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folders = {
-        "path": tmp_path / "path",
-        "toolkit": tmp_path / "local/cuda-13.0/bin",
-        "package": tmp_path / "nvidia/cu13/bin",
-    }
-    if place in folders:
-        folders[place].mkdir(parents=True)
-        tool = folders[place] / "compute-sanitizer"
-        tool.write_text('#!/bin/sh\necho "$1 $2"\n')
-        tool.chmod(0o755)
-    (tmp_path / "nvidia").mkdir(exist_ok=True)
-    for name in list(sys.modules):
-        if name == "nvidia" or name.startswith("nvidia."):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setenv("PATH", str(folders["path"]))
-    monkeypatch.setattr(sanitizer, "TOOLKITS", tmp_path / "local")
-    found = sanitizer.compute_sanitizer()
-    if place == "nowhere":
-        assert found is None
-        return
-    assert found is not None
-    assert Path(found[0]) == folders[place] / "compute-sanitizer"
-    part = gpu.Part("sanitizer", ["-c", ""], 60, under=found)
-    assert gpu._run(part, tmp_path, 60, {}).command.startswith("compute-sanitizer --tool memcheck")
-    assert (tmp_path / "sanitizer.log").read_text() == "--tool memcheck\n"
-
-
-def test_the_sanitizer_takes_tests_of_every_kernel(pytestconfig: pytest.Config) -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    command += ["-m", "gpu", "-k", sanitizer.TESTS, *sanitizer.FILES]
-    done = subprocess.run(
-        command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True
-    )
-    tests = [line for line in done.stdout.splitlines() if "::" in line]
-    assert {line.split("::")[0] for line in tests} == set(sanitizer.FILES)
-    assert 60 < len(tests) < 200
+def test_every_part_is_asked_what_its_program_knows(tmp_path: Path) -> None:
+    options = gpu.Options(tmp_path, data=Path("set.npz"), official=Path("clone"))
+    checked = []
+    for part in gpu.parts(options):
+        module = part.arguments[1]
+        if module.startswith("bench."):
+            flags: Any = importlib.import_module(module).Options
+            parse_flags(flags, part.arguments[2:], module)
+            checked.append(part.name)
+        elif module == "reat_fast.train":
+            config = make_plan(part.arguments[2:]).config
+            assert config.epochs == (80 if part.name == "training-80" else options.epochs)
+            checked.append(part.name)
+    assert len(checked) == 10, checked
 
 
 def test_a_part_at_its_limit_may_write_what_it_has(
@@ -286,6 +262,7 @@ def test_tests_run_without_limits_where_the_package_for_them_is_missing(
     done = subprocess.run(
         [sys.executable, *command, "-p", "no:timeout"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)},
         capture_output=True,
         text=True,
         check=False,

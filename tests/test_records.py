@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -44,8 +45,9 @@ def test_a_file_of_another_version_is_left_alone(tmp_path: Path) -> None:
 def test_a_benchmark_that_is_asked_to_end_writes_what_it_has(
     tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """Run bench's own settings on two made benchmarks, the second of which never ends."""
-    (tmp_path / "conftest.py").write_text((pytestconfig.rootpath / "bench/conftest.py").read_text())
+    """Run two made benchmarks, the second of which never ends, as the suite for a GPU does."""
+    root = pytestconfig.rootpath
+    (tmp_path / "conftest.py").write_text((root / "bench/conftest.py").read_text())
     (tmp_path / "bench_made.py").write_text(
         "import os, signal, time\n"
         "def test_quick(benchmark, pytestconfig):\n"
@@ -57,8 +59,15 @@ def test_a_benchmark_that_is_asked_to_end_writes_what_it_has(
     )
     file = tmp_path / "kept.json"
     command = [sys.executable, "-m", "pytest", "bench_made.py", "--benchmark-only", "--keep"]
-    command += [f"--benchmark-json={file}", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command += [f"--benchmark-json={file}", "-p", "bench.stopping"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2, done.stdout + done.stderr  # as for Ctrl-C
     names = [row["name"] for row in json.loads(file.read_text())["benchmarks"]]
     assert names == ["test_quick"], done.stdout
