@@ -8,8 +8,8 @@ out in silence: the table at the end has a row for each part, and for what was n
 
 A call ends within 10 minutes, and all take the same DIR. --call 1, which is the default, decides
 most: verify, tests, ladder, evaluation, a short training. --call 2 takes convolutions one by one,
-80 epochs of training (--flags has the forms that won), AutoAttack of that network, and the kernels
-under compute-sanitizer. --call 3 times kernels, WideResNet, a whole epoch, loaders and what
+the kernels under compute-sanitizer, 80 epochs of training (--flags has the forms that won) and
+AutoAttack of that network. --call 3 times kernels, WideResNet, a whole epoch, loaders and what
 compiles for minutes. gpu_parts.py has the estimates. A training or an AutoAttack that was cut short
 goes on where it was when it runs again with the same DIR: --parts training-80 autoattack.
 

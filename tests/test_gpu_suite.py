@@ -100,8 +100,8 @@ def test_what_was_not_given_or_found_is_named(
         "official step": official,
         "training": data,
         "training-80": data,
-        "autoattack": data,
         "sanitizer": "no compute-sanitizer",
+        "autoattack": data,
         "official epoch": official,
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -123,14 +123,19 @@ def test_what_was_not_given_or_found_is_named(
     assert ended["verify"] == "no time" and ended["sanitizer"] == "no compute-sanitizer"
 
 
-def test_the_parts_of_a_call_should_fit_its_time(tmp_path: Path) -> None:
+def test_the_parts_of_a_call_should_fit_its_time(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    documented = (pytestconfig.rootpath / "docs/performance.md").read_text("utf-8")
     options = gpu.Options(tmp_path, data=Path("set.npz"), official=Path("clone"))
     made = list(gpu.parts(options))
     assert len({part.name for part in made}) == len(made)
     for call in (1, 2, 3):
         own = [part for part in made if part.call == call]
         assert all(0 < part.estimate < part.seconds for part in own)
-        assert 0 < sum(part.estimate for part in own) <= 60 * options.minutes
+        together = sum(part.estimate for part in own)
+        assert 0 < together <= 60 * options.minutes and f"| {together} |" in documented
+        assert all(f"{part.name} {part.estimate}" in documented for part in own)
     assert [part.call for part in made] == sorted(part.call for part in made)
     assert {part.name for part in made if part.call == 1} == {
         *("verify", "tests", "step", "evaluation", "training")
