@@ -27,7 +27,7 @@ from reat_fast.data import ImageSet, longtail_counts
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, use_precision
-from reat_fast.evaluate import Attack, evaluate, evenly
+from reat_fast.evaluate import Attack, evaluate
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.resident import ResidentLoader
@@ -148,7 +148,7 @@ def _ours(options: Options, sets: Sets, config: Config, device: torch.device) ->
     ]
     figures = [_figure(options, "epoch: ours, training", training)]
     for precision in PRECISIONS if device.type == "cuda" else PRECISIONS[-1:]:
-        _evaluation(model, evenly(sets.test, EVALUATED), precision)
+        _evaluation(model, sets.test.evenly(EVALUATED), precision)
         evaluation = partial(_evaluation, model, sets.test, precision)
         tested = [seconds(evaluation, device) for _ in range(options.repeats)]
         name = f"evaluation in {precision}"

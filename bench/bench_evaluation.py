@@ -76,22 +76,21 @@ def main(arguments: Sequence[str]) -> int:
         f"{'search':9}{'steps':>10}{'s':>9}{'spread':>9}{'first s':>9}{'images/s':>10}"
         f"{'TFLOP/s':>9}{'robust %':>10}"
     )
-    figures: list[Figure] = []
+    command = shlex.join(["python", "-m", "bench.bench_evaluation", *arguments])
     for precision, steps, call in _rows(options, device):
         first, robust = timed(call, device)
         times = [seconds(call, device) for _ in range(options.repeats)]
         what = f"evaluation: {options.attack} {steps}"
         shape = f"{options.model} N={options.images} B={options.batch_size}"
-        figures.append(figure := Figure.of(what, times, "s", shape, precision))
+        figure = Figure.of(what, times, "s", shape, precision)
         print(
             f"{precision:9}{steps:>10}{figure.value:9.3f}{figure.spread:9.3f}{first:9.2f}"
             f"{options.images / figure.value:10.0f}{flops / figure.value / 1e12:9.2f}"
             f"{robust:10.2f}",
             flush=True,
         )
-    if options.keep:
-        command = shlex.join(["python", "-m", "bench.bench_evaluation", *arguments])
-        print(f"figures appended to {record(figures, device.type, command)}")
+        if options.keep:  # now, for the program may be ended before the next
+            record([figure], device.type, command)
     return 0
 
 

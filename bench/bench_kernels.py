@@ -1,9 +1,10 @@
 """Each kernel against the PyTorch form, torch.compile of it, and the device's copy bandwidth.
 
-    pytest bench/bench_kernels.py --benchmark-only
+    pytest bench/bench_kernels.py --benchmark-only --keep
 
 Needs a CUDA device. Times are of CUDA graphs of one call, so that no launch from the host is in
-them; the share is bytes that must move over time, against a copy measured in the same run.
+them; the share is bytes that must move over time, against a copy measured in the same run. --keep
+appends each row to bench/results as it becomes known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.records import Figure
+from bench.records import Figure, record
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
@@ -30,6 +31,7 @@ pytestmark = [
 
 COMPARED: tuple[str, ...] = ("triton", "torch", "compiled")
 ROUNDS, CALLS = 15, 20
+COMMAND = "pytest bench/bench_kernels.py --benchmark-only --keep"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,9 @@ def copy_bandwidth() -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("how", COMPARED)
-def test_op(benchmark: Any, case: Case, how: str, copy_bandwidth: float) -> None:
+def test_op(
+    benchmark: Any, case: Case, how: str, copy_bandwidth: float, pytestconfig: pytest.Config
+) -> None:
     call, moved = case.make()
     body = _body(call, how)
     graph = _captured(body)
@@ -140,7 +144,10 @@ def test_op(benchmark: Any, case: Case, how: str, copy_bandwidth: float) -> None
     benchmark.pedantic(
         lambda: seconds.append(_seconds(graph.replay, CALLS)), rounds=ROUNDS, warmup_rounds=3
     )
-    figure = Figure.of(case.name, seconds[3:], "s")
+    moves = f"{moved / 1e6:.2f} MB at least, copies at {copy_bandwidth / 1e9:.0f} GB/s"
+    figure = Figure.of(f"kernel: {case.name}, {how}", seconds[3:], "s", moves, "")
+    if pytestconfig.getoption("keep"):
+        record([figure], "cuda", COMMAND)
     benchmark.extra_info |= {
         "median_microseconds": round(figure.value * 1e6, 3),
         "spread_microseconds": round(figure.spread * 1e6, 3),

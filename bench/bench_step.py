@@ -4,7 +4,8 @@ Every rung takes the same training step on the same batch. Warm-up stands apart;
 turns, one timed step each, so that what the machine does meanwhile meets all of them. Rungs that
 need a CUDA device are left out without one, as are the steps of others: plain PyTorch written well,
 and the official code where --official names a clone of it. A rung that fails is named, and the exit
-code is 1; the others are timed all the same.
+code is 1; the others are timed all the same. Asked to end (SIGTERM) before any is timed, it times
+one step of each rung that is ready; it ends with what it has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.host_time import host_seconds, host_waits
 from bench.ladder import DEFAULT, RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step
 from bench.records import Figure, record
-from bench.timing import seconds, timed
+from bench.stopping import STOPPED, Stop, Stopped, stoppable
+from bench.timing import matrix_rate, seconds, timed
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.config import flag
@@ -103,45 +106,86 @@ def main(arguments: Sequence[str]) -> int:
         max_autotune=options.max_autotune,
     )
     flops = options.batch_size * _flops_per_image(options)
-    timings, failed = _time(ladder, options, device)
-    _print(options, device, timings, flops, _peak(device))
+    with stoppable() as stop:
+        timings, failed = _time(ladder, options, device, stop)
+        stop.finish()
+        _report(ladder, options, device, timings, flops, arguments)
+    return STOPPED if stop.asked else int(failed > 0)
+
+
+def _report(
+    ladder: Ladder,
+    options: Options,
+    device: torch.device,
+    timings: list[Timing],
+    flops: float,
+    arguments: Sequence[str],
+) -> None:
+    """Print the table and what the default costs the host, and keep the figures where asked to."""
     shape = f"{options.model} B={options.batch_size} {options.size}x{options.size}"
     if options.labels != "uniform":
         shape += f" {options.labels}"
-    figures = [timing.figure(shape) for timing in timings]
-    figures += _host_figures(ladder, shape)
-    if options.keep:
-        command = shlex.join(["python", "-m", "bench.bench_step", *arguments])
-        print(f"figures appended to {record(figures, device.type, command)}")
-    return int(failed > 0)
+    command = shlex.join(["python", "-m", "bench.bench_step", *arguments])
+
+    def keep(figures: list[Figure]) -> None:
+        if options.keep and figures:
+            print(f"figures appended to {record(figures, device.type, command)}", flush=True)
+
+    keep([timing.figure(shape) for timing in timings])  # first: nothing later can lose them
+    _print(options, device, timings, flops, matrix_rate(device))
+    if any(timing.rung.name == DEFAULT for timing in timings):
+        keep(_host_figures(ladder, shape))
 
 
-def _time(ladder: Ladder, options: Options, device: torch.device) -> tuple[list[Timing], int]:
+def _time(
+    ladder: Ladder, options: Options, device: torch.device, stop: Stop
+) -> tuple[list[Timing], int]:
     """Make the wanted rungs ready and time them in turns; returns how many failed beside it."""
     wanted = [r for r in ladder.rungs() if not options.rungs or r.name in options.rungs]
     unknown = sorted(set(options.rungs) - {rung.name for rung in wanted})
     if unknown:
         names = ", ".join(repr(rung.name) for rung in ladder.rungs())
         raise ValueError(f"--rungs {unknown[0]!r}: cannot be timed here; there are {names}")
+    timings, failed = _all_ready(wanted, options, device, stop)
+    timings.sort(key=lambda timing: wanted.index(timing.rung))
+    with suppress(Stopped):
+        for _ in range(1 if stop.asked else options.repeats):
+            for timing in list(timings):
+                try:
+                    timing.seconds.append(seconds(timing.step, device))
+                except Exception as error:  # such as what was ended while a graph was captured
+                    failed += 1
+                    timings.remove(timing)
+                    print(f"{timing.rung.name}: failed: {one_line(error)[:500]}", flush=True)
+    for timing in timings:
+        if not timing.seconds:
+            print(f"{timing.rung.name}: left out, asked to end", flush=True)
+    timings = [timing for timing in timings if timing.seconds]
+    if not timings:
+        raise ValueError("no rung could be timed; the lines before say why")
+    return timings, failed
+
+
+def _all_ready(
+    wanted: list[Rung], options: Options, device: torch.device, stop: Stop
+) -> tuple[list[Timing], int]:
+    """Make rungs ready until time is up; returns how many failed beside them."""
     timings: list[Timing] = []
     failed = 0
     began = time.perf_counter()
     for rung in sorted(wanted, key=lambda rung: rung.name not in RECORDED):
         late = options.seconds is not None and time.perf_counter() - began > options.seconds
-        if late and timings:
-            print(f"{rung.name}: left out, {options.seconds} s have passed", flush=True)
+        if stop.asked or (late and timings):
+            why = "asked to end" if stop.asked else f"{options.seconds} s have passed"
+            print(f"{rung.name}: left out, {why}", flush=True)
             continue
         try:
             timings.append(_made_ready(rung, device))
+        except Stopped:
+            print(f"{rung.name}: left out, asked to end", flush=True)
         except Exception as error:  # compilers and code of others: anything can come of it
             failed += 1
             print(f"{rung.name}: failed: {one_line(error)[:500]}", flush=True)
-    if not timings:
-        raise ValueError("no rung could be timed; the lines before say why")
-    timings.sort(key=lambda timing: wanted.index(timing.rung))
-    for _ in range(options.repeats):
-        for timing in timings:
-            timing.seconds.append(seconds(timing.step, device))
     return timings, failed
 
 
@@ -191,13 +235,6 @@ def _flops_per_image(options: Options) -> float:
     # The backward counted here holds both gradients; the attack needs that of the images only,
     # which costs a forward, and the update that of the weights too.
     return float(options.steps * 2 * once + once + back)
-
-
-def _peak(device: torch.device) -> float:
-    """Measure this machine's matrix product in FLOP/s: bf16 on a GPU, float32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (3072, torch.float32)
-    a, b = torch.rand(2, size, size, device=device).to(dtype)
-    return 2.0 * float(size) ** 3 / min(seconds(lambda: a @ b, device) for _ in range(6))
 
 
 def _print(

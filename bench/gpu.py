@@ -1,9 +1,17 @@
-"""python -m bench.gpu --out DIR: everything that only a CUDA device can show, in one command.
+"""python -m bench.gpu --out DIR: everything that only a CUDA device can show, in three calls.
 
-Parity, the tests marked gpu, the ladder of the step, a whole epoch, evaluation, kernel times,
-loaders and a short real training run one after another, each a program of its own with a limit, so
-that one that fails or hangs leaves the others. The clocks of each are in the summary. Nothing is
-left out in silence: the table at the end has a row for each.
+Parity, the tests marked gpu, the ladder of the step, evaluation, training, convolutions,
+AutoAttack, kernels and loaders one after another, each a program of its own with a limit, so that
+one that fails or hangs leaves the others. A part at its limit is told to end (SIGTERM) and keeps
+what it has; GRACE seconds later it is ended. The clocks of each are in the summary. Nothing is left
+out in silence: the table at the end has a row for each part, and for what was not given or found.
+
+A call ends within 10 minutes, and all take the same DIR. --call 1, which is the default, decides
+most: verify, tests, ladder, evaluation, a short training. --call 2 takes convolutions one by one,
+the kernels under compute-sanitizer, 80 epochs of training (--flags has the forms that won) and
+AutoAttack of that network. --call 3 times kernels, WideResNet, a whole epoch, loaders and what
+compiles for minutes. gpu_parts.py has the estimates. A training or an AutoAttack that was cut short
+goes on where it was when it runs again with the same DIR: --parts training-80 autoattack.
 
 Of the test tools it wants pytest, pytest-benchmark, pytest-timeout, hypothesis and pillow. One that
 is missing costs what TOOLS says, and no more. Where no environment can be made, wheels on
@@ -13,51 +21,32 @@ PYTHONPATH will do: all but pillow have pure Python ones, hypothesis (with sorte
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
 from bench.clocks import read_clocks, summary, watched_clocks
+from bench.gpu_parts import TOOLS, Options, Part, installed, parts
 from bench.official import load_official
 from bench.records import RESULTS
+from bench.stopping import STOPPED, Stopped, stoppable
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.env import environment
+from reat_fast.storage.whole_files import write_text
 
-
-@dataclass(frozen=True)
-class Options:
-    """Run every check and measurement that needs a CUDA device."""
-
-    out: Path
-    """Folder for logs, tables and summary.json."""
-    data: Path | None = None
-    """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the training; unset: none is run."""
-    official: Path | None = None
-    """A clone of the official REAT code, whose step and epoch are timed too."""
-    epochs: int = 8
-    """Epochs of the training."""
-    parts: tuple[str, ...] = ()
-    """Names of the parts to run; unset: all."""
-    minutes: float = 9.0
-    """The part that runs when so many minutes have passed is ended, and no other begins."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One program of the suite."""
-
-    name: str
-    arguments: list[str]
-    seconds: int
+GRACE = 20.0
+"""Seconds between asking a part to end and ending it: for one more step of each rung."""
 
 
 @dataclass(frozen=True)
@@ -68,62 +57,14 @@ class Outcome:
     command: str
     ended: int | str
     seconds: float
+    estimate: int
+    lacks: bool = False
+    """Whether it was left out for something that was not given or not found."""
     clocks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-WIDE = (
-    *("captured, eager", "captured, compiled", "captured, cudnn-stem"),
-    *("captured, compiled, compiled update", "baseline, eager"),
-)
-"""Rungs of the ladder that WideResNet climbs too."""
-
-WHOLE = ("captured, cudnn", "baseline, max-autotune")
-"""The default beside what compiles for minutes."""
-
-LENIENT = "--strict-markers --import-mode=importlib"
-"""The addopts of pyproject.toml without --strict-config."""
-
-TOOLS = {
-    "pytest": "the parts tests and kernels",
-    "pytest_benchmark": "the part kernels",
-    "pytest_timeout": "the limit of each test; that of the part stays",
-    "hypothesis": "the tests in files that import it, those of most kernels among them",
-    "PIL": "the part loaders, and tests in files that import it",
-}
-"""Packages that the parts use beside those of the run time, and what is lost without them."""
-
-
-def parts(options: Options) -> Iterator[Part]:
-    """Yield the parts: checks, measurements by weight, and last what compiles for minutes."""
-    official = [] if options.official is None else ["--official", str(options.official)]
-    yield Part("verify", ["-m", "reat_fast.verify", "--device", "cuda"], 150)
-    # A file whose imports are missing leaves the others.
-    tests = ["-m", "gpu", "tests", "--durations=5", "--continue-on-collection-errors"]
-    yield Part("tests", [*_pytest(limit=120), *tests], 300)
-    # Classes as in training: the plain and the official form loop over samples of rare ones.
-    step = ["-m", "bench.bench_step", "--labels", "long-tailed", "--keep"]
-    # The last rung begun at 180 s may compile for a minute, and then all are timed.
-    yield Part("step", [*step, *official, "--seconds", "180"], 270)
-    yield Part("epoch", ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *official], 150)
-    # One timed call: true float32, which only arithmetic limits, takes up to 20 s for each.
-    evaluation = ["-m", "bench.bench_evaluation", "--repeats", "1", "--keep"]
-    yield Part("evaluation", evaluation, 200)
-    timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}"]
-    yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200)
-    wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "90", "--rungs", *WIDE]
-    yield Part("step-wrn", [*step, *wide], 150)
-    if options.data is not None:
-        run = ["--data", str(options.data), "--run-dir", str(options.out / "run")]
-        drops = (str(options.epochs * share // 16) for share in (12, 15))  # as 60 and 75 of 80
-        run += ["--epochs", str(options.epochs), "--milestones", *drops]
-        train = ["-m", "reat_fast.train", "reat", "--fused", "--profile", "--eval-every", "100"]
-        yield Part("training", [*train, *run], 300)
-    yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120)
-    yield Part("step-autotune", [*step, "--max-autotune", "--rungs", *WHOLE], 400)
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns 0 when every part ended well, else 1."""
+    """Run the command; returns 0 when every part that could run ended well, else 1."""
     options = parse_flags(Options, list(arguments), "python -m bench.gpu")
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device was found: this suite measures nothing else")
@@ -134,77 +75,123 @@ def main(arguments: Sequence[str]) -> int:
         if name not in known:
             raise ValueError(f"--parts {name}: there are {', '.join(known)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    missing = {name: cost for name, cost in TOOLS.items() if not _installed(name)}
+    missing = {name: cost for name, cost in TOOLS.items() if not installed(name)}
     for name, cost in missing.items():
         print(f"{name} is not installed, which costs {cost}", flush=True)
-    ends = time.perf_counter() + 60 * options.minutes
     outcomes: list[Outcome] = []
+    try:
+        with stoppable():
+            _run_all(options, missing, outcomes)
+    except Stopped:
+        _keep_rows(options.out)
+        _print_table(outcomes)
+        return STOPPED
+    _print_table(outcomes)
+    return int(any(outcome.ended != 0 and not outcome.lacks for outcome in outcomes))
+
+
+def _run_all(options: Options, missing: dict[str, str], outcomes: list[Outcome]) -> None:
+    ends = time.perf_counter() + 60 * options.minutes
+    machine = environment()
+    before = _earlier(options.out)
     for part in parts(options):
-        if options.parts and part.name not in options.parts:
+        if part.name not in options.parts if options.parts else part.call != options.call:
             continue
         left = ends - time.perf_counter()
-        outcomes.append(_skipped(part) if left <= 0 else _run(part, options.out, left))
-        _print(outcomes[-1])
-        _summarise(outcomes, missing, options.out)
-        for table in RESULTS.glob("*.csv"):  # now, for this program may be ended before the next
-            (options.out / table.name).write_bytes(table.read_bytes())
-    print(f"\n{'part':14} {'ended':>10} {'seconds':>8}")
-    for outcome in outcomes:
-        print(f"{outcome.name:14} {outcome.ended!s:>10} {outcome.seconds:8.1f}")
-    return int(any(outcome.ended != 0 for outcome in outcomes))
+        if part.lacks or left <= 0:
+            outcomes.append(_outcome(part, part.lacks or "no time"))
+        else:
+            outcomes.append(_run(part, options.out, left, _settings(machine)))
+        print(f"{part.name}: {outcomes[-1].ended} after {outcomes[-1].seconds} s", flush=True)
+        _summarise(outcomes, before, machine, missing, options.out)
+        _keep_rows(options.out)  # now, for this program may be ended before the next
 
 
-def _pytest(limit: int | None = None) -> list[str]:
-    """Return the call of pytest, with a limit in seconds for each test where that can be set."""
-    call = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    if not _installed("pytest_timeout"):  # its setting in pyproject.toml would be an error
-        return [*call, "-o", f"addopts={LENIENT}"]
-    return call if limit is None else [*call, f"--timeout={limit}"]
+def _settings(machine: dict[str, object]) -> dict[str, str]:
+    """Let rows name the commit as it was before other rows were appended to its files."""
+    settings = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if machine.get("commit") and not machine.get("dirty"):
+        settings["REAT_FAST_COMMIT"] = str(machine["commit"])
+    return settings
 
 
-def _run(part: Part, out: Path, left: float) -> Outcome:
-    command = [sys.executable, *part.arguments]
+def _run(part: Part, out: Path, left: float, settings: dict[str, str]) -> Outcome:
+    command = [*part.under, sys.executable, *part.arguments]
     began = time.perf_counter()
-    ended: int | str
     file = out / f"{part.name}.log"
     with file.open("w", encoding="utf-8") as log, watched_clocks() as readings:
-        try:
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            ended = subprocess.run(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=min(part.seconds, left),
-                env=environment,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            ended = "timed out"
-    shown = shlex.join(["python", *part.arguments])
-    seconds = round(time.perf_counter() - began, 1)
-    return Outcome(part.name, shown, ended, seconds, summary(readings))
+        ended = _ended(command, log, min(part.seconds, left), settings | part.environment)
+    return _outcome(part, ended, round(time.perf_counter() - began, 1), summary(readings))
 
 
-def _skipped(part: Part) -> Outcome:
-    return Outcome(part.name, shlex.join(["python", *part.arguments]), "no time", 0.0)
+def _ended(command: list[str], log: TextIO, seconds: float, settings: dict[str, str]) -> int | str:
+    """Run a program with all that it starts in a group of its own, so that all of it ends."""
+    program = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=settings, start_new_session=True
+    )
+    try:
+        return program.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    finally:
+        if program.poll() is None:
+            os.killpg(program.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
 
 
-def _print(outcome: Outcome) -> None:
-    print(f"{outcome.name}: {outcome.ended} after {outcome.seconds} s", flush=True)
+def _keep_rows(out: Path) -> None:
+    for table in RESULTS.glob("*.csv"):
+        (out / table.name).write_bytes(table.read_bytes())
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _outcome(
+    part: Part,
+    ended: int | str,
+    seconds: float = 0.0,
+    clocks: dict[str, dict[str, float]] | None = None,
+) -> Outcome:
+    tool = [Path(word).name for word in part.under[:1]] + part.under[1:]
+    command = shlex.join([*tool, "python", *part.arguments]) if part.arguments else ""
+    lacks = bool(part.lacks)
+    return Outcome(part.name, command, ended, seconds, part.estimate, lacks, clocks or {})
 
 
-def _summarise(outcomes: list[Outcome], missing: dict[str, str], out: Path) -> None:
+def _print_table(outcomes: list[Outcome]) -> None:
+    print(f"\n{'part':16} {'ended':>20} {'seconds':>8} {'estimate':>9}")
+    for outcome in outcomes:
+        print(
+            f"{outcome.name:16} {outcome.ended!s:>20} {outcome.seconds:8.1f} {outcome.estimate:9}"
+        )
+
+
+def _earlier(out: Path) -> list[dict[str, Any]]:
+    """Return what calls before this one left in the summary."""
+    try:
+        return list(json.loads((out / "summary.json").read_text("utf-8"))["parts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _summarise(
+    outcomes: list[Outcome],
+    before: list[dict[str, Any]],
+    machine: dict[str, object],
+    missing: dict[str, str],
+    out: Path,
+) -> None:
+    again = {outcome.name for outcome in outcomes}
+    kept = [part for part in before if part.get("name") not in again]
     found = {
-        "environment": environment(),
+        "environment": machine,
         "missing": missing,
         "clocks_now": read_clocks(),
-        "parts": [asdict(outcome) for outcome in outcomes],
+        "parts": [*kept, *(asdict(outcome) for outcome in outcomes)],
     }
-    (out / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "summary.json", json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ with which versions and commit, when, and by which command.
 from __future__ import annotations
 
 import csv
+import functools
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -78,7 +79,9 @@ def _text(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
+@functools.cache
 def _facts(device: str) -> dict[str, object]:
+    """Describe what is measured on, once a program: its own rows must not count as changes."""
     known = environment()
     gpus = known["gpus"]
     gpu = gpus[0] if device.startswith("cuda") and isinstance(gpus, list) and gpus else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import warnings
 from functools import partial
@@ -15,6 +17,7 @@ from torch import Tensor
 from bench import bench_epoch, bench_kernels, bench_step, gpu, host_time
 from bench.baselines import PlainStep
 from bench.ladder import COUNTS, RECORDED, Ladder, Rung, long_tailed_labels
+from bench.records import Figure
 from reat_fast.cli.command import run_command
 from reat_fast.config import Config
 from reat_fast.models import create_model
@@ -156,6 +159,49 @@ def test_a_rung_that_fails_is_named_and_leaves_the_others(
         assert run_command(bench_step.main, [*small, "--model", "no"]) == 2
     finally:
         torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.parametrize("place", ["making ready", "a turn", "a capture"])
+def test_a_ladder_that_is_asked_to_end_keeps_what_it_has(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[str] = []
+
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def compiles() -> Any:
+        if place == "a capture":  # which ends in an error of its own
+            try:
+                end()
+            finally:
+                raise RuntimeError("the capture was broken off")
+        if place == "making ready":
+            end()
+        return lambda: steps.append("slow")
+
+    def good() -> None:
+        steps.append("good")
+        if place == "a turn" and steps.count("good") == 4:  # two of them warm up
+            end()
+
+    rungs = [Rung("good", lambda: good), Rung("slow", compiles), Rung("late", lambda: good)]
+    kept: list[Figure] = []
+    monkeypatch.setattr(Ladder, "rungs", lambda self: iter(rungs[: 2 if place == "a turn" else 3]))
+    monkeypatch.setattr(bench_step, "record", lambda figures, *_: kept.extend(figures))
+    monkeypatch.setattr(bench_step, "matrix_rate", lambda device: 1e12)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    small = ["--model", "resnet8", "--batch-size", "4", "--size", "8", "--device", "cpu", "--keep"]
+    assert run_command(bench_step.main, small) == 143
+    names = {figure.what: figure.repeats for figure in kept}
+    if place == "a turn":
+        assert names == {"step: good": 1, "step: slow": 1}
+    else:
+        assert names == {"step: good": 1}
+        shown = capsys.readouterr().out
+        assert "late: left out, asked to end" in shown
+        assert ("slow: failed" if place == "a capture" else "slow: left out, asked") in shown
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_what_torch_compile_records_is_ready_before_anything_is_captured(

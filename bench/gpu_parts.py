@@ -1,0 +1,193 @@
+"""The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
+
+A call has at most 10 minutes and there are three, so the first holds what decides most. Estimates
+are seconds on one H100; those of a call fit its 9 minutes together, limits need not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from bench.sanitizer import ENVIRONMENT, FILES, TESTS, compute_sanitizer
+from reat_fast.checkpoint import has_checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run every check and measurement that needs a CUDA device."""
+
+    out: Path
+    """Folder for logs, tables, runs and summary.json; the same one for all calls."""
+    call: Literal[1, 2, 3] = 1
+    """Which of the three calls: what decides most, trained networks, the rest."""
+    data: Path | None = None
+    """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the trainings; unset: none is run."""
+    official: Path | None = None
+    """A clone of the official REAT code, whose step and epoch are timed too."""
+    epochs: int = 8
+    """Epochs of the short training."""
+    flags: str = ""
+    """Further flags for the training of 80 epochs, in one string: forms that the ladder favours."""
+    parts: tuple[str, ...] = ()
+    """Names of the parts to run, of whichever call; unset: all of the call."""
+    minutes: float = 9.0
+    """The part that runs when so many minutes have passed is ended, and no other begins."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One program of the suite: seconds is its limit, estimate what it should take."""
+
+    name: str
+    arguments: list[str]
+    seconds: int
+    estimate: int = 0
+    call: int = 1
+    lacks: str = ""
+    """What it needs and has not got; it is named and not run."""
+    under: list[str] = field(default_factory=list)
+    """Another program that runs it."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+WIDE = (
+    *("captured, eager", "captured, compiled", "captured, cudnn-stem"),
+    *("captured, compiled, compiled update", "baseline, eager"),
+)
+"""Rungs of the ladder that WideResNet climbs too."""
+
+WHOLE = ("captured, cudnn", "baseline, max-autotune")
+"""The default beside what compiles for minutes."""
+
+LENIENT = "--strict-markers --import-mode=importlib"
+"""The addopts of pyproject.toml without --strict-config."""
+
+TOOLS = {
+    "pytest": "the parts tests, kernels and sanitizer",
+    "pytest_benchmark": "the part kernels",
+    "pytest_timeout": "the limit of each test; that of the part stays",
+    "hypothesis": "the tests in files that import it, those of most kernels among them",
+    "PIL": "the part loaders, and tests in files that import it",
+}
+"""Packages that the parts use beside those of the run time, and what is lost without them."""
+
+STEP = ["-m", "bench.bench_step", "--labels", "long-tailed", "--keep"]
+"""Classes as in training: the plain and the official form loop over samples of rare ones."""
+
+
+def parts(options: Options) -> Iterator[Part]:
+    """Yield the parts of all calls, each call's by weight.
+
+    What an earlier part or call left in the folder is looked up when the turn of a part comes.
+    """
+    yield from _first_call(options)
+    yield from _second_call(options)
+    yield from _third_call(options)
+
+
+def _first_call(options: Options) -> Iterator[Part]:
+    yield Part("verify", ["-m", "reat_fast.verify", "--device", "cuda"], 150, 45)
+    # A file whose imports are missing leaves the others.
+    tests = ["-m", "gpu", "tests", "--durations=5", "--continue-on-collection-errors"]
+    yield Part("tests", [*_pytest(limit=120), *tests], 240, 150)
+    # The last rung begun at 180 s may compile for a minute, and then all are timed.
+    yield Part("step", [*STEP, *_official(options), "--seconds", "180"], 270, 220)
+    yield from _without_official(options, "official step", 1)
+    # One timed call, and not in true float32: the part epoch has that.
+    evaluation = ["--repeats", "1", "--precisions", "bf16", "tf32", "--keep"]
+    yield Part("evaluation", ["-m", "bench.bench_evaluation", *evaluation], 120, 45)
+    drops = [str(options.epochs * share // 16) for share in (12, 15)]  # as 60 and 75 of 80
+    short = ["--epochs", str(options.epochs), "--milestones", *drops]
+    yield _training(options, "training", 1, short, seconds=120, estimate=55)
+
+
+def _second_call(options: Options) -> Iterator[Part]:
+    convolutions = ["-m", "bench.bench_convolutions", "--keep"]
+    yield Part("convolutions", convolutions, 150, 100, 2)
+    sanitizer = compute_sanitizer()
+    yield Part(
+        "sanitizer",
+        [*_pytest(), "-m", "gpu", "-k", TESTS, *FILES],
+        150,
+        60,
+        2,
+        "" if sanitizer else "no compute-sanitizer",
+        sanitizer or [],
+        ENVIRONMENT,
+    )
+    long = ["--epochs", "80", "--milestones", "78", *options.flags.split()]
+    yield _training(options, "training-80", 2, long, seconds=240, estimate=165)
+    yield _trained(options)  # last, for it goes on where it was
+
+
+def _third_call(options: Options) -> Iterator[Part]:
+    timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}", "--keep"]
+    yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 90, 3)
+    wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "90", "--rungs", *WIDE]
+    yield Part("step-wrn", [*STEP, *wide], 150, 110, 3)
+    epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
+    yield Part("epoch", epoch, 150, 80, 3)
+    yield from _without_official(options, "official epoch", 3)
+    yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120, 40, 3)
+    autotune = [*STEP, "--max-autotune", "--rungs", *WHOLE]
+    yield Part("step-autotune", autotune, 400, 200, 3)
+
+
+def _official(options: Options) -> list[str]:
+    return [] if options.official is None else ["--official", str(options.official)]
+
+
+def _without_official(options: Options, name: str, call: int) -> Iterator[Part]:
+    """Name what the part before leaves out."""
+    if options.official is None:
+        yield Part(name, [], 0, call=call, lacks="no --official")
+
+
+def _training(
+    options: Options, name: str, call: int, flags: list[str], *, seconds: int, estimate: int
+) -> Part:
+    """Train a run in the folder of this suite, or go on with it where it was broken off."""
+    folder = run_folder(options, name)
+    arguments = ["-m", "reat_fast.train"]
+    if has_checkpoint(folder):
+        arguments += ["--resume", str(folder)]
+    else:
+        arguments += ["reat", "--fused", "--profile", "--eval-every", "100"]
+        arguments += ["--data", str(options.data), "--run-dir", str(folder), *flags]
+    lacks = "no --data" if options.data is None else ""
+    return Part(name, arguments, seconds, estimate, call, lacks)
+
+
+def _trained(options: Options) -> Part:
+    """AutoAttack of the network trained longest. It goes on in the same folder when cut short."""
+    folders = [run_folder(options, name) for name in ("training-80", "training")]
+    trained = [folder for folder in folders if (folder / "evaluation.json").is_file()]
+    lacks = ""
+    if not trained:
+        lacks = "no --data" if options.data is None else "no trained network"
+    run = str((trained or folders)[0])
+    # Batches as large as pay: figures do not depend on them.
+    attack = ["-m", "bench.bench_trained", run, "--batch-size", "1000", "--keep"]
+    return Part("autoattack", attack, 300, 200, 2, lacks)
+
+
+def run_folder(options: Options, name: str) -> Path:
+    """Name the folder of the run that a part trains."""
+    return options.out / name.replace("training", "run")
+
+
+def _pytest(limit: int | None = None) -> list[str]:
+    """Return the call of pytest, with a limit in seconds for each test where that can be set."""
+    call = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.stopping"]
+    if not installed("pytest_timeout"):  # its setting in pyproject.toml would be an error
+        return [*call, "-o", f"addopts={LENIENT}"]
+    return call if limit is None else [*call, f"--timeout={limit}"]
+
+
+def installed(module: str) -> bool:
+    """Say whether a package can be imported."""
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,79 @@
+"""The evaluation of a trained network with its time: rows of figures, and a search that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_data import made_npz
+from made_run import made_run
+
+from bench import bench_trained
+from bench.records import Figure
+from reat_fast import evaluate, train
+from reat_fast.cli.command import run_command
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    kept: list[Figure] = []
+    monkeypatch.setattr(bench_trained, "record", lambda figures, *_: kept.extend(figures))
+    return kept
+
+
+def test_a_trained_network_gives_its_times_and_accuracies(
+    tmp_path: Path, rows: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run = made_npz(tmp_path / "made.npz", classes=5), tmp_path / "run"
+    small = ["reat", "--dataset", "npz", "--data", data, "--model", "resnet8", "--width", 8]
+    small += ["--imbalance", 0.2, "--steps", 1, "--epochs", 1, "--batch-size", 32]
+    small += ["--run-dir", run, "--device", "cpu", "--quiet"]
+    assert run_command(train.main, [str(word) for word in small]) == 0
+    monkeypatch.setattr(bench_trained, "LINES", (("clean", "pgd2"), ("fgsm",)))
+    before = (run / "evaluation.json").read_bytes()
+    arguments = [str(run), "--precision", "float32", "--subset", "20", "--device", "cpu", "--keep"]
+    assert run_command(bench_trained.main, arguments) == 0
+    found = {row.what: row for row in rows}
+    assert list(found)[:2] == ["trained: training", "trained: clean pgd2"]
+    assert found["trained: fgsm"].unit == "s" and found["trained: fgsm"].value > 0
+    assert 0 <= found["trained: pgd2 overall"].value <= found["trained: clean overall"].value
+    assert "resnet8, 1 epochs, 20 images" in found["trained: fgsm tail"].shape
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_a_search_that_goes_on_says_that_its_time_is_of_the_rest(
+    tmp_path: Path, rows: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_run(tmp_path / "run")
+    (run / evaluate.STATE).touch()
+    asked: list[Any] = []
+
+    def evaluated(flags: list[str]) -> int:
+        attacks = flags[flags.index("--attacks") + 1 : flags.index("--precision")]
+        asked.append(attacks)
+        figures = {attack: {"overall": 50.0, "tail": None} for attack in attacks}
+        result = {"samples": 9, "seconds": 3.0, "attacks": figures}
+        Path(flags[flags.index("--out") + 1]).write_text(json.dumps(result))
+        return 0
+
+    monkeypatch.setattr(evaluate, "main", evaluated)
+    assert run_command(bench_trained.main, [str(run), "--device", "cpu", "--keep"]) == 0
+    assert asked == [["clean", "pgd20"], ["aa"]]
+    times = {row.what: row.value for row in rows if row.unit == "s"}
+    assert times == {
+        "trained: training": 16.0,
+        "trained: clean pgd20": 3.0,
+        "trained: aa, the rest": 3.0,
+    }
+    assert [row.what for row in rows if row.unit == "%"] == [
+        f"trained: {attack} overall" for attack in ("clean", "pgd20", "aa")
+    ]
+
+
+def test_a_folder_without_a_run_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(bench_trained.main, [str(tmp_path / "none"), "--device", "cpu"]) == 2
+    assert "config.json" in capsys.readouterr().err
