@@ -37,6 +37,15 @@ def test_a_model_comes_back_from_the_folder_the_weights_and_the_checkpoint(run_d
     assert spec == SPEC
 
 
+def test_a_run_before_its_first_step_has_no_model(tmp_path: Path) -> None:
+    state = {"model": SPEC.build().state_dict(), "model_spec": dict(vars(SPEC)), "epoch": 0}
+    checkpoint.save_checkpoint(tmp_path, {**state, "batch": 0})
+    with pytest.raises(CheckpointError, match="has not been trained yet; go on with --resume"):
+        load_model(tmp_path)
+    checkpoint.save_checkpoint(tmp_path, {**state, "batch": 1})
+    assert isinstance(load_model(tmp_path), torch.nn.Module)
+
+
 def test_the_best_weights_go_before_the_last(run_dir: Path) -> None:
     torch.manual_seed(9)
     best = SPEC.build()

@@ -194,6 +194,23 @@ class Tags(HTMLParser):
         self.text += data
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "with BatchNorm in eval mode these weights cannot change an adversarial example"),
+        ({"attack": "free"}, "attack was the gradient of training itself, without them"),
+        ({"attack_loss": "rbl_offsets"}, "attack used them (attack loss rbl_offsets)"),
+        ({"attack_loss": "bsl"}, "attack did without them (attack loss bsl)"),
+    ],
+)
+def test_the_page_says_what_the_weights_did(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = made_run(tmp_path / "run", **settings)
+    assert command(folder, "--no-model") == 0
+    assert words in (folder / "report.html").read_text("utf-8")
+
+
 def test_names_are_shown_and_never_become_part_of_the_page(tmp_path: Path) -> None:
     run = made_run(tmp_path / "<img src=x onerror=alert(1)>", model="resnet18")
     assert command(run, "--no-model") == 0

@@ -193,11 +193,15 @@ def _statistics_pictures(run: RunRecord) -> list[Picture]:
         return []
     used = resolve_attack_loss(run.config)
     acts = (
-        f"This run's attack used them (attack loss {used})."
-        if used != "ce"
-        else "This run's attack used plain cross-entropy: with BatchNorm in eval mode these "
-        "weights cannot change an adversarial example."
+        "This run's attack used plain cross-entropy: with BatchNorm in eval mode these weights "
+        "cannot change an adversarial example."
     )
+    if run.config.attack == "free":
+        acts = "This run's attack was the gradient of training itself, without them."
+    elif used.startswith("rbl"):
+        acts = f"This run's attack used them (attack loss {used})."
+    elif used != "ce":
+        acts = f"This run's attack did without them (attack loss {used})."
     arguments = (run.counts, run.ae_counts, run.class_names)
     few = len(run.counts) <= FEW
     before, after = ("Hollow", "solid") if few else ("Line", "dots")
