@@ -24,7 +24,8 @@ from bench.records import Figure, record
 from bench.timing import timed
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import Config, Radius, from_json
+from reat_fast.cli.radius import Radius
+from reat_fast.config import Config, from_json
 from reat_fast.data import load_run_data
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.records import Figure, record
 from bench.timing import seconds, timed
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import Radius
+from reat_fast.cli.radius import Radius
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate

@@ -12,40 +12,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from reat_fast.cli.command import parse_flags
+from reat_fast.cli.radius import Radius
 from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.storage.typed_fields import from_values
-
-
-def fraction(text: str) -> float:
-    """Read a number that may be written as a fraction, as the field writes radii: "8/255"."""
-    numerator, _, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
-
-
-def fraction_text(value: float) -> str:
-    """Write a radius the way the field does: 8/255 where it is one, the plain number elsewhere."""
-    levels = value * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-9 else f"{value:g}"
-
-
-Radius = Annotated[
-    float,
-    tyro.constructors.PrimitiveConstructorSpec[float](
-        nargs=1,
-        metavar="FLOAT|N/255",
-        instance_from_str=lambda words: fraction(words[0]),
-        is_instance=lambda instance: isinstance(instance, (int, float)),
-        str_from_instance=lambda instance: [fraction_text(instance)],
-    ),
-]
 
 
 @dataclass(frozen=True)

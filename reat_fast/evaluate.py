@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import Config, Radius, flag, from_json
+from reat_fast.cli.radius import Radius
+from reat_fast.config import Config, flag, from_json
 from reat_fast.data import Dataset, ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision

@@ -9,8 +9,8 @@ import torch
 
 from reat_fast.checkpoint import has_checkpoint
 from reat_fast.cli.command import run_command
+from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
-from reat_fast.config import fraction_text
 from reat_fast.engine.distributed import World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.precision import resolve_precision

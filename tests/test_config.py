@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reat_fast.config import PRESETS, Config, flag, fraction, from_json, parse, to_json
+from reat_fast.cli.radius import fraction
+from reat_fast.config import PRESETS, Config, flag, from_json, parse, to_json
 
 
 def test_the_first_word_chooses_the_preset_and_flags_change_it() -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reat_fast.config import Config, fraction_text, from_json
+from reat_fast.cli.radius import fraction_text
+from reat_fast.config import Config, from_json
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
 """The figures of an attack, in the order tables show them."""

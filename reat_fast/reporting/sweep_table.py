@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reat_fast.config import fraction_text
+from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting.tables import (
     PROTOCOL,

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from reat_fast.config import LOCAL_FIELDS, fraction_text
+from reat_fast.cli.radius import fraction_text
+from reat_fast.config import LOCAL_FIELDS
 from reat_fast.data import head_body_tail
 from reat_fast.evaluation.figures import MAIN_ATTACK
 from reat_fast.reporting.data import PARTS, TAIL80, RunRecord

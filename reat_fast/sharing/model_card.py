@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from reat_fast.config import fraction_text
+from reat_fast.cli.radius import fraction_text
 from reat_fast.reporting.data import PARTS
 from reat_fast.reporting.tables import markdown, markdown_text, mean_text
 
