@@ -162,7 +162,7 @@ def test_a_training_goes_on_and_autoattack_takes_the_longest_that_ended(tmp_path
 
 def test_make_passes_what_is_named_on(pytestconfig: pytest.Config) -> None:
     def printed(*given: str) -> str:
-        command = ["make", "-n", "gpu", "python=p", *given]
+        command = ["make", "--no-print-directory", "-n", "gpu", "python=p", *given]
         root = pytestconfig.rootpath
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
         return " ".join(done.stdout.replace("\\\n", " ").split())

@@ -189,4 +189,5 @@ def test_the_inspection_sees_what_it_looks_for_and_the_policy_forbids_it(tmp_pat
     assert sum("Content Security Policy" in line for line in console) == 2  # script and picture
     found = inspect(bad, tmp_path)
     assert found["title"] == "executed" and found["scripts"] == 2
-    assert len(found["fetched"]) == 1 and len(found["broken"]) == 1 and found["overflow"] > 0
+    assert len(set(found["fetched"])) == 1  # a picture may be tried twice
+    assert len(found["broken"]) == 1 and found["overflow"] > 0
