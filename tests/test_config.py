@@ -74,7 +74,7 @@ def test_bad_input_is_one_line_that_names_the_flag(arguments: list[str], named: 
     ("arguments", "cure"),
     [
         (["robustlt"], "--radius same --attack-batchnorm eval"),
-        (["reat-plus", "--awp", "0"], "--radius same"),
+        (["at-bsl", "--radius", "class"], "--radius same"),
         (["reat-offsets"], "--attack-loss auto"),
         (["reat-batchnorm"], "--attack-batchnorm eval --attack-loss auto"),
         (["trades"], "--attack-loss auto"),

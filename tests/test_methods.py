@@ -205,6 +205,7 @@ def reference_step(
             beta,
             tail=settings.get("tail", "official"),
             tail_coefficient=settings.get("tail_coefficient", 1.0),
+            label_smoothing=settings.get("label_smoothing", 0.0),
         )
 
     if settings.get("awp"):
@@ -717,11 +718,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "reat-plus": {
         **AT_BSL,
-        **LARGER_FOR_RARE,
         "epochs": 88,
         "milestones": (66, 79),
         "ema": 0.999,
         "policy": "autoaugment",
+        "label_smoothing": 0.1,
         "awp": 0.005,
     },
 }

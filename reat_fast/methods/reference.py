@@ -28,12 +28,26 @@ def kl(clean: Tensor, adv: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Average the cross-entropy to targets of which a share is spread over all classes."""
+    targets = torch.full_like(logits, label_smoothing / logits.shape[1])
+    for b, label in enumerate(labels.tolist()):
+        targets[b, label] += 1 - label_smoothing
+    return -(targets * logits.log_softmax(1)).sum() / len(logits)
+
+
 def trades_loss(
-    network: Network, clean: Tensor, adv: Tensor, labels: Tensor, beta: float = 6.0
+    network: Network,
+    clean: Tensor,
+    adv: Tensor,
+    labels: Tensor,
+    beta: float = 6.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Compute CE(clean) + beta KL(clean || adv)."""
     clean_logits, adv_logits = network(clean), network(adv)
-    return F.cross_entropy(clean_logits, labels) + beta * kl(clean_logits, adv_logits).mean()
+    ce = cross_entropy(clean_logits, labels, label_smoothing)
+    return ce + beta * kl(clean_logits, adv_logits).mean()
 
 
 def mart_loss(
@@ -242,19 +256,21 @@ def loss_of(
     beta: float,
     tail: str = "none",
     tail_coefficient: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Compute a loss by the name that make_objective takes, bsl with REAT's tail penalty."""
     match objective:
         case "ce":
-            return F.cross_entropy(network(adv), labels)
+            return cross_entropy(network(adv), labels, label_smoothing)
         case "bsl":
             features, logits = network.forward_features_logits(adv)
-            loss = reference.balanced_softmax_loss(logits, labels, counts)
+            shifted = logits + torch.tensor([max(n, 1) for n in counts]).to(logits).log()
+            loss = cross_entropy(shifted, labels, label_smoothing)
             if tail == "none":
                 return loss
             return loss + tail_coefficient * reference.tail_penalty(features, labels, counts, tail)
         case "trades":
-            return trades_loss(network, clean, adv, labels, beta)
+            return trades_loss(network, clean, adv, labels, beta, label_smoothing)
         case "mart":
             return mart_loss(network, clean, adv, labels, beta)
         case "robal":
