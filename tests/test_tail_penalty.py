@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from old_triton import interprets_no_loop
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,7 @@ from reat_fast.kernels.tail_penalty import (
     tail_penalty_and_gradient,
     tail_penalty_and_gradient_torch,
 )
-from reat_fast.kernels.triton_support import INTERPRETED, TRITON_INSTALLED, triton
+from reat_fast.kernels.triton_support import TRITON_INSTALLED
 
 PLACES = [
     pytest.param("torch", "cpu", id="torch"),
@@ -30,12 +30,7 @@ PLACES = [
 pytestmark = [
     # Rows beyond the batch pass through inf - inf.
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    pytest.mark.skipif(
-        INTERPRETED
-        and [*map(int, triton.__version__.split(".")[:2])] < [3, 7]
-        and [*map(int, np.__version__.split(".")[:2])] >= [2, 4],
-        reason="Triton before 3.7 interprets no loop over the batch with numpy 2.4 or newer",
-    ),
+    interprets_no_loop,
 ]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
 both_forms = pytest.mark.parametrize("form", ["official", "pairwise"])

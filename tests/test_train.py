@@ -143,6 +143,7 @@ def test_what_a_resumed_run_refuses(
     other = made_npz(tmp_path / "other.npz", train=41)
     capsys.readouterr()
     for arguments, named in [
+        (("reat", *SMALL, "--data", data, "--run-dir", data / "x"), "x: cannot be made (Not a dir"),
         (("--resume", run_dir, "--lr", "0.3"), "--lr 0.3: the run was begun with 0.05"),
         (("--resume", run_dir, "--data", other), "the training images are not those"),
         (("--resume", tmp_path / "absent"), "absent: no such folder"),

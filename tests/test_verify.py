@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from old_triton import interprets_no_loop
 from torch import Tensor
 
 from reat_fast import verify
@@ -44,6 +45,7 @@ def test_an_error_that_is_not_a_number_does_not_hold() -> None:
 
 
 @pytest.mark.interpreter
+@interprets_no_loop
 def test_every_kernel_holds_in_the_interpreter() -> None:
     device = torch.device("cpu")
     rows = list(ops.compare_ops(device, "triton"))

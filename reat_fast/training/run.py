@@ -26,7 +26,7 @@ from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, make_optimizer
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.plan import Plan
-from reat_fast.training.run_folder import FolderLock, describe_run, write_table
+from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_table
 
 
 class Run:
@@ -150,7 +150,7 @@ class Run:
     def open_folder(self) -> None:
         """Take the folder for this process; write what describes the run, and its beginning."""
         if self.world.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock = FolderLock(self.folder)
             if self.plan.state is None and checkpoint.has_checkpoint(self.folder):
                 raise CheckpointError(

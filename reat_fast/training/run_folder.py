@@ -45,6 +45,16 @@ class FolderLock:
         os.close(self._descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run, unless it is there. Errors: CheckpointError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"--run-dir {folder}: cannot be made ({error.strerror}); name another folder"
+        ) from error
+
+
 def never_began(folder: Path) -> bool:
     """Say whether a folder is what a run leaves that was killed before its first checkpoint.
 
