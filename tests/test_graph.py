@@ -17,7 +17,7 @@ import torch
 from test_step import COUNTS, make_model, uint8_batch
 
 from reat_fast.config import Config
-from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.graph import CapturedStep, record
 from reat_fast.loaders import Batch
 from reat_fast.step import TrainStep, make_optimizer
 from reat_fast.train import set_learning_rate
@@ -167,3 +167,32 @@ def test_a_learning_rate_that_would_be_baked_in_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="learning rate that is a tensor"):
         CapturedStep(TrainStep(model, optimizer, COUNTS, CONFIG), batches()[0])
+
+
+def test_a_capture_is_not_ended_by_what_the_threads_of_a_loader_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: list[object] = []
+    inner = torch.cuda.graph
+
+    def noting(graph: Any, **named: Any) -> Any:
+        modes.append(named["capture_error_mode"])
+        return inner(graph, **named)
+
+    monkeypatch.setattr(torch.cuda, "graph", noting)
+    CapturedStep(make_step(), batches()[0])
+    assert modes == ["thread_local"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    before = torch.cuda.current_stream()
+
+    def fails() -> None:
+        raise RuntimeError("cannot be captured")
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        record(FakeGraph(), fails, torch.cuda.Stream())  # type: ignore[arg-type]
+    assert streams == [before]

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where glibc can be told so."""
+"""Freed memory stays with the process where glibc can be told so; a GPU is chosen and counted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from reat_fast.cli.command import choose_device
+from reat_fast.engine.memory import forget_peak_memory
 
 FAULTS = """
 import resource, sys, torch
@@ -39,3 +43,22 @@ def test_large_blocks_are_taken_again_without_page_faults() -> None:
 
 def test_what_was_told_can_be_undone() -> None:
     assert faults("give back") > 100
+
+
+def test_the_peak_of_a_gpu_is_counted_anew_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: called.append("reset"))
+    forget_peak_memory(torch.device("cpu"))
+    assert called == []
+    forget_peak_memory(torch.device("cuda", 0))
+    assert called == ["empty", "reset"]
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert str(choose_device(name)) == name
+    assert chosen == [torch.device("cuda", 1)]
