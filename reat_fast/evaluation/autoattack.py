@@ -167,7 +167,7 @@ class AutoAttack:
         if stage == "fab-t":
             # It aims at where two logits meet, and bfloat16 cannot tell where that is: of 79 images
             # FAB left 56 in bfloat16 and 50 in float32, where Auto-PGD found the same in both.
-            with victim.unrounded():
+            with victim.finer(clean):
                 return fab(victim, clean, labels, targets, eps=eps, steps=self.steps)
         objective = apgd.targeted_dlr if stage == "apgd-t" else apgd.cross_entropy
         noise = eps * _unit_noise(clean, self.seed, rank, samples)

@@ -43,7 +43,7 @@ class CapturedAscent:
 
     def __init__(self, victim: Victim, loss: str, size: int, clean: Tensor) -> None:
         self.loss = loss
-        self._victim, self._network = victim, victim.for_one_shape()
+        self._victim = victim
         shape, strides = (size, *clean.shape[1:]), (clean[0].numel(), *clean.stride()[1:])
         self._clean = clean.new_empty_strided(shape, strides).zero_()
         self._adv = self._clean.clone()
@@ -90,7 +90,7 @@ class CapturedAscent:
     def _step(self) -> Tensor:
         """Take one step from where self._adv stands, in place; return the images it leads to."""
         return ascend(
-            self._network,
+            self._victim.logits,
             self._adv,
             self._clean,
             self._labels,

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from reat_fast.attack import evaluating
 from reat_fast.engine.precision import Precision, allowed_tf32, full_precision
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
-from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.networks.frozen import DEFAULT_FORM, Form, FrozenNetwork
 
 
 class Victim:
@@ -32,28 +33,29 @@ class Victim:
         self.precision = precision
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._source = _channels_last(model) if self.device.type == "cuda" else model
-        form: Form = "cpu" if self.device.type == "cpu" else "eager"
-        self._fine = self._frozen = FrozenNetwork(self._source, form=form)
+        self._on_gpu = self.device.type == "cuda"
+        source = _channels_last(model) if self._on_gpu else model
+        self._fine = FrozenNetwork(source, form="eager" if self._on_gpu else "cpu")
+        self._frozen = self._finer = self._fine
         if precision == "bf16":
-            self._frozen = FrozenNetwork(self._source, torch.bfloat16)
+            self._frozen = FrozenNetwork(source, torch.bfloat16, _fused(self._on_gpu))
+        if precision == "bf16" and self._on_gpu:
+            self._finer = FrozenNetwork(source, torch.float16, _fused(self._on_gpu))
         self._bar = tqdm(disable=True) if bar is None else bar
 
     def __call__(self, images: Tensor) -> Tensor:
         self.count(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))
-        return self._frozen(images).to(self.dtype)
+        if not self._on_gpu:
+            return self.logits(images)
+        return self.logits(filled_up(images))[: len(images)]
 
-    def for_one_shape(self) -> Callable[[Tensor], Tensor]:
-        """Return what gives the same logits, to rounding, for batches of one shape; counts none.
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the logits of a call without counting it, for batches of one shape.
 
-        In bf16 on a GPU it is the form of the network that was fastest in training. Calling the
-        victim does not use it: cuDNN plans its fused convolutions anew for each shape, and the
-        batches of AutoAttack shrink.
+        On a GPU a call fills batches up to one of few sizes, since those of AutoAttack shrink and
+        cuDNN plans its fused convolutions anew for each size.
         """
-        frozen = self._frozen
-        if self.precision == "bf16" and self.device.type == "cuda":
-            frozen = FrozenNetwork(self._source, torch.bfloat16, "cudnn")
-        return lambda images: frozen(images).to(self.dtype)
+        return self._frozen(images).to(self.dtype)
 
     def count(self, passes: int) -> None:
         """Move the progress bar on by forward passes of one image."""
@@ -91,9 +93,14 @@ class Victim:
         return found
 
     @contextmanager
-    def unrounded(self) -> Iterator[None]:
-        """Search in float32 inside the block, or TF32, where precision is bf16."""
-        quick, self._frozen = self._frozen, self._fine
+    def finer(self, images: Tensor) -> Iterator[None]:
+        """Search with at least the 11 bits of TF32 inside the block, where precision is bf16.
+
+        On a GPU that is float16, where it can hold the logits of images [B, C, H, W], else float32.
+        """
+        quick, self._frozen = self._frozen, self._finer
+        if self._finer is not self._fine and not self.logits(filled_up(images)).isfinite().all():
+            self._frozen = self._fine
         try:
             yield
         finally:
@@ -104,6 +111,17 @@ class Victim:
         self._bar.set_description_str(what, refresh=False)
         self._bar.total = self._bar.n + passes
         self._bar.refresh()
+
+
+def filled_up(images: Tensor) -> Tensor:
+    """Fill a batch [B, C, H, W] up with zeros to one of four sizes per power of two, from 16 on."""
+    part = max(2 ** (len(images).bit_length() - 3), 4)
+    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % part))
+
+
+def _fused(on_gpu: bool) -> Form:
+    """Name the form of a network in 16 bits: on a GPU the one that is fastest in training."""
+    return "cudnn" if on_gpu else DEFAULT_FORM
 
 
 def _channels_last(model: Network) -> Network:
