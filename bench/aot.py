@@ -32,6 +32,7 @@ from reat_fast.kernels import triton_support
 from reat_fast.kernels.class_loss import MOST_CLASSES, class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
+from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import Noise, prepare
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 
@@ -94,6 +95,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         images = torch.zeros(128, 32, 32, 3, dtype=torch.uint8)
         start = partial(prepare, images, _integers(128), 0, 0, 8 / 255, backend="triton")
         yield _name(f"prepare {noise}", images), partial(start, noise=noise)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
+        yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
     for step in (linf_step_, l2_step_):
         for dtype in (torch.float32, torch.bfloat16):
             adv = torch.zeros(128, 3, 32, 32)

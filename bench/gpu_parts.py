@@ -55,7 +55,7 @@ class Part:
 
 
 WIDE = (
-    *("captured, eager", "captured, compiled", "captured, cudnn-stem"),
+    *("captured, eager", "captured, compiled", "captured, cudnn"),
     *("captured, compiled, compiled update", "baseline, eager"),
 )
 """Rungs of the ladder that WideResNet climbs too."""

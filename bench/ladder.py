@@ -32,7 +32,7 @@ Labels = Literal["uniform", "long-tailed"]
 Step = Callable[[], object]
 Returned = TypeVar("Returned")
 
-CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "cudnn-stem")
+CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn")
 DEFAULT = "captured, cudnn"
 """The rung that training takes on a GPU unless told otherwise."""
 
@@ -165,8 +165,6 @@ class Ladder:
         yield Rung(name, lambda: _under(determinism, lambda: self._capture(name, low)), "bfloat16")
         update = replace(low, update_form="compiled")
         yield self._replayed("captured, cudnn, compiled update", update)
-        stem = replace(update, form="cudnn-stem")
-        yield self._replayed("captured, cudnn-stem, compiled update", stem)
         whole = replace(update, form="compiled")
         yield self._replayed("captured, compiled, compiled update", whole)
         for name, mode in RECORDED.items():

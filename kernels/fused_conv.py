@@ -13,12 +13,17 @@ have more input channels than x: x is read as if zeros followed, and their gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from reat_fast.kernels.masked_sum import masked_sum
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding, dilation, groups."""
 
 
 def conv_relu_torch(
@@ -83,55 +88,55 @@ def _shaped_as_filled(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-@torch.library.custom_op("reat_fast::conv_relu", mutates_args=())
-def _conv_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    # cuDNN has no such engine for float64.
-    form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
-    return form(x, weight, bias, residual, stride, padding, dilation, groups)
+class _ConvRelu(torch.autograd.Function):
+    """conv_relu with its own backward; the output once, or twice for two operations to read."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        geometry: Geometry,
+        twice: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # cuDNN has no such engine for float64.
+        form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
+        output = form(x, weight, bias, residual, *geometry)
+        ctx.geometry, ctx.has_residual = geometry, residual is not None
+        ctx.save_for_backward(x, weight, output)
+        ctx.set_materialize_grads(False)
+        return (output, output.view_as(output)) if twice else output
 
-_conv_relu.register_fake(conv_relu_torch)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, residual, *ctx.geometry = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, weight, output)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, output = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.geometry
-    masked = torch.ops.aten.threshold_backward(grad, output, 0)
-    grad_x = None
-    if ctx.needs_input_grad[0]:
-        grad_x, _, _ = torch.ops.aten.convolution_backward(
-            masked,
-            _shaped_as_filled(x, weight, groups),  # the input's values are for other gradients
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            [True, False, False],
-        )
-        grad_x = grad_x[:, : x.shape[1]]
-    return grad_x, None, None, masked if ctx.has_residual else None, None, None, None, None
-
-
-_conv_relu.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, output = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * 6
+        if len(given) == 2:
+            masked = masked_sum(output, *given)
+        else:
+            masked = torch.ops.aten.threshold_backward(given[0], output, 0)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x, _, _ = torch.ops.aten.convolution_backward(
+                masked,
+                _shaped_as_filled(x, weight, groups),  # the input's values are for other gradients
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0] * len(stride),
+                groups,
+                [True, False, False],
+            )
+            grad_x = grad_x[:, : x.shape[1]]
+        return grad_x, None, None, masked if ctx.has_residual else None, None, None
 
 
 def conv_relu(
@@ -152,7 +157,34 @@ def conv_relu(
     PyTorch. float64 and CPU tensors take PyTorch's operators.
     Raises ValueError for a weight or bias that asks for a gradient, or a residual of another shape.
     """
+    geometry = (stride, padding, dilation, groups)
+    output: Tensor = _checked(weight, bias)(x, weight, bias, residual, geometry, False)
+    return output
+
+
+def conv_relu_twice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return the output of conv_relu and another name of it, for two operations that read it.
+
+    Neither may write to it. The two gradients are summed and masked in one pass.
+    """
+    geometry = (stride, padding, dilation, groups)
+    outputs: tuple[Tensor, Tensor] = _checked(weight, bias)(
+        x, weight, bias, residual, geometry, True
+    )
+    return outputs
+
+
+def _checked(weight: Tensor, bias: Tensor | None) -> Callable[..., Any]:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("conv_relu has no gradient for weight and bias: give them detached")
-    output: Tensor = _conv_relu(x, weight, bias, residual, stride, padding, dilation, groups)
-    return output
+    apply: Callable[..., Any] = _ConvRelu.apply
+    return apply

@@ -24,6 +24,7 @@ WIDE = {
     "_prepare_kernel": (False, True),  # gathers single bytes, flipped or not
     "_linf_step_kernel": (True, True),
     "_l2_step_kernel": (True, True),
+    "_masked_sum_kernel": (True, True),
 }
 # Bytes of stack that are no spills: sine and cosine reduce large angles in an array of 7 words.
 ARRAYS = {"prepare normal uint8 [128, 32, 32, 3]": 32}

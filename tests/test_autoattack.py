@@ -384,7 +384,7 @@ def test_no_image_counts_as_fooled_that_the_model_itself_gets_right(
         right = ~victim.fooled(images, labels)
         honest = victim._frozen
         # Quick logits that always name another class suspect every image at every step.
-        victim._frozen = victim._fine = lambda x: -honest(x)
+        victim._frozen = lambda x: -honest(x)
         standing = search(victim, images, labels, steps=3, queries=3, eps=0.0).run()
     assert torch.equal(standing.robust, right)
 

@@ -86,7 +86,7 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.G
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 @pytest.mark.parametrize("name", NAMES)
 def test_folding_changes_nothing_but_rounding(name: str, form: Form) -> None:
     model = trained(name)
@@ -94,7 +94,7 @@ def test_folding_changes_nothing_but_rounding(name: str, form: Form) -> None:
     assert_equal_to_rounding(FrozenNetwork(model, form=form), model, images)
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "preact_resnet18"])
 def test_float32_is_no_further_from_float64_than_the_unfolded_network(
     name: str, form: Form
@@ -111,7 +111,7 @@ def test_float32_is_no_further_from_float64_than_the_unfolded_network(
         assert float((b - right).norm()) < 4 * float((a - right).norm())
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
 def test_bfloat16_rounds_folded_weights_and_keeps_batchnorm(name: str, form: Form) -> None:
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_bfloat16_rounds_folded_weights_and_keeps_batchnorm(name: str, form: For
     assert kinds.get(nn.BatchNorm2d, torch.float32) == torch.float32
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 def test_refresh_takes_up_new_weights_and_statistics_in_the_same_memory(form: Form) -> None:
     model = trained("preact_resnet18")
     frozen = FrozenNetwork(model, form=form)
@@ -149,14 +149,14 @@ def test_refresh_takes_up_new_weights_and_statistics_in_the_same_memory(form: Fo
     assert {name: t.data_ptr() for name, t in frozen._copy.state_dict().items()} == before
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 def test_nothing_waits_for_the_device(form: Form, forbid_syncs: None) -> None:
     frozen = FrozenNetwork(trained("preact_resnet18"), form=form)
     frozen.refresh()
     logits_and_gradient(frozen, torch.rand(2, 3, 8, 8, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 @pytest.mark.parametrize("name", ["resnet8", "preact_resnet18"])
 def test_no_weight_gets_a_gradient_and_the_source_is_left_alone(name: str, form: Form) -> None:
     model = trained(name).train()
@@ -175,25 +175,23 @@ def test_no_weight_gets_a_gradient_and_the_source_is_left_alone(name: str, form:
 
 
 @pytest.mark.parametrize(
-    ("name", "unfolded", "fused", "stems"),
+    ("name", "unfolded", "fused"),
     [
-        # Every convolution that ReLU follows: all but those of the shortcuts, and the stem, whose
-        # three channels cuDNN's fused engines may not take.
-        ("resnet18", [], 16, 1),
-        ("resnet50", [], 48, 1),
+        # Every convolution that ReLU follows: all but those of the shortcuts.
+        ("resnet18", [], 17),
+        ("resnet50", [], 49),
         # What normalises a sum stays; the first BatchNorm of a wide network reads the stem alone.
-        ("preact_resnet18", [f"stages.{k // 2}.{k % 2}.bn" for k in range(8)] + ["bn"], 8, 0),
-        ("wrn28_10", [f"stages.{k // 4}.{k % 4}.bn" for k in range(1, 12)] + ["bn"], 12, 1),
+        ("preact_resnet18", [f"stages.{k // 2}.{k % 2}.bn" for k in range(8)] + ["bn"], 8),
+        ("wrn28_10", [f"stages.{k // 4}.{k % 4}.bn" for k in range(1, 12)] + ["bn"], 13),
     ],
 )
 def test_what_stays_is_named_and_what_is_fused_is_counted(
-    name: str, unfolded: list[str], fused: int, stems: int
+    name: str, unfolded: list[str], fused: int
 ) -> None:
     model = trained(name)
     frozen = FrozenNetwork(model, form="cudnn")
     assert frozen.unfolded == unfolded
     assert frozen.fused == fused
-    assert FrozenNetwork(model, form="cudnn-stem").fused == fused + stems
 
 
 class ScaledConv(nn.Conv2d):
@@ -240,7 +238,7 @@ class Varied(nn.Module):
         return maps.mean((2, 3))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 def test_only_a_batchnorm_with_a_convolution_of_its_own_is_folded(form: Form) -> None:
     torch.manual_seed(0)
     model = Varied().double()
@@ -295,7 +293,7 @@ class DataDependent(nn.Module):
         return (maps if images.mean() > 0.5 else -maps).relu().mean((2, 3))
 
 
-@pytest.mark.parametrize("form", ["eager", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "cudnn"])
 def test_a_network_that_cannot_be_traced_stays_as_it_is(form: Form) -> None:
     torch.manual_seed(0)
     model = DataDependent().double()
@@ -351,7 +349,6 @@ def test_other_forms_leave_the_gradient_to_autograd() -> None:
     model = trained("resnet8")
     assert FrozenNetwork(model, form="eager").input_gradient is None
     assert FrozenNetwork(model, form="cudnn").input_gradient is None
-    assert FrozenNetwork(model, form="cudnn-stem").input_gradient is None
 
 
 class OneConvTwice(nn.Module):
@@ -369,7 +366,7 @@ class OneConvTwice(nn.Module):
 def test_a_padded_convolution_follows_its_weight_in_every_place() -> None:
     torch.manual_seed(0)
     model = OneConvTwice().double()
-    frozen = FrozenNetwork(model, form="cudnn-stem")
+    frozen = FrozenNetwork(model, form="cudnn")
     assert frozen.fused == 2
     images = torch.rand(2, 3, 6, 6, dtype=torch.float64)
     for _ in range(2):
@@ -380,7 +377,7 @@ def test_a_padded_convolution_follows_its_weight_in_every_place() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["eager", "compiled", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "compiled", "cudnn"])
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
 def test_forms_agree_with_float64_on_a_gpu(name: str, form: Form) -> None:
     truth = trained(name).cuda().eval()
@@ -401,7 +398,7 @@ def test_forms_agree_with_float64_on_a_gpu(name: str, form: Form) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["eager", "compiled", "cudnn", "cudnn-stem"])
+@pytest.mark.parametrize("form", ["eager", "compiled", "cudnn"])
 def test_every_form_can_be_captured_with_its_refresh(form: Form) -> None:
     model = trained("resnet18", torch.float32).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = FrozenNetwork(model, torch.bfloat16, form)

@@ -135,9 +135,12 @@ class AutoAttack:
                 standing.pending = standing.robust.nonzero().squeeze(1)
             while len(standing.pending):
                 self._announce(stage, rank)
-                rows = standing.pending[: self.batch_size]
+                # Batches of one size: a GPU takes as long for a small one as for half a large one.
+                batches = -(-len(standing.pending) // self.batch_size)
+                rows, standing.pending = standing.pending.tensor_split(
+                    [-(-len(standing.pending) // batches)]
+                )
                 standing.robust[rows] = self._survive(stage, rank, rows)
-                standing.pending = standing.pending[self.batch_size :]
                 self._write()
             standing.run, standing.pending = standing.run + 1, None
             standing.after[stage] = 100 * float(standing.robust.double().mean())

@@ -17,7 +17,7 @@ from reat_fast.attack import evaluating
 from reat_fast.engine.precision import Precision, allowed_tf32, full_precision
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
-from reat_fast.networks.frozen import DEFAULT_FORM, Form, FrozenNetwork
+from reat_fast.networks.frozen import Form, FrozenNetwork
 
 
 class Victim:
@@ -34,13 +34,9 @@ class Victim:
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self._on_gpu = self.device.type == "cuda"
-        source = _channels_last(model) if self._on_gpu else model
-        self._fine = FrozenNetwork(source, form="eager" if self._on_gpu else "cpu")
-        self._frozen = self._finer = self._fine
-        if precision == "bf16":
-            self._frozen = FrozenNetwork(source, torch.bfloat16, _fused(self._on_gpu))
-        if precision == "bf16" and self._on_gpu:
-            self._finer = FrozenNetwork(source, torch.float16, _fused(self._on_gpu))
+        self._source = _channels_last(model) if self._on_gpu else model
+        self._networks: dict[torch.dtype | None, FrozenNetwork] = {}
+        self._frozen = self._network(torch.bfloat16 if precision == "bf16" else None)
         self._bar = tqdm(disable=True) if bar is None else bar
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -98,13 +94,31 @@ class Victim:
 
         On a GPU that is float16, where it can hold the logits of images [B, C, H, W], else float32.
         """
-        quick, self._frozen = self._frozen, self._finer
-        if self._finer is not self._fine and not self.logits(filled_up(images)).isfinite().all():
-            self._frozen = self._fine
+        quick = self._frozen
+        if self.precision == "bf16":
+            self._frozen = self._finer(images)
         try:
             yield
         finally:
             self._frozen = quick
+
+    def _finer(self, images: Tensor) -> FrozenNetwork:
+        if not self._on_gpu:
+            return self._network(None)
+        half = self._network(torch.float16)
+        return half if half(filled_up(images)).isfinite().all() else self._network(None)
+
+    def _network(self, dtype: torch.dtype | None) -> FrozenNetwork:
+        """Return the folded network in 16 bits, or, for None, as fine as the model; made once.
+
+        In 16 bits on a GPU it has the form that is fastest in training.
+        """
+        if dtype not in self._networks:
+            fine: Form = "eager" if self._on_gpu else "cpu"
+            low: Form = "cudnn" if self._on_gpu else "eager"
+            form = fine if dtype is None else low
+            self._networks[dtype] = FrozenNetwork(self._source, dtype, form)
+        return self._networks[dtype]
 
     def expect(self, what: str, passes: int) -> None:
         """Tell the progress bar what is running and how many passes are left at most."""
@@ -117,11 +131,6 @@ def filled_up(images: Tensor) -> Tensor:
     """Fill a batch [B, C, H, W] up with zeros to one of four sizes per power of two, from 16 on."""
     part = max(2 ** (len(images).bit_length() - 3), 4)
     return F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % part))
-
-
-def _fused(on_gpu: bool) -> Form:
-    """Name the form of a network in 16 bits: on a GPU the one that is fastest in training."""
-    return "cudnn" if on_gpu else DEFAULT_FORM
 
 
 def _channels_last(model: Network) -> Network:

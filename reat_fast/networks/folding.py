@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reat_fast.kernels.fused_conv import conv_relu
+from reat_fast.kernels.fused_conv import conv_relu, conv_relu_twice
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
 # other padding or an activation behind; any other subclass may treat its weights in its own way.
@@ -67,12 +67,12 @@ def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
     return folds
 
 
-def fuse_relus(network: nn.Module, stem: bool = False) -> tuple[nn.Module, int]:
+def fuse_relus(network: nn.Module) -> tuple[nn.Module, int]:
     """Rewrite relu(conv(x)) and relu(conv(x) + y) of a network in eval mode as conv_relu.
 
-    stem: those of few input channels too, whose weights become views of memory with zeros behind.
-    Returns a network on the same weights and the number of fused convolutions; the given network
-    itself and 0 where it cannot be traced.
+    Weights of few input channels become views of memory with zeros behind. Returns a network on the
+    same weights and the number of fused convolutions; the given network itself and 0 where it
+    cannot be traced.
     """
     graph = _trace(network)
     if graph is None:
@@ -82,8 +82,9 @@ def fuse_relus(network: nn.Module, stem: bool = False) -> tuple[nn.Module, int]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     relus = [node for node in graph.nodes if _is_relu(network, node)]
-    kind = _is_any_dense_conv if stem else _is_dense_conv
-    fused = sum(_fuse(network, graph, relu, kind) for relu in relus)
+    fused = sum(_fuse(network, graph, relu) for relu in relus)
+    for node in list(graph.nodes):
+        _split_readers(network, graph, node)
     return (fx.GraphModule(network, graph) if fused else network), fused
 
 
@@ -107,14 +108,12 @@ def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
     return folds
 
 
-def _fuse(
-    network: nn.Module, graph: fx.Graph, relu: fx.Node, kind: Callable[[nn.Module], bool]
-) -> bool:
+def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node) -> bool:
     """Put one conv_relu in the place of a ReLU and what it reads, if that allows it."""
     end: Any = relu.args[0] if relu.args else None
     if not isinstance(end, fx.Node) or len(end.users) != 1:
         return False
-    conv, residual = _summands(network, end, kind)
+    conv, residual = _summands(network, end)
     if conv is None or len(conv.users) != 1:
         return False
     module: Any = network.get_submodule(conv.target)
@@ -128,6 +127,27 @@ def _fuse(
     for node in dict.fromkeys((relu, end, conv)):
         graph.erase_node(node)
     return True
+
+
+def _split_readers(network: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """Give each of two convolutions that read one conv_relu an output of its own."""
+    readers = list(node.users)
+    if node.target is not conv_relu or len(readers) != 2:
+        return
+    if not all(_only_reads(network, reader) for reader in readers):
+        return
+    with graph.inserting_before(node):
+        both = graph.call_function(conv_relu_twice, node.args)
+        outputs = [graph.call_function(operator.getitem, (both, k)) for k in range(2)]
+    for reader, output in zip(readers, outputs, strict=True):
+        reader.replace_input_with(node, output)
+    graph.erase_node(node)
+
+
+def _only_reads(network: nn.Module, node: fx.Node) -> bool:
+    if node.target in (conv_relu, conv_relu_twice):
+        return True
+    return _calls(network, node, lambda module: type(module) is nn.Conv2d)
 
 
 def _fill_channels_(conv: nn.Conv2d) -> str:
@@ -147,24 +167,26 @@ def _fill_channels_(conv: nn.Conv2d) -> str:
     return "filled_weight"
 
 
-def _summands(
-    network: nn.Module, end: fx.Node, kind: Callable[[nn.Module], bool]
-) -> tuple[Any, fx.Node | None]:
+def _summands(network: nn.Module, end: fx.Node) -> tuple[Any, fx.Node | None]:
     """Return the convolution and the other summand that a ReLU reads; None for what is not there.
 
     A convolution added into another tensor, in place, is none: that tensor may be read later.
     """
-    if _calls(network, end, kind):
+    if _calls(network, end, _is_dense_conv):
         return end, None
     if not _is_add(end) or end.kwargs or len(end.args) != 2:
         return None, None
     first, second = end.args
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
         return None, None
-    if _calls(network, first, kind):
+    if _calls(network, first, _is_dense_conv):
         return first, second
     in_place = end.target in (operator.iadd, "add_")
-    return (second, first) if _calls(network, second, kind) and not in_place else (None, None)
+    return (
+        (second, first)
+        if _calls(network, second, _is_dense_conv) and not in_place
+        else (None, None)
+    )
 
 
 def _calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
@@ -184,11 +206,6 @@ def _is_plain_batchnorm(module: nn.Module) -> bool:
 
 
 def _is_dense_conv(module: nn.Module) -> bool:
-    filled = isinstance(module, nn.Conv2d) and module.in_channels % CHANNELS == 0
-    return filled and _is_any_dense_conv(module)
-
-
-def _is_any_dense_conv(module: nn.Module) -> bool:
     # Grouped ones have kernels of their own in PyTorch.
     if type(module) is not nn.Conv2d or module.groups != 1 or module.out_channels % CHANNELS:
         return False

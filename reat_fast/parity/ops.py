@@ -15,6 +15,7 @@ from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
+from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import prepare
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 from reat_fast.kernels.triton_support import Backend
@@ -53,6 +54,7 @@ def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     yield from _prepare(device, backend)
     yield from _linf_step(device, backend)
     yield from _l2_step(device, backend)
+    yield from _masked_sum(device, backend)
     yield from _class_loss(device, backend)
     yield from _tail_penalty(device, backend)
     yield from _rbl_weights(device)
@@ -123,6 +125,16 @@ def _l2_step(device: torch.device, backend: Backend) -> Iterator[Row]:
     l2_step_(adv, gradient, clean, 0.2, 0.5, backend=backend)
     error = worst(adv.flatten(1), expected, 1.0)
     yield Row("l2_step", "absolute", "float32", error, FLOAT32)
+
+
+def _masked_sum(device: torch.device, backend: Backend) -> Iterator[Row]:
+    for dtype in GRADIENT:
+        made = torch.randn(3, 4, 64, 16, 16, generator=generator()).to(device, dtype)
+        output, first, second = (t.contiguous(memory_format=torch.channels_last) for t in made)
+        output = output.relu()
+        expected = torch.where(output > 0, (first.double() + second.double()).to(dtype), 0)
+        differing = int((masked_sum(output, first, second, backend=backend) != expected).sum())
+        yield Row("masked_sum", "elements that differ", name_of(dtype), differing, 0)
 
 
 def _attack_tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,7 +37,7 @@ def _folding(device: torch.device) -> Iterator[Row]:
     cases: tuple[tuple[str, int, Form], ...] = (
         ("resnet8", 8, "eager"),
         ("preact_resnet18", 8, "eager"),
-        ("resnet18", 8, "cudnn-stem"),
+        ("resnet18", 8, "cudnn"),
         ("resnet8", winograd.LEAST_CHANNELS // 4, "cpu"),
     )
     for name, width, form in cases:
