@@ -1,9 +1,8 @@
-"""The gradient that arrives at a ReLU whose output two operations read: summed and masked at once.
+"""The gradient that arrives at a ReLU, summed over what reads the ReLU and masked, in one pass.
 
     masked = (first + second) [output > 0]
 
-At 64 channels and 32x32 each pass over such a tensor takes as long as a tenth of a convolution, and
-autograd makes two: a sum, then the mask.
+Autograd makes two passes of it where two operations read the output: a sum, then the mask.
 """
 
 from __future__ import annotations
@@ -16,10 +15,16 @@ from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton,
 BLOCK = 1024  # elements of a program: eight of 16 bits for each thread, which are 16 bytes
 
 
-def masked_sum_torch(output: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def masked_sum_torch(
+    output: Tensor, first: Tensor, second: Tensor | None, out: Tensor | None
+) -> Tensor:
     """Compute it in PyTorch, as autograd does: what the kernel is held against, to the bit."""
-    masked: Tensor = torch.ops.aten.threshold_backward(first + second, output, 0)
-    return masked
+    total = first if second is None else torch.add(first, second, out=out)
+    if out is None:
+        masked: Tensor = torch.ops.aten.threshold_backward(total, output, 0)
+        return masked
+    torch.ops.aten.threshold_backward.grad_input(total, output, 0, grad_input=out)
+    return out
 
 
 @jit
@@ -37,21 +42,31 @@ def _masked_sum_kernel(  # type: ignore[no-untyped-def]
 
 
 def masked_sum(
-    output: Tensor, first: Tensor, second: Tensor, *, backend: Backend = "auto"
+    output: Tensor,
+    first: Tensor,
+    second: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return first + second where output is positive, and 0 elsewhere; has no gradient of its own.
 
-    All [B, C, H, W] of one dtype, float32, bfloat16 or float16, and in one memory format; float64
-    and tensors in different formats take PyTorch's operators. Equal to those to the bit.
+    All [B, C, H, W] of one dtype. out: where to write it; `first` itself, say. The kernel sums
+    two tensors of float32, bfloat16 or float16 in one memory format; others, and one that has only
+    to be masked, take PyTorch's operators. Equal to those to the bit.
     """
-    dense = output.is_contiguous() or output.is_contiguous(memory_format=torch.channels_last)
-    alike = dense and output.stride() == first.stride() == second.stride()
-    if not alike or output.dtype == torch.float64 or not use_triton(backend, output):
-        return masked_sum_torch(output, first, second)
-    masked = torch.empty_like(output)
+    if second is None or not _alike(output, first, second) or not use_triton(backend, output):
+        return masked_sum_torch(output, first, second, out)
+    masked = torch.empty_like(output) if out is None else out
     size = output.numel()
     if size:
         wrap_triton(_masked_sum_kernel)[(cdiv(size, BLOCK),)](
             output, first, second, masked, size, BLOCK=BLOCK
         )
     return masked
+
+
+def _alike(output: Tensor, first: Tensor, second: Tensor) -> bool:
+    dense = output.is_contiguous() or output.is_contiguous(memory_format=torch.channels_last)
+    same = output.stride() == first.stride() == second.stride()
+    return dense and same and output.dtype != torch.float64

@@ -10,7 +10,7 @@ from test_frozen import conv_gradient_masks
 from torch import Tensor
 from torch.nn import functional as F
 
-from reat_fast.kernels.fused_conv import conv_relu, conv_relu_torch, conv_relu_twice
+from reat_fast.kernels.fused_conv import conv_relu, conv_relu_for, conv_relu_torch
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -128,22 +128,36 @@ def test_only_what_is_asked_for_is_computed() -> None:
     assert masks == []
 
 
-@pytest.mark.parametrize("read", ["both", "first", "second", "neither"])
+@pytest.mark.parametrize("chosen", [[0], [1], [0, 1], []])
+@pytest.mark.parametrize("readers", [1, 2])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_two_readers_get_what_one_output_would_give_them(with_residual: bool, read: str) -> None:
+def test_readers_get_what_one_output_would_give_them(
+    with_residual: bool, readers: int, chosen: list[int]
+) -> None:
     given = case({"padding": (1, 1)}, True, with_residual)
-    outputs, wanted = conv_relu_twice(**given), conv_relu_torch(**given)
+    outputs, wanted = conv_relu_for(readers, **given), conv_relu_torch(**given)
+    assert len(outputs) == readers
+    assert {output.data_ptr() for output in outputs} == {outputs[0].data_ptr()}
     assert all(torch.equal(output, wanted) for output in outputs)
-    assert outputs[0].data_ptr() == outputs[1].data_ptr()
     torch.manual_seed(2)
-    seeds = [integers(*wanted.shape) for _ in outputs]
+    kernels = [integers(3, 6, 3, 3) for _ in outputs]  # of the convolutions that read them
+    chosen = [k for k in chosen if k < readers]
     leaves = [given[name] for name in ("x", "residual") if given[name] is not None]
-    chosen = {"both": [0, 1], "first": [0], "second": [1], "neither": []}[read]
-    anchor = sum(leaf.sum() for leaf in leaves)  # so that something is left to differentiate
-    found = torch.autograd.grad(sum((outputs[k] * seeds[k]).sum() for k in chosen) + anchor, leaves)
-    expected = torch.autograd.grad(sum((wanted * seeds[k]).sum() for k in chosen) + anchor, leaves)
-    for a, b in zip(found, expected, strict=True):
+    results = []
+    for read in (outputs, [wanted] * readers):
+        total = sum(leaf.sum() for leaf in leaves)  # so that there is always a gradient
+        total = total + sum(F.conv2d(read[k], kernels[k]).square().sum() for k in chosen)
+        results.append(torch.autograd.grad(total, leaves))
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = case({}, True, False)
+    output = conv_relu(**given)
+    (gradient,) = torch.autograd.grad(output.square().sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_channels_last_stays_channels_last() -> None:

@@ -43,7 +43,20 @@ def test_it_is_autograds_sum_and_mask_to_the_bit(
         given = [tensor.contiguous(memory_format=torch.channels_last) for tensor in given]
     found = masked_sum(*given, backend=backend)
     assert found.stride() == given[0].stride()
-    torch.testing.assert_close(found, by_autograd(*given), rtol=0, atol=0, equal_nan=True)
+    wanted = by_autograd(*given)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    again = masked_sum(*given, out=given[1], backend=backend)
+    assert again is given[1]
+    torch.testing.assert_close(again, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_gradient_is_masked(place: Place) -> None:
+    backend, device = place
+    output, first, _ = case((2, 8, 6, 6), torch.float32, device)
+    wanted = by_autograd(output, first, torch.zeros_like(first))
+    for out in (None, first):
+        found = masked_sum(output, first, out=out, backend=backend)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_other_layouts_and_no_images_are_taken_too(place: Place) -> None:

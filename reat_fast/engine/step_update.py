@@ -110,7 +110,8 @@ class StepUpdate:
         self, images: Tensor, images_adv: Tensor, labels: Tensor, total: int, histogram: Tensor
     ) -> dict[str, Tensor]:
         """Leave the gradient of the objective in grad; returns its terms and the logits."""
-        self._optimizer.zero_grad(set_to_none=False)
+        # What autograd finds no gradient in, it need not add to; the shared buffer has to stay.
+        self._optimizer.zero_grad(set_to_none=self._shared is None)
         logits: list[Tensor] = []
         terms: list[dict[str, Tensor]] = []
         for rows, sizes in self.parts(total):

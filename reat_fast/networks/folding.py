@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reat_fast.kernels.fused_conv import conv_relu, conv_relu_twice
+from reat_fast.kernels.fused_conv import conv_relu, conv_relu_for
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
 # other padding or an activation behind; any other subclass may treat its weights in its own way.
@@ -84,7 +84,7 @@ def fuse_relus(network: nn.Module) -> tuple[nn.Module, int]:
     relus = [node for node in graph.nodes if _is_relu(network, node)]
     fused = sum(_fuse(network, graph, relu) for relu in relus)
     for node in list(graph.nodes):
-        _split_readers(network, graph, node)
+        _name_readers(network, graph, node)
     return (fx.GraphModule(network, graph) if fused else network), fused
 
 
@@ -121,31 +121,46 @@ def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node) -> bool:
     with graph.inserting_before(end):
         weight = graph.get_attr(f"{conv.target}.{name}")
         bias = None if module.bias is None else graph.get_attr(f"{conv.target}.bias")
+        summand, bias = _joined_bias(network, graph, residual, bias)
         geometry = (module.stride, module.padding, module.dilation, module.groups)
-        output = graph.call_function(conv_relu, (conv.args[0], weight, bias, residual, *geometry))
+        output = graph.call_function(conv_relu, (conv.args[0], weight, bias, summand, *geometry))
     relu.replace_all_uses_with(output)
-    for node in dict.fromkeys((relu, end, conv)):
+    replaced = [relu, end, conv] if summand is residual else [relu, end, conv, residual]
+    for node in dict.fromkeys(replaced):
         graph.erase_node(node)
     return True
 
 
-def _split_readers(network: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
-    """Give each of two convolutions that read one conv_relu an output of its own."""
+def _joined_bias(network: nn.Module, graph: fx.Graph, residual: Any, bias: Any) -> tuple[Any, Any]:
+    """Add the bias of a convolution that is the residual to that of the other: one pass less."""
+    if residual is None or bias is None or not _calls(network, residual, _is_biased_conv):
+        return residual, bias
+    if len(residual.users) != 1:
+        return residual, bias
+    module: Any = network.get_submodule(residual.target)
+    weight, own = (graph.get_attr(f"{residual.target}.{name}") for name in ("weight", "bias"))
+    geometry = (module.stride, module.padding, module.dilation, module.groups)
+    plain = graph.call_function(F.conv2d, (residual.args[0], weight, None, *geometry))
+    return plain, graph.call_function(operator.add, (bias, own))
+
+
+def _name_readers(network: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """Where one or two convolutions and nothing else read a conv_relu, give each an output."""
     readers = list(node.users)
-    if node.target is not conv_relu or len(readers) != 2:
+    if node.target is not conv_relu or not 1 <= len(readers) <= 2:
         return
     if not all(_only_reads(network, reader) for reader in readers):
         return
     with graph.inserting_before(node):
-        both = graph.call_function(conv_relu_twice, node.args)
-        outputs = [graph.call_function(operator.getitem, (both, k)) for k in range(2)]
-    for reader, output in zip(readers, outputs, strict=True):
+        outputs = graph.call_function(conv_relu_for, (len(readers), *node.args))
+        each = [graph.call_function(operator.getitem, (outputs, k)) for k in range(len(readers))]
+    for reader, output in zip(readers, each, strict=True):
         reader.replace_input_with(node, output)
     graph.erase_node(node)
 
 
 def _only_reads(network: nn.Module, node: fx.Node) -> bool:
-    if node.target in (conv_relu, conv_relu_twice):
+    if node.target in (conv_relu, conv_relu_for, F.conv2d):
         return True
     return _calls(network, node, lambda module: type(module) is nn.Conv2d)
 
@@ -210,6 +225,10 @@ def _is_dense_conv(module: nn.Module) -> bool:
     if type(module) is not nn.Conv2d or module.groups != 1 or module.out_channels % CHANNELS:
         return False
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _is_biased_conv(module: nn.Module) -> bool:
+    return _is_dense_conv(module) and module.bias is not None
 
 
 def _is_relu(network: nn.Module, node: fx.Node) -> bool:
