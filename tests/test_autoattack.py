@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from reat_fast.evaluation import apgd, autoattack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
 from reat_fast.evaluation.fab import fab, hyperplane_step
 from reat_fast.evaluation.square import _squares, square
-from reat_fast.evaluation.victim import Victim, attacked
+from reat_fast.evaluation.victim import Victim, attacked, filled_up
 
 EPS = 0.1
 CLASSES = 6
@@ -399,6 +400,89 @@ def test_bfloat16_search_confirmed_in_float32_comes_to_the_same(
         exact = search(victim, images, labels).run().robust
     # bfloat16 resolves margins to 1 part in 256: an image of 60 may be missed, or gained by luck.
     assert int((coarse != exact).sum()) <= 2
+
+
+@contextmanager
+def attacked_as_on_a_gpu(model: nn.Module) -> Iterator[Victim]:
+    """Attack with the networks that a GPU gets for bf16, computed by PyTorch's operators."""
+    with attacked(model, "bf16") as victim:
+        victim._on_gpu = True
+        victim._networks.clear()
+        victim._frozen = victim._network(torch.bfloat16)
+        yield victim
+
+
+def test_a_search_as_on_a_gpu_comes_to_the_same(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = test_set
+    with attacked_as_on_a_gpu(model) as victim:
+        coarse = search(victim, images, labels).run().robust
+        assert set(victim._networks) == {torch.bfloat16, torch.float16}
+    with attacked(model) as victim:
+        exact = search(victim, images, labels).run().robust
+    # As above.
+    assert int((coarse != exact).sum()) <= 2
+
+
+def test_fab_finds_in_float16_what_it_finds_in_float32(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = test_set
+    fooled = []
+    for open_to in (attacked, attacked_as_on_a_gpu):
+        with open_to(model) as victim, victim.finer(images):
+            targets = victim.true_logits(images).argsort(1, descending=True)[:, 1]
+            found = fab(victim, images, labels, targets, eps=EPS, steps=30)
+            fooled.append(victim.fooled(found, labels))
+    assert 10 < int(fooled[0].sum()) < 50
+    assert int((fooled[0] != fooled[1]).sum()) <= 1
+
+
+def test_logits_beyond_float16_are_searched_in_float32(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, _ = test_set
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large[-1].weight.mul_(2.0**17 / model(images).abs().max())  # type: ignore[operator, index]
+    for network, dtype in ((model, torch.float16), (large, None)):
+        with attacked_as_on_a_gpu(network) as victim:
+            coarse = victim(images)
+            with victim.finer(images):
+                assert victim._frozen is victim._networks[dtype]
+                fine = victim(images)
+            assert fine.isfinite().all() and torch.equal(victim(images), coarse)
+            exact = victim.true_logits(images)
+            assert float((fine - exact).norm()) < 0.3 * float((coarse - exact).norm())
+
+
+def test_batches_are_filled_up_to_few_sizes() -> None:
+    images = torch.rand(1024, 1, 1, 1) + 1
+    sizes = set()
+    for count in range(1, len(images) + 1):
+        filled = filled_up(images[:count])
+        assert torch.equal(filled[:count], images[:count]) and not filled[count:].any()
+        assert len(filled) < max(1.25 * count, count + 4)
+        sizes.add(len(filled))
+    assert sorted(sizes)[:9] == [4, 8, 12, 16, 20, 24, 28, 32, 40] and len(sizes) == 28
+
+
+def test_batches_are_as_large_as_each_other(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = test_set
+    with attacked(model) as victim:
+        found = search(victim, images, labels, batch_size=25)
+        sizes: list[int] = []
+
+        def survive(stage: str, rank: int, rows: Tensor) -> Tensor:
+            sizes.append(len(rows))
+            return torch.ones(len(rows), dtype=torch.bool)
+
+        monkeypatch.setattr(found, "_survive", survive)
+        found.run()
+    assert sizes == [20] * 3 * len(found.runs)
 
 
 def test_few_classes_and_bad_models_are_refused(model: nn.Module) -> None:

@@ -101,7 +101,7 @@ def test_autoattack_announces_what_is_left_if_nothing_more_falls(
     stages = ["apgd-ce", *(f"{name} {rank}" for name in ("apgd-t", "fab-t") for rank in (1, 2, 3))]
     assert bar.announced == [
         ("aa clean, 6 images stand", 6 * (clean + later)),
-        ("aa clean, 5 images stand", 2 * clean + 5 * later),
+        ("aa clean, 5 images stand", 3 * clean + 5 * later),
         *(
             (f"aa {stage}, 4 images stand", 4 * passes)
             for stage, passes in zip(
