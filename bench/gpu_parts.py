@@ -1,7 +1,8 @@
 """The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
 
 A call has at most 10 minutes and there are three, so the first holds what decides most. Estimates
-are seconds on one H100; those of a call fit its 9 minutes together, limits need not.
+are seconds on one H100, measured there for the first call but its last part; those of a call fit
+its 9 minutes together, limits need not.
 """
 
 from __future__ import annotations
@@ -23,15 +24,13 @@ class Options:
     out: Path
     """Folder for logs, tables, runs and summary.json; the same one for all calls."""
     call: Literal[1, 2, 3] = 1
-    """Which of the three calls: what decides most, trained networks, the rest."""
+    """Which of the three calls: what decides most, REAT's rivals, the rest."""
     data: Path | None = None
     """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the trainings; unset: none is run."""
     official: Path | None = None
     """A clone of the official REAT code, whose step and epoch are timed too."""
-    epochs: int = 8
-    """Epochs of the short training."""
     flags: str = ""
-    """Further flags for the training of 80 epochs, in one string: forms that the ladder favours."""
+    """Further flags for the trainings, in one string, such as --update-form compiled."""
     parts: tuple[str, ...] = ()
     """Names of the parts to run, of whichever call; unset: all of the call."""
     minutes: float = 9.0
@@ -69,6 +68,7 @@ LENIENT = "--strict-markers --import-mode=importlib"
 TOOLS = {
     "pytest": "the parts tests, kernels and sanitizer",
     "pytest_benchmark": "the part kernels",
+    "xdist": "tests running side by side, about three minutes",
     "pytest_timeout": "the limit of each test; that of the part stays",
     "hypothesis": "the tests in files that import it, those of most kernels among them",
     "PIL": "the part loaders, and tests in files that import it",
@@ -90,48 +90,50 @@ def parts(options: Options) -> Iterator[Part]:
 
 
 def _first_call(options: Options) -> Iterator[Part]:
-    yield Part("verify", ["-m", "reat_fast.verify", "--device", "cuda"], 150, 45)
+    yield Part("verify", ["-m", "reat_fast.verify", "--device", "cuda"], 150, 40)
     # A file whose imports are missing leaves the others.
     tests = ["-m", "gpu", "tests", "--durations=5", "--continue-on-collection-errors"]
-    yield Part("tests", [*_pytest(limit=120), *tests], 240, 150)
-    # The last rung begun at 180 s may compile for a minute, and then all are timed.
-    yield Part("step", [*STEP, *_official(options), "--seconds", "180"], 270, 220)
+    beside = ["-n", "6"] if installed("xdist") else []
+    yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 100)
+    # The last rung begun at 120 s may compile for a minute, and then all are timed.
+    yield Part("step", [*STEP, *_official(options), "--seconds", "120"], 240, 105)
     yield from _without_official(options, "official step", 1)
-    # One timed call, and not in true float32: the part epoch has that.
-    evaluation = ["--repeats", "1", "--precisions", "bf16", "tf32", "--keep"]
-    yield Part("evaluation", ["-m", "bench.bench_evaluation", *evaluation], 120, 45)
-    drops = [str(options.epochs * share // 16) for share in (12, 15)]  # as 60 and 75 of 80
-    short = ["--epochs", str(options.epochs), "--milestones", *drops]
-    yield _training(options, "training", 1, short, seconds=120, estimate=55)
+    # Not in true float32: the part epoch has that.
+    evaluation = ["--repeats", "2", "--precisions", "bf16", "--batch-size", "1000", "--keep"]
+    yield Part("evaluation", ["-m", "bench.bench_evaluation", *evaluation], 90, 20)
+    yield _training(options, "reat", 1, seconds=240, estimate=150)
+    yield _attacks(options, "reat", 1, [], seconds=300, estimate=125)
 
 
 def _second_call(options: Options) -> Iterator[Part]:
+    # At equal cost: 100 epochs of 23 forward passes an image, and 88 of 26.
+    some = ["--subset", "2000"]
+    for preset, estimate in (("at-bsl", 165), ("reat-plus", 170)):
+        yield _training(options, preset, 2, seconds=270, estimate=estimate)
+        yield _attacks(options, preset, 2, some, seconds=120, estimate=45)
+    epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
+    yield Part("epoch", epoch, 150, 80, 2)
+    yield from _without_official(options, "official epoch", 2)
+
+
+def _third_call(options: Options) -> Iterator[Part]:
     convolutions = ["-m", "bench.bench_convolutions", "--keep"]
-    yield Part("convolutions", convolutions, 150, 100, 2)
+    yield Part("convolutions", convolutions, 150, 80, 3)
     sanitizer = compute_sanitizer()
     yield Part(
         "sanitizer",
         [*_pytest(), "-m", "gpu", "-k", TESTS, *FILES],
         150,
         60,
-        2,
+        3,
         "" if sanitizer else "no compute-sanitizer",
         sanitizer or [],
         ENVIRONMENT,
     )
-    long = ["--epochs", "80", "--milestones", "78", *options.flags.split()]
-    yield _training(options, "training-80", 2, long, seconds=240, estimate=165)
-    yield _trained(options)  # last, for it goes on where it was
-
-
-def _third_call(options: Options) -> Iterator[Part]:
     timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}", "--keep"]
-    yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 90, 3)
+    yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 70, 3)
     wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "90", "--rungs", *WIDE]
-    yield Part("step-wrn", [*STEP, *wide], 150, 110, 3)
-    epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
-    yield Part("epoch", epoch, 150, 80, 3)
-    yield from _without_official(options, "official epoch", 3)
+    yield Part("step-wrn", [*STEP, *wide], 150, 90, 3)
     yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120, 40, 3)
     autotune = [*STEP, "--max-autotune", "--rungs", *WHOLE]
     yield Part("step-autotune", autotune, 400, 200, 3)
@@ -147,37 +149,35 @@ def _without_official(options: Options, name: str, call: int) -> Iterator[Part]:
         yield Part(name, [], 0, call=call, lacks="no --official")
 
 
-def _training(
-    options: Options, name: str, call: int, flags: list[str], *, seconds: int, estimate: int
-) -> Part:
-    """Train a run in the folder of this suite, or go on with it where it was broken off."""
-    folder = run_folder(options, name)
+def _training(options: Options, preset: str, call: int, *, seconds: int, estimate: int) -> Part:
+    """Train a preset in the folder of this suite, or go on with it where it was broken off."""
+    folder = run_folder(options, preset)
     arguments = ["-m", "reat_fast.train"]
     if has_checkpoint(folder):
         arguments += ["--resume", str(folder)]
     else:
-        arguments += ["reat", "--fused", "--profile", "--eval-every", "100"]
-        arguments += ["--data", str(options.data), "--run-dir", str(folder), *flags]
+        arguments += [preset, "--fused", "--profile", "--data", str(options.data)]
+        arguments += ["--run-dir", str(folder), *options.flags.split()]
     lacks = "no --data" if options.data is None else ""
-    return Part(name, arguments, seconds, estimate, call, lacks)
+    return Part(f"train-{preset}", arguments, seconds, estimate, call, lacks)
 
 
-def _trained(options: Options) -> Part:
-    """AutoAttack of the network trained longest. It goes on in the same folder when cut short."""
-    folders = [run_folder(options, name) for name in ("training-80", "training")]
-    trained = [folder for folder in folders if (folder / "evaluation.json").is_file()]
+def _attacks(
+    options: Options, preset: str, call: int, flags: list[str], *, seconds: int, estimate: int
+) -> Part:
+    """Attack a trained network, AutoAttack included, which goes on where it was cut short."""
+    folder = run_folder(options, preset)
     lacks = ""
-    if not trained:
+    if not (folder / "evaluation.json").is_file():
         lacks = "no --data" if options.data is None else "no trained network"
-    run = str((trained or folders)[0])
     # Batches as large as pay: figures do not depend on them.
-    attack = ["-m", "bench.bench_trained", run, "--batch-size", "1000", "--keep"]
-    return Part("autoattack", attack, 300, 200, 2, lacks)
+    attack = ["-m", "bench.bench_trained", str(folder), "--batch-size", "1000", "--keep", *flags]
+    return Part(f"attack-{preset}", attack, seconds, estimate, call, lacks)
 
 
-def run_folder(options: Options, name: str) -> Path:
+def run_folder(options: Options, preset: str) -> Path:
     """Name the folder of the run that a part trains."""
-    return options.out / name.replace("training", "run")
+    return options.out / f"run-{preset}"
 
 
 def _pytest(limit: int | None = None) -> list[str]:

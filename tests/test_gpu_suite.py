@@ -18,6 +18,9 @@ from bench import clocks, gpu, gpu_parts
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.training.plan import make_plan
 
+PRESETS = ("reat", "at-bsl", "reat-plus")
+"""Those that the suite trains."""
+
 
 @pytest.fixture
 def fake_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +87,10 @@ def test_the_suite_passes_what_is_named_on(tmp_path: Path) -> None:
     assert list(named)[:3] == ["verify", "tests", "step"]
     for name in ("step", "epoch"):
         assert named[name][named[name].index("--official") + 1] == "clone"
-    assert "--official" not in named["step-wrn"] and "set.npz" in named["training"]
-    assert named["training-80"][-2:] == flags.split() and "compiled" not in named["training"]
-    assert not any(part.lacks for name, part in made.items() if "train" in name)
+    assert "--official" not in named["step-wrn"]
+    for name in ("train-reat", "train-at-bsl", "train-reat-plus"):
+        assert "set.npz" in named[name] and named[name][-2:] == flags.split()
+        assert not made[name].lacks
     assert not any("official" in name for name in named)
 
 
@@ -98,11 +102,9 @@ def test_what_was_not_given_or_found_is_named(
     data, official = "no --data", "no --official"
     assert lacking == {
         "official step": official,
-        "training": data,
-        "training-80": data,
-        "sanitizer": "no compute-sanitizer",
-        "autoattack": data,
+        **{f"{what}-{name}": data for name in PRESETS for what in ("train", "attack")},
         "official epoch": official,
+        "sanitizer": "no compute-sanitizer",
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", lambda: {"torch": "x"})
@@ -138,26 +140,25 @@ def test_the_parts_of_a_call_should_fit_its_time(
         assert all(f"{part.name} {part.estimate}" in documented for part in own)
     assert [part.call for part in made] == sorted(part.call for part in made)
     assert {part.name for part in made if part.call == 1} == {
-        *("verify", "tests", "step", "evaluation", "training")
+        *("verify", "tests", "step", "evaluation", "train-reat", "attack-reat")
     }
 
 
-def test_a_training_goes_on_and_autoattack_takes_the_longest_that_ended(tmp_path: Path) -> None:
+def test_a_training_goes_on_and_a_trained_network_is_attacked(tmp_path: Path) -> None:
     def arguments(name: str) -> list[str]:
         (part,) = [part for part in gpu.parts(options) if part.name == name]
         return [part.lacks] if part.lacks else part.arguments
 
     options = gpu.Options(tmp_path, data=Path("set.npz"))
-    assert arguments("autoattack") == ["no trained network"]
-    short, long = (tmp_path / name for name in ("run", "run-80"))
-    for folder in (short, long):
+    for preset in PRESETS:
+        folder = tmp_path / f"run-{preset}"
+        assert arguments(f"attack-{preset}") == ["no trained network"]
+        assert arguments(f"train-{preset}")[2] == preset
         folder.mkdir()
         (folder / "checkpoint-last.pt").touch()
-    assert arguments("training-80")[-2:] == ["--resume", str(long)]
-    (short / "evaluation.json").touch()
-    assert str(short) in arguments("autoattack")
-    (long / "evaluation.json").touch()
-    assert str(long) in arguments("autoattack")
+        assert arguments(f"train-{preset}")[-2:] == ["--resume", str(folder)]
+        (folder / "evaluation.json").touch()
+        assert str(folder) in arguments(f"attack-{preset}")
 
 
 def test_make_passes_what_is_named_on(pytestconfig: pytest.Config) -> None:
@@ -183,9 +184,10 @@ def test_every_part_is_asked_what_its_program_knows(tmp_path: Path) -> None:
             checked.append(part.name)
         elif module == "reat_fast.train":
             config = make_plan(part.arguments[2:]).config
-            assert config.epochs == (80 if part.name == "training-80" else options.epochs)
+            epochs = dict(zip(PRESETS, (80, 100, 88), strict=True))
+            assert config.epochs == epochs[part.name.removeprefix("train-")]
             checked.append(part.name)
-    assert len(checked) == 10, checked
+    assert len(checked) == 13, checked
 
 
 def test_a_part_at_its_limit_may_write_what_it_has(
@@ -252,8 +254,10 @@ def test_tests_run_without_limits_where_the_package_for_them_is_missing(
         return made[name]
 
     monkeypatch.setattr(gpu_parts, "installed", lambda name: True)
-    assert "--timeout=120" in arguments("tests") and "-o" not in arguments("tests")
-    monkeypatch.setattr(gpu_parts, "installed", lambda name: name != "pytest_timeout")
+    assert {"--timeout=120", "-n"} <= set(arguments("tests")) and "-o" not in arguments("tests")
+    monkeypatch.setattr(
+        gpu_parts, "installed", lambda name: name not in ("pytest_timeout", "xdist")
+    )
     assert "--timeout=120" not in arguments("tests")
     strict = set(pytestconfig.getini("addopts"))
     assert set(gpu_parts.LENIENT.split()) == strict - {"--strict-config"}
