@@ -170,7 +170,8 @@ class Config:
     eval_every: int = 5
     """Epochs between two evaluations on the held-out images."""
     select: Literal["best", "last"] = "best"
-    """Which weights are evaluated on the test set at the end."""
+    """Which weights are evaluated on the test set at the end: last, or best, those of the largest
+    robust accuracy on the held-out images since the learning rate fell to half its peak or less."""
     eval_batch_size: int = 500
     """Images per batch of an evaluation."""
 

@@ -258,6 +258,48 @@ def test_averaged_weights_are_what_is_evaluated_chosen_and_saved(
         assert all(torch.equal(weights[name], tensor) for name, tensor in averaged.items())
 
 
+@pytest.mark.parametrize(
+    ("flags", "found", "chosen"),
+    [
+        # Epochs 4 to 6 have a tenth of the learning rate: a lucky one before them does not count.
+        (["--schedule", "multistep", "--milestones", 3], [10, 60, 20, 30, 50, 40], 5),
+        (["--schedule", "multistep", "--milestones", 3], [10, 60, 20, 30, 30, 20], 5),
+        # A learning rate that rises is not one that has fallen.
+        (["--schedule", "onecycle", "--warmup", 0.5], [60, 10, 20, 30, 50, 40], 6),
+        (["--schedule", "constant"], [10, 60, 20, 30, 50, 40], 2),
+        (["--schedule", "multistep", "--milestones", 9], [10, 60, 20, 30, 50, 40], 2),
+        (
+            ["--schedule", "multistep", "--milestones", 3, "--evaluation", "official"],
+            [10, 60, 20, 30, 50, 40],
+            2,
+        ),
+    ],
+)
+def test_an_epoch_is_chosen_once_the_learning_rate_has_fallen(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[Any],
+    found: list[float],
+    chosen: int,
+) -> None:
+    left = list(found)
+
+    def scripted(network: Network, image_set: Any, attacks: Any, *others: Any, **more: Any) -> Any:
+        result = evaluate(network, image_set, attacks, *others, **more)
+        for name, figures in result["attacks"].items():
+            if name != "clean" and left:
+                figures["balanced"] = figures["overall"] = left.pop(0)
+        return result
+
+    monkeypatch.setattr(selection, "evaluate", scripted)
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 6, "--limit-batches", 1, *flags]
+    assert run(*arguments, "--run-dir", run_dir) == 0
+    assert [float(row["eval_robust"]) for row in rows(run_dir)] == found
+    assert json.loads((run_dir / "evaluation.json").read_text())["weights_epoch"] == chosen
+
+
 def test_limit_batches_shortens_epochs_and_evaluations(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--limit-batches", 1]
