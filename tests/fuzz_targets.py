@@ -179,7 +179,7 @@ def _flags(path: Path, content: bytes) -> None:
 
 
 def _sweep(path: Path, content: bytes) -> None:
-    from reat_fast.sweep import make_runs, read_lines
+    from reat_fast.training.sweep_runs import make_runs, read_lines
 
     lines = read_lines(path)
     runs = make_runs(lines, (0, 1), path.parent / "out")

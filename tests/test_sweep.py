@@ -20,6 +20,7 @@ from reat_fast import evaluate, sweep, train
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, parse, to_json
 from reat_fast.methods.work import work_per_image
+from reat_fast.training.sweep_runs import read_lines
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
 SMALL += " --held-out 0.1 --epochs 1 --device cpu"
@@ -371,13 +372,26 @@ def test_a_sweep_of_real_runs(
     assert command(presets, "--out", out, "--attacks", "cw2", "--seeds", 0, 1) == 0
     assert capsys.readouterr().out.count(": finished") == 2
 
+    own = (out / "small-seed0" / "evaluation.json").read_text()
+    other = ["--attacks", "cw2", "--subset", 12, "--precision", "bf16", "--seeds", 0, 1]
+    assert command(presets, "--out", out, *other) == 0
+    assert "| small | 2 of 2 | npz | 12 |" in " ".join(capsys.readouterr().out.split())
+    assert (out / "small-seed0" / "evaluation.json").read_text() == own
+    found = json.loads((out / "small-seed1" / "evaluation-subset12-bf16.json").read_text())
+    assert found["samples"] == 12 and found["precision"] == "bf16"
+    assert set(found["attacks"]) == {"clean", "pgd20", "cw2"}
+    assert command(presets, "--out", out, *other) == 0
+    assert capsys.readouterr().out.count(": finished") == 2
+    assert command(presets, "--out", out, "--subset", 0) == 2
+    assert "--subset 0: must be at least 1" in capsys.readouterr().err
+
 
 RECIPES = sorted((Path(__file__).parent.parent / "bench").glob("recipes*.txt"))
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
-    lines = sweep.read_lines(file)
+    lines = read_lines(file)
     costs = {line.name: line.config.epochs * work_per_image(line.config) for line in lines}
     assert len(lines) > 8
     for name, cost in costs.items():

@@ -48,19 +48,19 @@ class SummaryRow:
 
 
 def summarise(
-    name: str, folders: Sequence[Path], attacks: Sequence[str] = STANDARD_ATTACKS
+    name: str, files: Sequence[Path], attacks: Sequence[str] = STANDARD_ATTACKS
 ) -> SummaryRow:
-    """Gather the figures of a line's runs from their evaluation.json and timing.csv.
+    """Gather the figures of a line's runs from an evaluation of each and the timing.csv beside it.
 
-    attacks: names in evaluation.json; each has two columns in percent, overall and on the tail.
+    attacks: names in the evaluations; each has two columns in percent, overall and on the tail.
     Errors: ValueError naming a damaged file, and a run evaluated under other conditions.
     """
     conditions: dict[str, Any] = {}
     columns = _columns(attacks)
     values: dict[str, list[float]] = {column: [] for column in (*columns, "seconds")}
     origins: dict[str, set[str]] = {name: set() for name in ORIGINS}
-    for folder in folders:
-        file = folder / "evaluation.json"
+    for file in files:
+        folder = file.parent
         if not file.is_file():
             continue
         try:
@@ -83,7 +83,7 @@ def summarise(
                 "evaluate it again"
             )
         conditions = found
-    return SummaryRow(name, len(folders), tuple(attacks), conditions, values, origins)
+    return SummaryRow(name, len(files), tuple(attacks), conditions, values, origins)
 
 
 def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -1,0 +1,194 @@
+"""The runs of a sweep: the lines of its file, each with every seed, and where each run stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reat_fast import checkpoint
+from reat_fast.config import Config, changes, from_json, parse
+from reat_fast.engine.precision import Precision
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
+from reat_fast.evaluation.saved import EVALUATION
+from reat_fast.training.run_folder import never_began
+
+OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
+"""Flags that a line may not hold: the sweep sets them."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the file: a run to be repeated with every seed."""
+
+    place: str
+    name: str
+    words: tuple[str, ...]
+    config: Config
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One line with one seed."""
+
+    line: Line
+    seed: int
+    folder: Path
+    data: Path | None = None
+    """Where the data is, instead of where its line has it."""
+    subset: int | None = None
+    """Test images that figures are of; unset: all."""
+    precision: Precision | None = None
+    """Arithmetic of the attacks that figures are of; unset: that of a run's own evaluation."""
+
+    @property
+    def figures(self) -> Path:
+        """The evaluation that the table is made of: the run's own, or one under other conditions.
+
+        All figures of a table are under one set of conditions, clean accuracy included.
+        """
+        subset = "" if self.subset is None else f"-subset{self.subset}"
+        precision = "" if self.precision is None else f"-{self.precision}"
+        return self.folder / f"evaluation{subset}{precision}.json"
+
+    @property
+    def state(self) -> str:
+        """Where the run stands: "new", "begun" (it can be resumed) or "finished"."""
+        if (self.folder / EVALUATION).is_file():
+            return "finished"
+        return "begun" if (self.folder / checkpoint.CHECKPOINT).is_file() else "new"
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows `python -m reat_fast.train` to begin the run or to go on with it."""
+        preset, *flags = self.line.words
+        own = ["--seed", str(self.seed)]
+        if self.data is not None:
+            own += ["--data", str(self.data)]
+        if self.state == "begun":
+            return ["--resume", str(self.folder), *flags, *own]
+        return [preset, *flags, *own, "--run-dir", str(self.folder)]
+
+    def lacks(self, attacks: Sequence[str]) -> bool:
+        """Say whether the evaluation of a finished run leaves out one of these attacks.
+
+        Those that end every run do not count there. Errors: ValueError for a damaged file.
+        """
+        file, asked = self.figures, set(attacks)
+        if file.name == EVALUATION:
+            asked -= set(STANDARD_ATTACKS)
+        elif not file.is_file():
+            return True
+        try:
+            return not asked <= set(json.loads(file.read_text("utf-8"))["attacks"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
+
+    def evaluation(self, attacks: Sequence[str]) -> list[str]:
+        """Return what follows `python -m reat_fast.evaluate` to evaluate a finished run."""
+        config = self.line.config
+        radius = ["--eps", str(config.eps), "--step-size", str(config.step_size)]
+        flags = ["--seed", str(self.seed), "--device", config.device, *["--quiet"] * config.quiet]
+        if self.subset is not None:
+            flags += ["--subset", str(self.subset)]
+        if self.precision is not None:
+            flags += ["--precision", self.precision]
+        if self.figures.name != EVALUATION:
+            flags += ["--out", str(self.figures)]
+        return [str(self.folder), "--attacks", *attacks, *radius, *flags]
+
+
+def read_lines(file: Path) -> list[Line]:
+    """Read and check the lines of a file of runs.
+
+    Errors: ValueError naming file and line for anything that reat_fast.train would refuse.
+    """
+    try:
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not a text file") from None
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; write one run a line, as `reat`") from None
+    lines: dict[str, Line] = {}
+    for number, row in enumerate(text.splitlines(), start=1):
+        place = f"{file}:{number}"
+        try:
+            line = _read_line(place, shlex.split(row, comments=True))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if line is None:
+            continue
+        if line.name in lines:
+            raise ValueError(
+                f"{place}: {lines[line.name].place} is called {line.name} too; put another name "
+                f"before it, such as {line.name}-2: {shlex.join(line.words)}"
+            )
+        lines[line.name] = line
+    if not lines:
+        raise ValueError(f"{file}: names no run; write one a line, such as: reat --epochs 40")
+    return list(lines.values())
+
+
+def _read_line(place: str, words: list[str]) -> Line | None:
+    if not words:
+        return None
+    name = words.pop(0)[:-1] if words[0].endswith(":") else None
+    if not words or words[0].startswith("-"):
+        raise ValueError("name a preset first, then flags")
+    for word in words:
+        if word.partition("=")[0].replace("_", "-") in OWN_FLAGS:
+            raise ValueError(f"{word}: leave it out; the sweep sets --seed and --run-dir")
+    preset, config = parse(words, "")
+    name = preset if name is None else name
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"{name!r} cannot be a name; use letters, digits and . _ + -")
+    return Line(place, name, tuple(words), config)
+
+
+def make_runs(
+    lines: Sequence[Line],
+    seeds: Sequence[int],
+    out: Path,
+    data: Path | None = None,
+    subset: int | None = None,
+    precision: Precision | None = None,
+) -> list[SweepRun]:
+    """Combine lines and seeds, the seeds of a line one after another.
+
+    data, subset, precision: of all runs, see SweepRun.
+    Errors: ValueError where a run was begun with other flags than its line has now, and for data
+    that is not there.
+    """
+    for line in lines:
+        place = data or line.config.data
+        if place is not None and not place.exists():
+            raise ValueError(f"{line.place}: --data {place}: no such file or folder")
+    runs = [
+        SweepRun(line, seed, out / f"{line.name}-seed{seed}", data, subset, precision)
+        for line in lines
+        for seed in seeds
+    ]
+    for run in runs:
+        _refuse_changes(run)
+    return runs
+
+
+def _refuse_changes(run: SweepRun) -> None:
+    file = run.folder / "config.json"
+    if not file.is_file():
+        if run.folder.exists() and not never_began(run.folder):
+            raise ValueError(f"{run.folder}: holds no run of this sweep; name another --out")
+        return
+    if run.state == "new" and any(run.folder.glob("*.safetensors")):
+        raise ValueError(f"{run.folder}: has weights but no checkpoint to go on from; move it away")
+    begun = from_json(file.read_text("utf-8"), str(file))
+    wanted = dataclasses.replace(run.line.config, seed=run.seed)
+    for name, old, new in changes(begun, wanted):
+        raise ValueError(
+            f"{run.line.place}: {name} is {new}, but {run.folder} was begun with {old}; "
+            "give the changed line another name"
+        )
