@@ -19,7 +19,7 @@ from reat_fast.cli.radius import Radius
 from reat_fast.config import Config, flag, from_json
 from reat_fast.data import Dataset, ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
-from reat_fast.engine.precision import Precision
+from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.captured import Ascents
@@ -104,8 +104,9 @@ class Options:
     """Step of the PGD, CW and LSA attacks; unset: that of the run, 2/255 of lone weights."""
     restarts: int = 1
     """Random starts of these attacks; an image counts if it withstands them all."""
-    precision: Precision = "float32"
-    """Arithmetic in which attacks search (bf16 is for GPUs); verdicts are always in float32."""
+    precision: Precision | None = None
+    """Arithmetic in which attacks search; unset: that of the run, bf16 on a GPU unless it was given
+    another, else float32. Verdicts are always in float32."""
     dataset: str | None = None
     """Data set; unset: the one the run was trained on."""
     data: Path | None = None
@@ -182,6 +183,7 @@ def _evaluate_run(
     eps = config.eps if options.eps is None else options.eps
     step_size = config.step_size if options.step_size is None else options.step_size
     seed = config.seed if options.seed is None else options.seed
+    precision = options.precision or resolve_precision(config, device)
     dataset = _dataset(options, config, spec, weights)
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
@@ -197,7 +199,7 @@ def _evaluate_run(
             seed=seed,
             batch_size=options.batch_size,
             restarts=options.restarts,
-            precision=options.precision,
+            precision=precision,
             train_counts=counts,
             state=folder / STATE,
             bar=bar,
@@ -212,7 +214,7 @@ def _evaluate_run(
         "eps": eps,
         "step_size": step_size,
         "restarts": options.restarts,
-        "precision": options.precision,
+        "precision": precision,
         "seed": seed,
         "device": str(device),
         "warnings": warnings + guards.warnings_for_figures(result["attacks"]),

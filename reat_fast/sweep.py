@@ -124,8 +124,7 @@ class Options:
     subset: int | None = None
     """Make the table of so many test images, evenly spread over the set; unset: of all."""
     precision: Precision | None = None
-    """Arithmetic in which the attacks of the table search, bf16 on a GPU; unset: float32, in which
-    every run ends. Verdicts are always in float32."""
+    """Arithmetic in which the attacks of the table search; unset: that of each run."""
     dry_run: bool = False
     """Only list what would run."""
 

@@ -88,6 +88,7 @@ def _rank(found: dict[str, float]) -> tuple[bool, float]:
 def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     """Evaluate the chosen weights on the test set, once; write the figures and pictures."""
     config, folder = run.config, run.folder
+    precision = resolve_precision(config, run.device)
     best = config.select == "best" and run.best is not None
     weights = folder / ("best.safetensors" if best else "last.safetensors")
     model = checkpoint.load_model(weights, run.device)
@@ -100,6 +101,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         eps=config.eps,
         seed=config.seed,
         batch_size=config.eval_batch_size,
+        precision=precision,
         train_counts=run.splits.counts,
         progress=tick,
     )
@@ -113,7 +115,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "eps": config.eps,
         "step_size": config.step_size,
         "restarts": 1,
-        "precision": "float32",
+        "precision": precision,
         "seed": config.seed,
         "device": str(run.device),
         "seconds": round(time.perf_counter() - began, 3),
