@@ -502,12 +502,13 @@ def test_weights_move_by_gamma_of_their_norm_and_come_back() -> None:
         torch.testing.assert_close(tensor, before[name], rtol=1e-15, atol=1e-16)
 
 
-def test_a_weight_without_a_gradient_is_not_perturbed() -> None:
+@pytest.mark.parametrize("gradient", ["zero", "none"])
+def test_a_weight_without_a_gradient_is_not_perturbed(gradient: str) -> None:
     network = make_network()
     images, labels = make_images()
     F.cross_entropy(network(images), labels).backward()
     assert network.fc.weight.grad is not None
-    network.fc.weight.grad.zero_()
+    network.fc.weight.grad = None if gradient == "none" else network.fc.weight.grad.zero_()
     before = network.fc.weight.detach().clone()
     with WeightPerturbation(network, 0.01).perturbed():
         assert torch.equal(network.fc.weight, before)

@@ -9,6 +9,7 @@ neither the batch size nor a break changes a figure.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -136,11 +137,11 @@ class AutoAttack:
             while len(standing.pending):
                 self._announce(stage, rank)
                 # Batches of one size: a GPU takes as long for a small one as for half a large one.
-                batches = -(-len(standing.pending) // self.batch_size)
-                rows, standing.pending = standing.pending.tensor_split(
-                    [-(-len(standing.pending) // batches)]
-                )
+                batches = math.ceil(len(standing.pending) / self.batch_size)
+                size = math.ceil(len(standing.pending) / batches)
+                rows = standing.pending[:size]
                 standing.robust[rows] = self._survive(stage, rank, rows)
+                standing.pending = standing.pending[size:]
                 self._write()
             standing.run, standing.pending = standing.run + 1, None
             standing.after[stage] = 100 * float(standing.robust.double().mean())

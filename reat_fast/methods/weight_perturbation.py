@@ -48,14 +48,17 @@ class WeightPerturbation:
 
     @torch.no_grad()
     def _move_(self) -> None:
-        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
-        assert len(gradients) == len(self._weights), "the gradient comes before the perturbation"
-        # As in the official code, where a weight without a gradient must not become NaN.
+        # A weight that the network does not use has no gradient and stays.
+        used = [n for n, weight in enumerate(self._weights) if weight.grad is not None]
+        assert used, "the gradient comes before the perturbation"
+        weights, moved = ([tensors[n] for n in used] for tensors in (self._weights, self._moved))
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        # As in the official code, where a weight whose gradient is zero must not become NaN.
         lengths = torch._foreach_add(torch._foreach_norm(gradients), 1e-20)
-        scales = torch._foreach_div(torch._foreach_norm(self._weights), lengths)
+        scales = torch._foreach_div(torch._foreach_norm(weights), lengths)
         torch._foreach_mul_(scales, self._gamma)
-        torch._foreach_copy_(self._moved, torch._foreach_mul(gradients, scales))
-        torch._foreach_add_(self._weights, self._moved)
+        torch._foreach_copy_(moved, torch._foreach_mul(gradients, scales))
+        torch._foreach_add_(weights, moved)
 
 
 @contextmanager
