@@ -1,8 +1,8 @@
 """The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
 
 A call has at most 10 minutes and there are three, so the first holds what decides most. Estimates
-are seconds on one H100, measured there for the first call but its last part; those of a call fit
-its 9 minutes together, limits need not.
+are seconds on one H100, those of verify, step and evaluation near what they took there, the others
+guesses; those of a call fit its 9 minutes together, limits need not.
 """
 
 from __future__ import annotations

@@ -197,11 +197,9 @@ def _summands(network: nn.Module, end: fx.Node) -> tuple[Any, fx.Node | None]:
     if _calls(network, first, _is_dense_conv):
         return first, second
     in_place = end.target in (operator.iadd, "add_")
-    return (
-        (second, first)
-        if _calls(network, second, _is_dense_conv) and not in_place
-        else (None, None)
-    )
+    if not in_place and _calls(network, second, _is_dense_conv):
+        return second, first
+    return None, None
 
 
 def _calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
