@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast.attack import cross_entropy
+from reat_fast.kernels.fused_conv import conv_relu, conv_relu_for
 from reat_fast.models import NAMES, create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import Form, FrozenNetwork
@@ -192,6 +194,18 @@ def test_what_stays_is_named_and_what_is_fused_is_counted(
     frozen = FrozenNetwork(model, form="cudnn")
     assert frozen.unfolded == unfolded
     assert frozen.fused == fused
+
+
+def test_gradients_meet_in_one_pass_and_shortcuts_add_no_bias_of_their_own() -> None:
+    frozen = FrozenNetwork(trained("resnet18"), form="cudnn")
+    assert isinstance(frozen._copy, torch.fx.GraphModule)
+    nodes = list(frozen._copy.graph.nodes)
+    # The stem and seven blocks are read by a convolution and a sum, or by two convolutions; the
+    # first convolution of each block by the second; the last block by the pooling.
+    readers = Counter(node.args[0] for node in nodes if node.target is conv_relu_for)
+    assert readers == {2: 8, 1: 8}
+    assert sum(node.target is conv_relu for node in nodes) == 1
+    assert [node.args[2] for node in nodes if node.target is F.conv2d] == [None] * 3
 
 
 class ScaledConv(nn.Conv2d):
