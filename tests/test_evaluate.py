@@ -202,6 +202,20 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_attacks_search_in_the_arithmetic_of_the_run(run_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["reat", "--fused", "--precision", "bf16", "--dataset", "npz"]
+    arguments += ["--data", str(run_dir.parent / "made.npz"), "--model", "resnet8", "--width", "8"]
+    arguments += ["--imbalance", "0.2", "--steps", "1", "--epochs", "1", "--batch-size", "32"]
+    assert train.main([*arguments, "--run-dir", str(run)]) == 0
+    assert command(run, "--attacks", "fgsm", "--quiet") == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["precision"] == "bf16" and set(found["attacks"]) == {"clean", "pgd20", "fgsm"}
+    assert command(run, "--attacks", "fgsm", "--precision", "float32", "--quiet") == 0
+    assert json.loads((run / "evaluation-2.json").read_text())["precision"] == "float32"
+    assert json.loads((run_dir / "evaluation.json").read_text())["precision"] == "float32"
+
+
 def command(*arguments: object) -> int:
     return run_command(evaluate.main, [str(argument) for argument in arguments])
 
