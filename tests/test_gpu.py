@@ -97,6 +97,30 @@ def test_replays_equal_eager_steps(precision: str, gather: bool, reproducible: N
     replayed.close()
 
 
+@pytest.mark.parametrize("gather", [True, False])
+def test_the_short_batch_of_an_epoch_is_replayed_too(gather: bool, reproducible: None) -> None:
+    config = Config(precision="bf16", lr=0.05)
+    eager, captured = make_step(config), make_step(config)
+    whole = on_gpu(uint8_batch(gather))
+    short = dataclasses.replace(
+        whole,
+        images=whole.images if gather else whole.images[:5],
+        labels=whole.labels[:5],
+        indices=whole.indices[:5],
+    )
+    replayed = CapturedStep(captured, whole)
+    for epoch in range(4):
+        for given in (whole, whole, short):
+            expected, found = eager.train_on(given), replayed.train_on(given)
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), (epoch, name)
+        assert eager.end_epoch() == captured.end_epoch()
+    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
+        assert torch.equal(a, b)
+    assert replayed._short is not None
+    replayed.close()
+
+
 CHEAP = {
     "fgsm-rs": {"attack": "fgsm-rs"},
     "n-fgsm of radii": {"attack": "n-fgsm", "radius": "class", "radius_warmup": 0.0},

@@ -17,7 +17,8 @@ import torch
 from test_step import COUNTS, make_model, uint8_batch
 
 from reat_fast.config import Config
-from reat_fast.engine.graph import CapturedStep, record
+from reat_fast.engine import graph
+from reat_fast.engine.graph import CapturedStep, Recording, record
 from reat_fast.loaders import Batch
 from reat_fast.step import TrainStep, make_optimizer
 from reat_fast.train import set_learning_rate
@@ -28,15 +29,23 @@ CONFIG = Config(steps=2, lr=0.05)
 class FakeGraph:
     """Replays by calling the body."""
 
-    captured: CapturedStep
+    recording: Recording
 
     def replay(self) -> None:
-        outcome = self.captured._body()
-        for name, tensor in self.captured._outcome.items():
+        replays.append(self.recording.total)
+        outcome = self.recording.body()
+        for name, tensor in self.recording.outcome.items():
             tensor.copy_(outcome[name])
 
+    def pool(self) -> object:
+        return self
+
     def reset(self) -> None:
-        del self.captured
+        del self.recording
+
+
+replays: list[int] = []
+"""How many images each replay was on."""
 
 
 def patch_cuda(monkeypatch: pytest.MonkeyPatch, **graphs: object) -> None:
@@ -56,23 +65,23 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, **graphs: object) -> None:
 @pytest.fixture(autouse=True)
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def capture(fake: FakeGraph, **_: object) -> Iterator[None]:
-        (fake.captured,) = [c for c in captures if c._graph is fake]
-        state = fake.captured.step.state_tensors()
+    def capture(fake: FakeGraph, pool: object, *_: object, **__: object) -> Iterator[None]:
+        assert pool is None or pool.recording.total > fake.recording.total  # type: ignore[attr-defined]
+        state = fake.recording.step.state_tensors()
         kept = [tensor.clone() for tensor in state]
         yield
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
 
-    captures: list[CapturedStep] = []
-    inner = CapturedStep._capture
+    warm_up = graph.warm_up
 
-    def noted(self: CapturedStep) -> None:
-        captures.append(self)
-        inner(self)
+    def noted(body: Any, stream: Any) -> None:
+        body.__self__.graph.recording = body.__self__
+        warm_up(body, stream)
 
     patch_cuda(monkeypatch, CUDAGraph=FakeGraph, graph=capture)
-    monkeypatch.setattr(CapturedStep, "_capture", noted)
+    monkeypatch.setattr(graph, "warm_up", noted)
+    replays.clear()
 
 
 def make_step(config: Config = CONFIG) -> TrainStep:
@@ -100,7 +109,7 @@ def test_replays_equal_eager_steps_bit_for_bit_with_lr_and_epoch_changing() -> N
     eager, captured = make_step(), make_step()
     given = batches()
     replayed = CapturedStep(captured, given[0])
-    for epoch in range(2):
+    for epoch in range(4):
         for k, batch in enumerate(given):
             for step in (eager, captured):
                 set_learning_rate(step.optimizer, 0.05 / (1 + k + epoch))
@@ -111,6 +120,43 @@ def test_replays_equal_eager_steps_bit_for_bit_with_lr_and_epoch_changing() -> N
         assert eager.end_epoch() == captured.end_epoch()
     for a, b in zip(states(eager), states(captured), strict=True):
         assert torch.equal(a, b)
+    # The short batch is launched in the first epoch and replayed from the second on.
+    assert replays == [8, 8, *3 * [8, 8, 3]]
+
+
+def test_a_short_batch_that_cannot_be_captured_is_launched_and_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eager, captured = make_step(), make_step()
+    whole, _, short = batches()
+    replayed = CapturedStep(captured, whole)
+
+    def fails(body: Any, stream: Any) -> None:
+        body()
+        raise torch.OutOfMemoryError("out of memory\nsecond line")
+
+    monkeypatch.setattr(graph, "warm_up", fails)
+    for step in (eager, replayed):
+        step.train_on(short)
+    eager.train_on(short)
+    with pytest.warns(UserWarning, match=r"last 3 images .* \(out of memory\); it is launched"):
+        replayed.train_on(short)
+    for given in (short, whole, short):
+        eager.train_on(given)
+        replayed.train_on(given)
+    for a, b in zip(states(eager), states(captured), strict=True):
+        assert torch.equal(a, b)
+    assert replays == [8]
+
+
+def test_batches_of_many_sizes_make_one_more_graph() -> None:
+    step = make_step()
+    whole, *_ = batches()
+    replayed = CapturedStep(step, whole)
+    for count in (2, 2, 2, 4, 4, 5, 5, 2):
+        rows = torch.arange(count)
+        replayed.train_on(dataclasses.replace(whole, indices=rows, labels=whole.labels[rows]))
+    assert replays == [2, 2, 2]
 
 
 def test_warm_up_and_capture_leave_no_trace() -> None:
@@ -175,9 +221,9 @@ def test_a_capture_is_not_ended_by_what_the_threads_of_a_loader_do(
     modes: list[object] = []
     inner = torch.cuda.graph
 
-    def noting(graph: Any, **named: Any) -> Any:
+    def noting(*given: Any, **named: Any) -> Any:
         modes.append(named["capture_error_mode"])
-        return inner(graph, **named)
+        return inner(*given, **named)
 
     monkeypatch.setattr(torch.cuda, "graph", noting)
     CapturedStep(make_step(), batches()[0])

@@ -8,6 +8,7 @@ the graph reads and writes. What a replay cannot take raises; nothing falls back
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ Outcome = TypeVar("Outcome")
 
 
 class CapturedStep:
-    """Replay a TrainStep on batches of one shape from one loader.
+    """Replay a TrainStep on batches of one loader.
 
     step: the step to capture, its optimiser's learning rate a tensor on the device and its state
     loaded before: loading replaces memory that the graph would go on using. batch: any whole
@@ -39,59 +40,111 @@ class CapturedStep:
             if not isinstance(group["lr"], Tensor):
                 raise ValueError("a captured step needs a learning rate that is a tensor")
         self.step = step
-        self._images = batch.images if batch.gather else batch.images.clone()
-        self._labels = batch.labels.clone()
-        self._indices = batch.indices.clone()
-        self._total = len(batch.labels) if total is None else total
-        self._static = Batch(self._images, self._labels, self._indices, gather=batch.gather)
         self._settings = baked_settings()
-        self._graph = torch.cuda.CUDAGraph()
-        self._capture()
+        self._stream = torch.cuda.Stream()
+        total = len(batch.labels) if total is None else total
+        self._whole = Recording(step, batch, total, self._stream)
+        self._short: Recording | None = None
+        self._met: int | None = None
+        """The size of the last shorter batch that was launched."""
+        self._whole_only = False
 
     def train_on(self, batch: Batch, total: int | None = None) -> dict[str, Tensor]:
-        """Take a step, by a replay where the batch has the captured shape.
+        """Take a step: replay that of a whole batch, or of the shorter one that ends an epoch.
 
-        A shorter batch, as an epoch may end with, takes the same body eagerly: masking it would
-        change the batch statistics. Returns what TrainStep returns, in memory that the next
-        replay overwrites.
+        The shorter one is a graph of its own, as masking it would change the batch statistics: it
+        is launched by its kernels in the first epoch and recorded in the second. Returns what
+        TrainStep returns, in memory that the next replay overwrites.
         Errors: ValueError for another shape, dtype, device, loader or setting.
         """
         total = len(batch.labels) if total is None else total
-        if total < self._total:  # not the share: all processes have to agree on a replay
-            return self.step.train_on(batch, total)
-        self._refuse_changes(batch)
-        if not batch.gather:
-            self._images.copy_(batch.images, non_blocking=True)
-        self._labels.copy_(batch.labels, non_blocking=True)
-        self._indices.copy_(batch.indices, non_blocking=True)
-        self._graph.replay()
-        return self._outcome
+        recording = self._whole
+        if total < self._whole.total:  # not the share: all processes have to agree on a replay
+            shorter = self._shorter(batch, total)
+            if shorter is None:
+                return self.step.train_on(batch, total)
+            recording = shorter
+        recording.refuse_changes(batch)
+        refuse_changed_settings(self._settings)
+        return recording.replay(batch)
 
     def close(self) -> None:
-        """Free the graph and its memory; call before the process group or the device goes."""
+        """Free the graphs and their memory; call before the process group or the device goes."""
         torch.cuda.synchronize()
-        self._graph.reset()
+        for recording in (self._whole, self._short):
+            if recording is not None:
+                recording.graph.reset()
 
-    def _capture(self) -> None:
-        self.step.allocate(self._images[:1].permute(0, 3, 1, 2).float())
-        state = self.step.state_tensors()
+    def _shorter(self, batch: Batch, total: int) -> Recording | None:
+        """Return the recording for a shorter batch, or None for one that is to be launched."""
+        if self._short is not None and self._short.total == total:
+            return self._short
+        again, self._met = total == self._met, total
+        # A process without images has nothing to record, and then none may replay.
+        if self._whole_only or self._short or not again or total < self.step.world.size:
+            return None
+        try:
+            self._short = Recording(self.step, batch, total, self._stream, self._whole.graph)
+        except RuntimeError as error:
+            if self.step.world.size > 1:  # the others go on to replay
+                raise
+            torch.cuda.synchronize()  # steps begun in vain write to memory that is freed now
+            self._whole_only = True
+            warnings.warn(
+                f"the step on the last {total} images of an epoch cannot be captured as a CUDA "
+                f"graph ({str(error).splitlines()[0]}); it is launched kernel by kernel",
+                stacklevel=2,
+            )
+        return self._short
+
+
+class Recording:
+    """The graph of one step on batches of one shape, and the named buffers it reads."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        batch: Batch,
+        total: int,
+        stream: torch.cuda.Stream,
+        beside: torch.cuda.CUDAGraph | None = None,
+    ) -> None:
+        images = batch.images if batch.gather else batch.images.clone()
+        self.step, self.total = step, total
+        self.batch = Batch(images, batch.labels.clone(), batch.indices.clone(), batch.gather)
+        self.graph = torch.cuda.CUDAGraph()
+        step.allocate(images[:1].permute(0, 3, 1, 2).float())
+        state = step.state_tensors()
         kept = [tensor.clone() for tensor in state]
         places = [tensor.data_ptr() for tensor in state]
-        stream = torch.cuda.Stream()
-        warm_up(self._body, stream)
-        with torch.no_grad():
-            for tensor, value in zip(state, kept, strict=True):
-                tensor.copy_(value)
+        try:
+            warm_up(self.body, stream)
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(state, kept, strict=True):
+                    tensor.copy_(value)
         del kept
-        # The threads of a loader may allocate meanwhile, which is no part of the step.
-        self._outcome = record(self._graph, self._body, stream, "thread_local")
+        # The threads of a loader may allocate meanwhile, which is no part of the step. Graphs that
+        # take turns on one stream can share a pool: what lives on, outcomes and state, is held.
+        self.outcome = record(self.graph, self.body, stream, "thread_local", beside)
         assert places == [tensor.data_ptr() for tensor in state], "state moved during the capture"
 
-    def _body(self) -> dict[str, Tensor]:
-        return self.step.train_on(self._static, self._total)
+    def body(self) -> dict[str, Tensor]:
+        """Take the step on the buffers."""
+        return self.step.train_on(self.batch, self.total)
 
-    def _refuse_changes(self, batch: Batch) -> None:
-        static = self._static
+    def replay(self, batch: Batch) -> dict[str, Tensor]:
+        """Take the step on a batch; returns memory that the next replay overwrites."""
+        if not batch.gather:
+            self.batch.images.copy_(batch.images, non_blocking=True)
+        self.batch.labels.copy_(batch.labels, non_blocking=True)
+        self.batch.indices.copy_(batch.indices, non_blocking=True)
+        self.graph.replay()
+        return self.outcome
+
+    def refuse_changes(self, batch: Batch) -> None:
+        """Raise ValueError for a batch that does not fit the buffers."""
+        static = self.batch
         if batch.gather != static.gather or (
             batch.gather and batch.images.data_ptr() != static.images.data_ptr()
         ):
@@ -104,7 +157,6 @@ class CapturedStep:
                         f"{name} have {what} {getattr(given, what)}, the step was captured with "
                         f"{getattr(fixed, what)}: capture it again"
                     )
-        refuse_changed_settings(self._settings)
 
 
 def warm_up(body: Callable[[], object], stream: torch.cuda.Stream) -> None:
@@ -124,16 +176,19 @@ def record(
     body: Callable[[], Outcome],
     stream: torch.cuda.Stream,
     error_mode: str = "global",
+    beside: torch.cuda.CUDAGraph | None = None,
 ) -> Outcome:
     """Capture a body that was warmed up on `stream`; return what it returned, which replays fill.
 
-    error_mode: whose forbidden calls end the capture, see torch.cuda.graph.
+    error_mode: whose forbidden calls end the capture, see torch.cuda.graph. beside: a graph whose
+    memory this one shares, recorded on the same stream.
     Errors: RuntimeError for a body that cannot be captured.
     """
     gc.collect()  # a tensor freed during the capture would be freed in the graph's pool
     before = torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode=error_mode):
+        pool = None if beside is None else beside.pool()
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode=error_mode):
             outcome = body()
     finally:
         torch.cuda.set_stream(before)  # where ending a capture fails, it stays on its own stream
