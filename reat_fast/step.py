@@ -8,6 +8,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from reat_fast.methods.objectives import make_objective
 from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 
-__all__ = ["TrainStep", "make_optimizer"]
+__all__ = ["TrainStep", "load_optimizer", "make_optimizer"]
 
 
 def make_optimizer(model: Network, config: Config) -> torch.optim.SGD:
@@ -49,6 +50,19 @@ def make_optimizer(model: Network, config: Config) -> torch.optim.SGD:
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimiser of make_optimizer a saved state, wherever that lies.
+
+    PyTorch brings momentum to the device of the weights and takes the rest as it is saved, the
+    learning rate too: from a file that would be a tensor on the CPU, and a graph would keep the
+    number it has when it is captured.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate.fill_(float(group["lr"]))
 
 
 class TrainStep:

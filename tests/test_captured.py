@@ -60,7 +60,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     record = captured.record
 
     @contextmanager
-    def capture(graph: FakeGraph, **_: object) -> Iterator[None]:
+    def capture(graph: FakeGraph, *_: object, **__: object) -> Iterator[None]:
         made.append(graph)
         yield
 
@@ -80,7 +80,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     )
     monkeypatch.setattr(captured, "record", noted)
     monkeypatch.setattr(captured, "can_capture", lambda device: True)
-    monkeypatch.setattr(captured, "_side_stream", torch.cuda.Stream)
+    monkeypatch.setattr(captured, "attack_stream", torch.cuda.Stream)
     return made
 
 

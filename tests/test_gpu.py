@@ -11,18 +11,22 @@ import csv
 import dataclasses
 import gc
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed_run import SMALL
 from made_data import made_npz
 from test_captured import EPS, attack, batch, labelled_images
 from test_captured import make_model as make_victim
+from test_resume import StopAfter
 from test_step import COUNTS, make_model, uint8_batch
 
 from reat_fast import train, verify
+from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, Config
 from reat_fast.engine.graph import CapturedStep
@@ -307,6 +311,26 @@ def test_a_network_that_waits_is_attacked_without_a_graph(captures: list[str]) -
 
 def test_every_row_of_verify_holds() -> None:
     assert run_command(verify.main, ["--device", "cuda"]) == 0
+
+
+@pytest.mark.parametrize("graph", ["auto", "off"])
+def test_a_resumed_training_goes_on_with_the_learning_rate_of_its_step(
+    graph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folders = made_npz(tmp_path / "made.npz"), [tmp_path / "whole", tmp_path / "stopped"]
+    arguments = [*SMALL, "--device", "cuda", "--data", data, "--deterministic", "--graph", graph]
+    for folder in folders:
+        with monkeypatch.context() as patched:
+            if folder.name == "stopped":  # in the second of three epochs
+                patched.setattr(train, "StopRequest", lambda world: StopAfter(11))
+            code = run_command(train.main, [str(a) for a in (*arguments, "--run-dir", folder)])
+    assert code == 128 + signal.SIGTERM
+    assert run_command(train.main, ["--resume", str(folders[1])]) == 0
+    whole, resumed = (
+        torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True) for folder in folders
+    )
+    for name, tensor in whole["model"].items():
+        assert torch.equal(resumed["model"][name], tensor), name
 
 
 @pytest.mark.parametrize("graph", ["auto", "off"])

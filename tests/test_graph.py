@@ -20,7 +20,7 @@ from reat_fast.config import Config
 from reat_fast.engine import graph
 from reat_fast.engine.graph import CapturedStep, Recording, record
 from reat_fast.loaders import Batch
-from reat_fast.step import TrainStep, make_optimizer
+from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.train import set_learning_rate
 
 CONFIG = Config(steps=2, lr=0.05)
@@ -58,6 +58,7 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, **graphs: object) -> None:
         "stream": lambda s: nullcontext(),
         "synchronize": lambda: None,
     }
+    monkeypatch.setattr(graph, "attack_stream", lambda device: None)  # it would be kept
     for name, fake in {**fakes, **graphs}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -211,8 +212,34 @@ def test_what_a_graph_cannot_take_is_refused() -> None:
 def test_a_learning_rate_that_would_be_baked_in_is_refused() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match="learning rate that is a tensor"):
-        CapturedStep(TrainStep(model, optimizer, COUNTS, CONFIG), batches()[0])
+    elsewhere = make_optimizer(model, CONFIG)
+    elsewhere.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    for baked in (optimizer, elsewhere):
+        with pytest.raises(ValueError, match="learning rate that is a tensor"):
+            CapturedStep(TrainStep(model, baked, COUNTS, CONFIG), batches()[0])
+
+
+def test_a_saved_learning_rate_is_read_into_the_memory_of_the_present_one() -> None:
+    step, saved = make_step(), make_step()
+    saved.train_on(batches()[0])
+    set_learning_rate(saved.optimizer, 0.25)
+    state = saved.optimizer.state_dict()
+    rate = step.optimizer.param_groups[0]["lr"]
+    load_optimizer(step.optimizer, state)
+    assert step.optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
+    assert state["param_groups"][0]["lr"] is not rate
+    for a, b in zip(step.model.parameters(), saved.model.parameters(), strict=True):
+        momentum = [s.optimizer.state[p]["momentum_buffer"] for s, p in ((step, a), (saved, b))]
+        assert torch.equal(*momentum) and momentum[1].any()
+
+
+def test_a_learning_rate_saved_on_a_cpu_comes_back_to_the_device_of_the_weights() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.25))
+    state = optimizer.state_dict()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5, device="meta")
+    load_optimizer(optimizer, state)
+    assert optimizer.param_groups[0]["lr"].device == weight.device
 
 
 def test_a_capture_is_not_ended_by_what_the_threads_of_a_loader_do(

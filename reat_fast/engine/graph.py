@@ -7,6 +7,7 @@ the graph reads and writes. What a replay cannot take raises; nothing falls back
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable
@@ -37,11 +38,14 @@ class CapturedStep:
 
     def __init__(self, step: TrainStep, batch: Batch, total: int | None = None) -> None:
         for group in step.optimizer.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                raise ValueError("a captured step needs a learning rate that is a tensor")
+            rate = group["lr"]
+            if not isinstance(rate, Tensor) or rate.device != step.epoch.device:
+                raise ValueError(
+                    "a captured step needs a learning rate that is a tensor on its device"
+                )
         self.step = step
         self._settings = baked_settings()
-        self._stream = torch.cuda.Stream()
+        self._stream = _step_stream(batch.labels.device)
         total = len(batch.labels) if total is None else total
         self._whole = Recording(step, batch, total, self._stream)
         self._short: Recording | None = None
@@ -157,6 +161,20 @@ class Recording:
                         f"{name} have {what} {getattr(given, what)}, the step was captured with "
                         f"{getattr(fixed, what)}: capture it again"
                     )
+
+
+@functools.cache
+def attack_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which evaluations capture their attacks, and no step is captured.
+
+    Freeing a graph frees the cuBLAS workspace of its stream, on which others may still count.
+    """
+    return torch.cuda.Stream(device)
+
+
+def _step_stream(device: torch.device) -> torch.cuda.Stream:
+    stream = torch.cuda.Stream(device)  # from a pool of 32, one after another
+    return torch.cuda.Stream(device) if stream == attack_stream(device) else stream
 
 
 def warm_up(body: Callable[[], object], stream: torch.cuda.Stream) -> None:

@@ -8,7 +8,6 @@ rows, which are cut off again.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +18,7 @@ from torch import Tensor
 from reat_fast.attack import ascend
 from reat_fast.engine.graph import (
     WARM_UP_STEPS,
+    attack_stream,
     baked_settings,
     record,
     refuse_changed_settings,
@@ -80,7 +80,7 @@ class CapturedAscent:
         torch.cuda.empty_cache()
 
     def _capture(self) -> None:
-        stream = _side_stream(self._clean.device)
+        stream = attack_stream(self._clean.device)
         warm_up(self._step, stream)
         with torch.cuda.stream(stream):
             _refuse_waiting(self._step)
@@ -190,16 +190,6 @@ class Ascents:
 def can_capture(device: torch.device) -> bool:
     """Say whether steps on this device can be captured."""
     return device.type == "cuda"
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of all captures here, which is that of no other graph.
-
-    Streams come from a pool of 32: a new one for each evaluation would in time be that of the
-    training step's graph, whose cuBLAS workspace would go when the evaluation's graph is freed.
-    """
-    return torch.cuda.Stream(device)
 
 
 def _refuse_waiting(body: Callable[[], object]) -> None:

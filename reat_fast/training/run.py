@@ -23,7 +23,7 @@ from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.networks.architectures import Network
-from reat_fast.step import TrainStep, make_optimizer
+from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.plan import Plan
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_table
@@ -225,11 +225,11 @@ class Run:
                 f"--resume {self.folder}: the training images are not those the run was begun "
                 "with; name the same data with --data"
             )
-        if self._captured is not None:  # loading moves momentum and learning rate
+        if self._captured is not None:  # loading moves momentum
             self._captured.close()
             self._captured = None
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.step.load_state_dict(state["step"])
         changes = ((n, state["code"].get(n), now) for n, now in self.code.items())
         self.changed_code = ", ".join(f"{n} {b} -> {now}" for n, b, now in changes if b != now)
