@@ -164,9 +164,11 @@ class AutoAttack:
         if stage == "clean":
             return clean
         if stage == "square":
-            return square(
-                victim, clean, labels, samples, eps=eps, seed=self.seed, queries=self.queries
-            )
+            # It keeps what lowers the margin, in steps of which bfloat16 sees the large ones only.
+            with victim.finer(clean):
+                return square(
+                    victim, clean, labels, samples, eps=eps, seed=self.seed, queries=self.queries
+                )
         targets = victim.true_logits(clean).argsort(1, descending=True)[:, rank]
         if stage == "fab-t":
             # It aims at where two logits meet, and bfloat16 cannot tell where that is: of 79 images
