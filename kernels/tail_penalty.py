@@ -386,11 +386,12 @@ def tail_penalty(
     """Compute REAT's penalty on the features of tail classes, a scalar, without a sync.
 
     `features` [B, D] float32, bfloat16 or float16 (float64 in PyTorch only); `labels` [B] int64 in
-    [0, C); `counts` [C] training samples of each class, less than 1 taken as 1. Computed in
-    float32. 0 where the batch holds no tail class; of three classes none is tail. `coefficient`
-    scales either form: 1 is the published size of "official", 1 / D gives "pairwise" about that
-    size. Only the features get a gradient, and only once. Raises ValueError for arguments of
-    another shape or dtype. Source: arXiv 2307.10205 and its published code.
+    [0, C), named from the largest class to the smallest (ClassStatistics.by_size); `counts` [C]
+    training samples of each class, less than 1 taken as 1. Computed in float32. 0 where the batch
+    holds no tail class; of three classes none is tail. `coefficient` scales either form: 1 is the
+    published size of "official", 1 / D gives "pairwise" about that size. Only the features get a
+    gradient, and only once. Raises ValueError for arguments of another shape or dtype. Source:
+    arXiv 2307.10205 and its published code.
     """
     _check(features, labels, counts, form)
     fits = features.dtype != torch.float64 and features.shape[1] <= MOST_FEATURES

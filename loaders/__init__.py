@@ -22,7 +22,9 @@ class Batch:
     """A batch as a loader gives it, on the device.
 
     images: uint8 [B, H, W, C], or the whole set [N, H, W, C] where gather is true and the step
-    takes the rows `indices`. labels int64 [B]. indices int64 [B]: positions in the training set.
+    takes the rows `indices`. labels int64 [B]. indices int64 [B]: what the random numbers of each
+    image are drawn by, its position in the training set or, where a sampler may draw it several
+    times, that of the draw in the epoch.
     """
 
     images: Tensor

@@ -13,6 +13,7 @@ from reat_fast.data import ImageSet
 from reat_fast.loaders import Loader
 from reat_fast.loaders.beton import BetonLoader
 from reat_fast.loaders.dali import DaliLoader
+from reat_fast.loaders.draws import FreshDraws
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.resident import ResidentLoader, shortage
 from reat_fast.loaders.workers import WorkersLoader
@@ -60,7 +61,8 @@ def make_loader(
             "--loader ffcv reads .beton files: write one with `python -m reat_fast.convert` and "
             "give --dataset beton --data FOLDER"
         )
-    return made, f"loader {name}: {reason}"
+    drawn = made if order.sampler == "instance" else FreshDraws(made)
+    return drawn, f"loader {name}: {reason}"
 
 
 def _choose(image_set: ImageSet, beton: Path | None, device: torch.device) -> tuple[str, str]:

@@ -83,9 +83,15 @@ class EpochOrder:
 
         A last batch smaller than the number of ranks leaves some an empty share.
         """
-        indices = self.indices(epoch)
+        return self._shares(self.indices(epoch), first)
+
+    def places(self, first: int = 0) -> Iterator[Tensor]:
+        """Give the places in an epoch, int64, of what `batches` gives."""
+        return self._shares(torch.arange(len(self._by_class), device=self.device), first)
+
+    def _shares(self, shown: Tensor, first: int) -> Iterator[Tensor]:
         for batch in range(first, len(self)):
-            rows = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
+            rows = shown[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield rows.tensor_split(self.world)[self.rank]
 
     def _draw(self, epoch: int) -> Tensor:

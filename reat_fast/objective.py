@@ -16,6 +16,7 @@ from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
 from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.kernels.triton_support import Backend
+from reat_fast.sources.longtail import by_falling_size
 
 __all__ = [
     "ClassStatistics",
@@ -74,10 +75,23 @@ class ClassStatistics:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.counts = torch.tensor(counts, dtype=torch.int64, device=device)
+        order = by_falling_size(counts)
+        self._order = torch.tensor(order, device=device)
+        self._ranks = self._order.argsort()
+        self._ordered = order == list(range(len(order)))
         self.log_counts = log_counts(self.counts, dtype)
         self.ae_counts = self.counts.clone()
         self.next_ae_counts = torch.zeros_like(self.counts)
         self.weights = rbl_weights(self.counts, self.ae_counts)
+
+    def by_size(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Name the classes by their place from the largest to the smallest, as tail_penalty does.
+
+        labels int64 [B]. Returns the labels and the counts [C] under those names.
+        """
+        if self._ordered:  # as in every subset drawn here
+            return labels, self.counts
+        return self._ranks[labels], self.counts[self._order]
 
     def end_epoch(self) -> None:
         """Renew the RBL weights from this epoch's predictions, in place and without a sync."""

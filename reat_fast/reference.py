@@ -43,9 +43,13 @@ def balanced_softmax_loss(logits: Tensor, labels: Tensor, counts: Sequence[int])
     return F.cross_entropy(logits + log_counts, labels)
 
 
-def tail_classes(num_classes: int) -> range:
-    """Name the tail as the official code does: the classes after the first two thirds and one."""
-    return range(num_classes // 3 * 2 + 1, num_classes)
+def tail_classes(counts: Sequence[int]) -> list[int]:
+    """Name the tail as the official code does: the classes after the first two thirds and one.
+
+    The first is the largest there, so classes of one's own sets are taken by falling size.
+    """
+    by_size = sorted(range(len(counts)), key=lambda c: -counts[c])
+    return by_size[len(counts) // 3 * 2 + 1 :]
 
 
 def tail_penalty(
@@ -63,7 +67,7 @@ def tail_penalty(
     sizes = torch.tensor([max(n, 1) for n in counts]).to(features)
     rarity = (1.0 / (sizes / sizes.sum())).sqrt()
     log_p = F.log_softmax(features, dim=1)
-    anchors = [b for b in range(batch) if int(labels[b]) in tail_classes(len(counts))]
+    anchors = [b for b in range(batch) if int(labels[b]) in tail_classes(counts)]
     total = features.new_zeros(())
     for i in anchors:
         p_i = F.softmax(features[i].detach(), dim=0)

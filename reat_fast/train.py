@@ -17,7 +17,12 @@ from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.training import gauge, selection
-from reat_fast.training.faults import explained_faults, refuse_nonfinite, roll_back
+from reat_fast.training.faults import (
+    explained_faults,
+    refuse_nonfinite,
+    refuse_nonfinite_weights,
+    roll_back,
+)
 from reat_fast.training.plan import Plan, make_plan
 from reat_fast.training.progress import Progress, TrainingClock
 from reat_fast.training.run import Run
@@ -89,21 +94,23 @@ def train(run: Run, stop: StopRequest | None = None) -> None:
 
 def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRequest) -> None:
     """Take the steps that are left of an epoch, evaluate where it is due, and save."""
-    epoch, began = run.epoch, time.perf_counter()
-    before, waited = clock.training_seconds, clock.waiting_seconds
+    epoch = run.epoch
+    run.epoch_time.begin(clock)
     take_steps(run, clock, progress, stop)
     if selection.evaluation_is_due(run, epoch):
         save(run)  # an evaluation takes long enough to be interrupted
     lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
     refuse_nonfinite(run)
+    refuse_nonfinite_weights(run)
     means = run.step.end_epoch()
     clock.catch_up()
     evaluation = selection.evaluate_epoch(run, epoch, _tick(stop))
-    training = clock.training_seconds - before
-    waiting = 100 * (clock.waiting_seconds - waited) / training if training else 0.0
+    spent = run.epoch_time.spent()
+    training = spent["training"]
+    waiting = 100 * spent["waiting"] / training if training else 0.0
     timing = {
         "epoch": epoch + 1,
-        "seconds": round(time.perf_counter() - began, 3),
+        "seconds": round(spent["seconds"], 3),
         "training_seconds": round(training, 3),
         "images_per_second": round(clock.images_per_second, 1),
         "waiting_for_data_percent": round(waiting, 2),
@@ -149,6 +156,7 @@ def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopReq
 def save(run: Run) -> None:
     """Save where the run stands; a state that is not finite never takes the place of a good one."""
     refuse_nonfinite(run)
+    refuse_nonfinite_weights(run)
     run.save()
 
 

@@ -324,6 +324,13 @@ def test_head_body_and_tail_tile_the_classes_with_the_official_tail(num_classes:
         assert parts["head"]
 
 
+def test_classes_of_ones_own_set_are_taken_by_falling_size() -> None:
+    counts = [5, 90, 40, 40, 1, 70]
+    assert head_body_tail(6, counts) == {"head": [1, 5], "body": [2, 3, 0], "tail": [4]}
+    assert head_body_tail(6, sorted(counts, reverse=True)) == head_body_tail(6)
+    assert head_body_tail(6, [7] * 6) == head_body_tail(6)
+
+
 def test_ten_classes_have_the_tail_of_the_official_code() -> None:
     assert head_body_tail(10) == {"head": [0, 1, 2], "body": [3, 4, 5, 6], "tail": [7, 8, 9]}
 

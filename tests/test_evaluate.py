@@ -53,6 +53,20 @@ def test_the_table_shows_the_figures() -> None:
     assert lines[-1].split() == ["<script>", "tail", "4", "25.00", "-"]
 
 
+def test_parts_and_table_go_by_the_size_of_the_classes() -> None:
+    counts = [4, 40, 10, 90]
+    found = figures([1, 2, 3, 4], [4, 4, 4, 4], counts)
+    assert (found["head"], found["body"], found["tail"]) == (100, 62.5, 25)
+    evaluation = {"attacks": {"clean": found}, "class_names": ["a", "b", "c", "d"]}
+    shown = accuracy_table({**evaluation, "train_counts": counts}).splitlines()[-4:]
+    assert [line.split() for line in shown] == [
+        ["d", "head", "90", "100.00"],
+        ["b", "body", "40", "50.00"],
+        ["c", "body", "10", "75.00"],
+        ["a", "tail", "4", "25.00"],
+    ]
+
+
 def test_the_tail_by_share_is_what_lies_beyond_80_per_cent() -> None:
     longtail = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]  # CIFAR-10-LT, ratio 50
     assert tail_by_share(longtail) == [4, 5, 6, 7, 8, 9]

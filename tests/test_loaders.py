@@ -104,6 +104,39 @@ def assert_equal(found: list[tuple[Tensor, ...]], wanted: list[tuple[Tensor, ...
             assert value.dtype == true_value.dtype and torch.equal(value.cpu(), true_value)
 
 
+def test_an_image_that_is_drawn_often_is_augmented_anew_each_time(
+    parts: dict[str, Part],
+) -> None:
+    part = parts["train"]
+    images, labels = torch.from_numpy(part.images.images), torch.from_numpy(part.images.labels)
+    order = EpochOrder(labels, 16, sampler="class-balanced", seed=SEED)
+    shown = order.indices(1)
+    found = []
+    for name in ("resident", "workers"):
+        loader, _ = make_loader(part.images, order, CPU, loader=name)
+        found = augmented(loader, 1)
+        assert_equal(augmented(loader, 1, first=2), found[2:])
+        loader.close()
+        wanted = [
+            (*prepare(images[rows], places, SEED, 1, 8 / 255, gather=False), labels[rows], places)
+            for rows, places in zip(shown.split(16), order.places(), strict=True)
+        ]
+        assert torch.equal(torch.cat([batch[3].cpu() for batch in found]), torch.arange(len(shown)))
+        assert_equal(found, wanted)
+    often = shown.bincount().argmax()
+    starts = torch.cat([batch[1].cpu() for batch in found])[shown == often]
+    assert len(starts) > 3 and len(starts.flatten(1).unique(dim=0)) == len(starts)
+
+
+def test_the_parts_of_a_batch_have_the_places_of_the_whole() -> None:
+    labels = torch.arange(37) % 3
+    whole = EpochOrder(labels, 10, sampler="square-root")
+    parts = [EpochOrder(labels, 10, sampler="square-root", rank=k, world=3) for k in range(3)]
+    for k, places in enumerate(whole.places(first=1)):
+        shares = [list(part.places(first=1))[k] for part in parts]
+        assert torch.equal(torch.cat(shares), places)
+
+
 @pytest.mark.parametrize("name", ["train", "held-out", "test"])
 def test_every_loader_gives_the_same_images_in_the_same_order_after_augmentation(
     make: Callable[..., Loader], parts: dict[str, Part], name: str

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import official_values as official
 import pytest
 import torch
 
 from reat_fast import objective, reference
+from reat_fast.methods.objectives import Part, make_objective
 from reat_fast.objective import ClassStatistics
+
+CPU = torch.device("cpu")
 
 
 def test_losses_equal_the_reference_in_float64() -> None:
@@ -48,6 +53,25 @@ def test_losses_equal_the_reference_in_float64() -> None:
         assert expected.grad is not None
         scale = float(expected.grad.abs().max())
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-13 * scale)
+
+
+@pytest.mark.parametrize("form", ["official", "pairwise"])
+def test_the_tail_are_the_smallest_classes_whatever_their_numbers(form: Any) -> None:
+    made = official.inputs()
+    features, logits = made["features"].double(), made["logits"].double()
+    mixed = torch.tensor([3, 9, 0, 7, 1, 5, 8, 2, 6, 4])  # the new number of each class
+    counts = torch.tensor(official.COUNTS)[mixed.argsort()]
+    labels = mixed[made["labels"]]
+    expected = reference.tail_penalty(features, made["labels"], official.COUNTS, form=form)
+    assert float(expected) != 0
+    found = reference.tail_penalty(features, labels, counts.tolist(), form=form)
+    assert float(found) == pytest.approx(float(expected), rel=1e-12)
+    chosen = make_objective(
+        "bsl", None, ClassStatistics(counts.tolist(), CPU, torch.float64), tail=form
+    )
+    part = Part(features, features, labels, len(labels), torch.tensor(0), torch.zeros_like(counts))
+    _, terms = chosen.compute(lambda _: (features, logits), part)
+    assert float(terms["tail"]) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_the_official_values_are_reached_in_float32() -> None:

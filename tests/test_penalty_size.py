@@ -13,6 +13,7 @@ from reat_fast.attack import pgd
 from reat_fast.methods.penalty_size import Form, tail_gradient_share
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
+from reat_fast.objective import ClassStatistics
 
 COUNTS = [20, 9, 6, 4, 2]
 
@@ -28,9 +29,9 @@ def made() -> tuple[Network, Tensor, Tensor]:
 def test_the_share_is_that_of_the_loop_reference(form: Form) -> None:
     network, images, labels = made()
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    counts = torch.tensor(COUNTS)
+    statistics = ClassStatistics(COUNTS, images.device)
     share = tail_gradient_share(
-        network, images, labels, counts, form=form, coefficient=0.5, batch_size=3, steps=2
+        network, images, labels, statistics, form=form, coefficient=0.5, batch_size=3, steps=2
     )
     assert network.training
     assert all(torch.equal(t, weights[name]) for name, t in network.state_dict().items())
@@ -49,5 +50,6 @@ def test_the_share_is_that_of_the_loop_reference(form: Form) -> None:
 
 def test_images_of_head_classes_alone_have_no_penalty() -> None:
     network, images, labels = made()
-    share = tail_gradient_share(network, images, labels * 0, torch.tensor(COUNTS), steps=1)
+    statistics = ClassStatistics(COUNTS, images.device)
+    share = tail_gradient_share(network, images, labels * 0, statistics, steps=1)
     assert share == 0

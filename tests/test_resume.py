@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import signal
 import subprocess
@@ -221,6 +222,61 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_good_checkpoint(
     state = checkpoint.load_checkpoint(folder / CHECKPOINT)
     assert (state["epoch"], state["batch"]) == (1, 0)
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_an_update_that_overflows_in_the_last_step_is_not_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take_step = Run.take_step
+
+    def overflowing(self: Run, batch: object) -> None:
+        take_step(self, batch)  # type: ignore[arg-type]
+        if (self.epoch, self.batch) == (1, self.batches):
+            with torch.no_grad():
+                next(self.model.parameters())[0] = float("inf")
+
+    monkeypatch.setattr(Run, "take_step", overflowing)
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert "the state of the network is not finite in epoch 2, step 8" in error
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == (1, 0)
+    for name in ("best", "last"):
+        model = checkpoint.load_model(folder / f"{name}.safetensors")
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_the_seconds_of_an_epoch_are_those_of_all_processes_that_worked_on_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, take_step = tmp_path / "run", Run.take_step
+
+    def slow(self: Run, batch: object) -> None:
+        time.sleep(0.25)
+        take_step(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "take_step", slow)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "StopRequest", lambda world: StopAfter(6))
+        assert run(*SMALL, "--data", data, "--run-dir", folder) == 128 + signal.SIGTERM
+    assert run("--resume", folder) == 0
+    with (folder / "timing.csv").open(newline="") as table:
+        first, second, _ = csv.DictReader(table)
+    for row in (first, second):
+        assert float(row["seconds"]) >= 8 * 0.25
+    # Each process leaves its first step out, which is where a step is captured.
+    assert float(first["training_seconds"]) >= 6 * 0.25
+
+
+def test_a_fault_of_free_training_names_the_batch_and_not_the_update(
+    data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan_at.append(3)
+    free = ["--attack", "free", "--replays", "4", "--run-dir", tmp_path / "run"]
+    assert run(*SMALL, "--data", data, *free) == 1
+    assert "the loss is not finite in epoch 1, step 3:" in capsys.readouterr().err
 
 
 def test_rollback_goes_on_from_the_last_checkpoint_at_half_the_rate(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from made_data import made_images, made_npz
@@ -19,6 +20,8 @@ from torch import Tensor
 from reat_fast import checkpoint, train
 from reat_fast.evaluate import evaluate
 from reat_fast.networks.architectures import Network
+from reat_fast.reporting.data import read_run
+from reat_fast.reporting.probe import probe_run
 from reat_fast.training import gauge, selection
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
@@ -401,6 +404,58 @@ def test_the_expected_time_counts_the_passes_that_are_left(
     planned = Run(make_plan(arguments))
     assert selection.expected_seconds(planned) == pytest.approx(passes)
     planned.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "settled"),
+    [
+        ("--schedule multistep --milestones 2 4 --epochs 6", [2, 3, 4, 5]),
+        ("--schedule multistep --milestones 2 4 --gamma 0.9 --epochs 6", []),
+        ("--schedule constant --epochs 6", []),
+        ("--schedule cosine --epochs 6", [3, 4, 5]),
+        ("--schedule onecycle --warmup 0.25 --epochs 8", [5, 6, 7]),
+        ("--schedule onecycle --warmup 0.75 --epochs 9", [8]),
+        ("--schedule onecycle --warmup 0.25 --epochs 2", [1]),
+        ("--schedule onecycle --evaluation official --epochs 4", []),
+    ],
+)
+def test_epochs_count_once_the_learning_rate_fell_to_half_its_peak(
+    flags: str, settled: list[int], data: Path, tmp_path: Path
+) -> None:
+    arguments = ["reat", *SMALL, *flags.split(), "--data", str(data)]
+    planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
+    epochs = range(planned.config.epochs)
+    assert [epoch for epoch in epochs if selection.is_settled(planned, epoch)] == settled
+    planned.lr_scale = 0.5  # after a rollback
+    later = [epoch for epoch in epochs if selection.is_settled(planned, epoch)]
+    assert set(settled) <= set(later)
+    if "constant" in flags:
+        assert later == list(epochs)
+    planned.close()
+
+
+def test_a_set_whose_classes_are_not_by_size_has_its_small_ones_for_the_tail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.repeat(np.arange(6), [4, 8, 12, 20, 30, 46])
+    tested = np.arange(24) % 6
+    images = {"x_train": made_images(labels, 3, 1), "x_test": made_images(tested, 3, 2)}
+    np.savez(tmp_path / "own.npz", y_train=labels, y_test=tested, **images)
+    small = [*SMALL, "--imbalance-profile", "as-is", "--epochs", 2]
+    folder = tmp_path / "run"
+    assert run("reat", *small, "--data", tmp_path / "own.npz", "--run-dir", folder) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    parts = {words[0]: words[1] for words in shown if len(words) == 5 and words[0].isdigit()}
+    assert parts == {"5": "head", "4": "head", "3": "body", "2": "body", "1": "body", "0": "tail"}
+    tested_as = json.loads((folder / "evaluation.json").read_text())["attacks"]["clean"]
+    assert tested_as["tail"] == tested_as["per_class"][0]
+    record = read_run(folder)
+    assert record.order == [5, 4, 3, 2, 1, 0] and record.counts == [41, 27, 18, 11, 7, 3]
+    assert record.class_names == ["5", "4", "3", "2", "1", "0"]
+    found = probe_run(record, 12, None, torch.device("cpu"))
+    assert found.labels.tolist() == [5 - c for c in tested[::2]]
+    told = [int(n) for n in rows(folder)[-1]["ae_counts"].split()]
+    assert record.ae_counts[-1] == told[::-1]
 
 
 def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_in_training(

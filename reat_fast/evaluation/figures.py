@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reat_fast.data import head_body_tail
+from reat_fast.sources.longtail import by_falling_size, head_body_tail
 
 MAIN_ATTACK = "pgd20"
 """The attack that stands for robustness where a run was tested under it."""
@@ -22,9 +22,9 @@ def figures(
 ) -> dict[str, Any]:
     """Turn right predictions and images per class into percentages.
 
-    Returns overall, balanced (mean over classes), worst (class), head, body, tail (REAT's thirds),
-    tail80 (see tail_by_share; None without train_counts) and per_class [C] (None where a class has
-    no image).
+    Returns overall, balanced (mean over classes), worst (class), head, body, tail (REAT's thirds by
+    train_counts, see head_body_tail), tail80 (see tail_by_share; None without train_counts) and
+    per_class [C] (None where a class has no image).
     """
     per_class = [100 * c / n if n else None for c, n in zip(correct, samples, strict=True)]
 
@@ -37,7 +37,10 @@ def figures(
         "overall": 100 * sum(correct) / max(sum(samples), 1),
         "balanced": mean(range(len(samples))),
         "worst": min(present) if present else None,
-        **{part: mean(classes) for part, classes in head_body_tail(len(samples)).items()},
+        **{
+            part: mean(classes)
+            for part, classes in head_body_tail(len(samples), train_counts).items()
+        },
         "tail80": mean(tail_by_share(train_counts)) if train_counts else None,
         "per_class": per_class,
     }
@@ -50,10 +53,31 @@ def tail_by_share(train_counts: Sequence[int], share: float = 0.8) -> list[int]:
     at, read this way: classes by falling size, from the largest on until they hold at least 80 % of
     the images; the others, which may be none, are the tail. Ascending.
     """
-    order = sorted(range(len(train_counts)), key=lambda c: -train_counts[c])
+    order = by_falling_size(train_counts)
     held, wanted = 0.0, share * sum(train_counts)
     for place, c in enumerate(order):
         if held >= wanted:
             return sorted(order[place:])
         held += train_counts[c]
     return []
+
+
+def largest_first(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation whose classes go from the largest to the smallest, where that is known.
+
+    So tables and pictures show them; those of a subset drawn here are in that order.
+    """
+    counts = evaluation.get("train_counts")
+    if not counts:
+        return evaluation
+    order = by_falling_size(counts)
+    turned = {
+        name: [evaluation[name][c] for c in order]
+        for name in ("class_names", "train_counts", "per_class_samples")
+        if evaluation.get(name)
+    }
+    attacks = {
+        name: {**figures, "per_class": [figures["per_class"][c] for c in order]}
+        for name, figures in evaluation["attacks"].items()
+    }
+    return {**evaluation, **turned, "attacks": attacks}

@@ -141,10 +141,9 @@ def balanced_softmax(
     )
     if tail == "none":
         return logits, {"bsl": bsl, "tail": bsl.new_zeros(())}
-    features, labels = part.gather(features), part.gather(part.labels)
-    penalty = tail_penalty(
-        features, labels, statistics.counts, form=tail, coefficient=tail_coefficient
-    )
+    features = part.gather(features)
+    labels, counts = statistics.by_size(part.gather(part.labels))
+    penalty = tail_penalty(features, labels, counts, form=tail, coefficient=tail_coefficient)
     return logits, {"bsl": bsl, "tail": penalty * (len(labels) / part.total)}
 
 

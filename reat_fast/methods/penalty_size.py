@@ -10,7 +10,7 @@ from torch import Tensor
 from reat_fast.attack import evaluating, pgd
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import FrozenNetwork
-from reat_fast.objective import balanced_softmax_loss, tail_penalty
+from reat_fast.objective import ClassStatistics, balanced_softmax_loss, tail_penalty
 
 Form = Literal["official", "pairwise"]
 
@@ -19,7 +19,7 @@ def tail_gradient_share(
     network: Network,
     images: Tensor,
     labels: Tensor,
-    counts: Tensor,
+    statistics: ClassStatistics,
     *,
     form: Form = "official",
     coefficient: float = 1.0,
@@ -31,8 +31,8 @@ def tail_gradient_share(
     """Return the norm of the penalty's gradient by the features over that of balanced softmax.
 
     images [N, C, H, W] in [0, 1] and labels int64 [N] are training images in random order, taken
-    batch by batch, attacked by PGD from the clean images with BatchNorm in eval mode. counts int64
-    [K]: training images per class. The norms are means over the batches; one without tail classes
+    batch by batch, attacked by PGD from the clean images with BatchNorm in eval mode. statistics:
+    those of the training set. The norms are means over the batches; one without tail classes
     has no penalty. The network is left as it was.
     """
     penalty = softmax = torch.zeros((), dtype=torch.float64, device=images.device)
@@ -51,8 +51,9 @@ def tail_gradient_share(
             with torch.no_grad():
                 features = network.forward_features(adv)
             features = features.detach().requires_grad_()
-            loss = balanced_softmax_loss(network.fc(features), y, counts)
-            tail = tail_penalty(features, y, counts, form=form, coefficient=coefficient)
+            loss = balanced_softmax_loss(network.fc(features), y, statistics.counts)
+            ranks, sizes = statistics.by_size(y)
+            tail = tail_penalty(features, ranks, sizes, form=form, coefficient=coefficient)
             softmax = softmax + torch.autograd.grad(loss, features)[0].norm().double()
             penalty = penalty + torch.autograd.grad(tail, features)[0].norm().double()
     return float(penalty / softmax)

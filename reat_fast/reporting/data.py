@@ -16,6 +16,8 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.config import Config, from_json
+from reat_fast.evaluation.figures import largest_first
+from reat_fast.sources.longtail import by_falling_size
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
 """The figures of an attack, in the order tables show them."""
@@ -30,7 +32,8 @@ class RunRecord:
 
     metrics and timing: a row per epoch, numbers by column, None where a cell is empty. ae_counts
     [E, C]: adversarial examples predicted as each class, where every epoch tells. counts [C]:
-    training images. evaluation: as reat_fast.evaluate writes it.
+    training images. evaluation: as reat_fast.evaluate writes it. In all of them classes go from the
+    largest to the smallest; order [C]: the numbers that they have in the data set.
     """
 
     folder: Path
@@ -42,6 +45,7 @@ class RunRecord:
     ae_counts: list[list[int]]
     timing: list[dict[str, float | None]]
     evaluation: dict[str, Any] | None
+    order: list[int]
 
     @property
     def name(self) -> str:
@@ -101,17 +105,22 @@ def read_run(folder: Path) -> RunRecord:
     if evaluation is not None:
         class_names = class_names or evaluation["class_names"]
         counts = counts or evaluation.get("train_counts")
+        evaluation = largest_first({**evaluation, "train_counts": counts})
+    order = by_falling_size(counts or [0] * len(class_names))
     metrics, predicted = read_metrics(folder / "metrics.csv")
+    if predicted and len(predicted[0]) == len(order):
+        predicted = [[row[c] for c in order] for row in predicted]
     return RunRecord(
         folder=folder,
         config=config,
         environment=_read_json(folder / "env.json") or {},
-        class_names=class_names,
-        counts=counts,
+        class_names=[class_names[c] for c in order],
+        counts=counts and [counts[c] for c in order],
         metrics=metrics,
         ae_counts=predicted,
         timing=_read_timing(folder / "timing.csv"),
         evaluation=evaluation,
+        order=order,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from reat_fast.data import head_body_tail
+from reat_fast.evaluation.figures import largest_first
 from reat_fast.objective import rbl_weights
 from reat_fast.reporting.data import read_metrics
 from reat_fast.reporting.style import (
@@ -45,7 +46,7 @@ Rows = Sequence[dict[str, float | None]]
 @style()
 def draw_accuracy(evaluation: dict[str, Any], path: Path, title: str) -> None:
     """Draw accuracy per class, clean and under each attack, over the class sizes; write a PNG."""
-    figure = class_accuracy(evaluation)
+    figure = class_accuracy(largest_first(evaluation))
     figure.suptitle(title, fontsize=9)
     write_png(path, figure)
 

@@ -6,6 +6,7 @@ starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,10 @@ Labels = npt.NDArray[np.int64]
 class Probe:
     """Hold what a model did with N test images, clean and under attack.
 
-    labels, clean_predictions, predictions (under attack) int64 [N]; points and attacked_points
-    [N, 2]: features on the two directions of largest variance of the clean ones, of which
-    `explained` is the share of each. examples: positions of a few images of head and tail classes,
-    shown in clean and attacked, float32 [K, H, W, C] in [0, 1].
+    labels, clean_predictions, predictions (under attack) int64 [N], 0 the largest class. points and
+    attacked_points [N, 2]: features on the two directions of largest variance of the clean ones, of
+    which `explained` is the share of each. examples: positions of a few images of head and tail
+    classes, shown in clean and attacked, float32 [K, H, W, C] in [0, 1].
     """
 
     labels: Labels
@@ -79,6 +80,7 @@ def probe_run(run: RunRecord, images: int, data: Path | None, device: torch.devi
         eps=eps,
         step_size=float(told.get("step_size", run.config.step_size)),
         seed=int(told.get("seed", run.config.seed)),
+        order=run.order,
         source=f"{dataset.name}, {weights.name}",
     )
 
@@ -91,19 +93,24 @@ def probe(
     eps: float,
     step_size: float,
     seed: int,
+    order: Sequence[int] | None = None,
     source: str = "",
 ) -> Probe:
-    """Attack a model with PGD-20 in float32; source names data and weights. See Probe."""
+    """Attack a model with PGD-20 in float32; source names data and weights. See Probe.
+
+    order [C]: class numbers from the largest to the smallest; left out, 0 is the largest.
+    """
     device = next(model.parameters()).device
     tensors = _attack(model, image_set, eps=eps, step_size=step_size, seed=seed)
     clean, attacked, features, logits, attacked_features, attacked_logits = tensors
-    clean_predictions = logits.argmax(1).numpy()
+    ranks = np.argsort(np.arange(num_classes) if order is None else np.array(order))
+    labels, clean_predictions = ranks[image_set.labels], ranks[logits.argmax(1).numpy()]
     points, attacked_points, explained = principal_points(features, attacked_features)
-    shown = choose_examples(image_set.labels, clean_predictions, num_classes)
+    shown = choose_examples(labels, clean_predictions, num_classes)
     return Probe(
-        labels=image_set.labels,
+        labels=labels,
         clean_predictions=clean_predictions,
-        predictions=attacked_logits.argmax(1).numpy(),
+        predictions=ranks[attacked_logits.argmax(1).numpy()],
         points=points,
         attacked_points=attacked_points,
         explained=explained,

@@ -11,9 +11,9 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.config import LOCAL_FIELDS
-from reat_fast.data import head_body_tail
-from reat_fast.evaluation.figures import MAIN_ATTACK
+from reat_fast.evaluation.figures import MAIN_ATTACK, largest_first
 from reat_fast.reporting.data import PARTS, TAIL80, RunRecord
+from reat_fast.sources.longtail import head_body_tail
 
 Table = list[list[str]]
 """A heading and rows of equal length, as text."""
@@ -35,6 +35,7 @@ def accuracy_table(evaluation: dict[str, Any]) -> str:
     evaluation: what evaluate returns with class_names and, where known, train_counts [C]. More than
     MOST_CLASSES classes have no rows of their own.
     """
+    evaluation = largest_first(evaluation)
     names = list(evaluation["attacks"])
     counts = evaluation.get("train_counts")
     class_names = evaluation["class_names"]
@@ -71,7 +72,7 @@ def _percent(value: float | None) -> str:
 
 
 def part_of_class(num_classes: int) -> list[str]:
-    """Say of each class whether it is head, body or tail."""
+    """Say of each class, the largest first, whether it is head, body or tail."""
     part_of = [""] * num_classes
     for part, classes in head_body_tail(num_classes).items():
         for c in classes:

@@ -84,15 +84,22 @@ def held_out_split(
     return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
 
 
-def head_body_tail(num_classes: int) -> dict[str, list[int]]:
-    """Return the classes of head, body and tail, which together are all classes, in order.
+def by_falling_size(counts: Sequence[int]) -> list[int]:
+    """Return the classes from the largest to the smallest, equal ones as they come."""
+    return sorted(range(len(counts)), key=lambda c: -counts[c])
 
-    tail: range(C // 3 * 2 + 1, C) as in the official code, or the last class where that is empty
-    (C 1 and 3); head: the first C // 3 (at least one, if any is left); body: those between.
+
+def head_body_tail(num_classes: int, counts: Sequence[int] | None = None) -> dict[str, list[int]]:
+    """Return the classes of head, body and tail, which together are all classes, by falling size.
+
+    counts: training images per class; without them class 0 is taken for the largest, as it is in
+    every subset drawn here. tail: range(C // 3 * 2 + 1, C) as in the official code, or the last
+    class where that is empty (C 1 and 3); head: the first C // 3 (at least one, if any is left);
+    body: those between.
     """
     tail = min(num_classes // 3 * 2 + 1, num_classes - 1)
     head = min(max(num_classes // 3, 1), tail)
-    classes = list(range(num_classes))
+    classes = list(range(num_classes)) if counts is None else by_falling_size(counts)
     return {"head": classes[:head], "body": classes[head:tail], "tail": classes[tail:]}
 
 

@@ -20,13 +20,28 @@ def refuse_nonfinite(run: Run) -> None:
 
     Errors: FloatingPointError naming the step and the last good checkpoint.
     """
-    step = int(run.step.bad_step)
-    if step < 0:
-        return
+    updates = run.config.replays if run.config.attack == "free" else 1
+    step = int(run.step.bad_step) // updates
+    if step >= 0:
+        raise _fault(run, "loss", step)
+
+
+def refuse_nonfinite_weights(run: Run) -> None:
+    """Stop the run where weights or statistics are NaN or infinite; waits for the device.
+
+    An update that overflows shows in the loss of the next step only, and the last has none.
+    Errors: FloatingPointError naming the step before and the last good checkpoint.
+    """
+    numbers = [t for t in run.model.state_dict().values() if t.is_floating_point()]
+    if not torch.stack([t.isfinite().all() for t in numbers]).all():
+        raise _fault(run, "state of the network", run.batch - 1)
+
+
+def _fault(run: Run, what: str, step: int) -> FloatingPointError:
     good = checkpoint.has_checkpoint(run.folder)
     advice = f"; the state before it is in {run.folder / checkpoint.CHECKPOINT}" if good else ""
-    raise FloatingPointError(
-        f"the loss is not finite in epoch {run.epoch + 1}, step {step + 1}: lower --lr{advice}"
+    return FloatingPointError(
+        f"the {what} is not finite in epoch {run.epoch + 1}, step {step + 1}: lower --lr{advice}"
     )
 
 

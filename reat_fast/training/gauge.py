@@ -55,7 +55,7 @@ def penalty_share(run: Run) -> float | None:
             run.model,
             images,
             labels,
-            run.step.statistics.counts,
+            run.step.statistics,
             form=config.tail,
             coefficient=config.tail_coefficient,
             batch_size=-(-config.batch_size // config.accumulate),  # what fits in training

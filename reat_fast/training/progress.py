@@ -76,6 +76,31 @@ class TrainingClock:
         return pace * (self._total_steps - self._steps)
 
 
+class EpochTime:
+    """Add up what the running epoch takes, over all processes that work on it.
+
+    spent: what earlier ones said when they saved.
+    """
+
+    def __init__(self, spent: dict[str, float] | None = None) -> None:
+        self._earlier = spent or {"seconds": 0.0, "training": 0.0, "waiting": 0.0}
+        self._read: Callable[[], tuple[float, float, float]] = lambda: (0.0, 0.0, 0.0)
+        self._began = self._read()
+
+    def begin(self, clock: TrainingClock) -> None:
+        """Count from now on, training and waiting as a clock has them."""
+        self._read = lambda: (time.perf_counter(), clock.training_seconds, clock.waiting_seconds)
+        self._began = self._read()
+
+    def spent(self) -> dict[str, float]:
+        """Return the seconds so far: in all, of training, and of waiting for data within it."""
+        here = zip(self._read(), self._began, strict=True)
+        return {
+            name: earlier + now - began
+            for (name, earlier), (now, began) in zip(self._earlier.items(), here, strict=True)
+        }
+
+
 class Progress:
     """Show a run's progress: a tqdm bar on a terminal, a line an epoch (and a minute) elsewhere."""
 

@@ -26,6 +26,7 @@ from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.plan import Plan
+from reat_fast.training.progress import EpochTime
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_table
 
 
@@ -72,6 +73,7 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
+        self.epoch_time = EpochTime()
         described = environment()
         self.code = {name: described[name] for name in ("reat_fast", "commit", "torch")}
         self.changed_code = ""
@@ -180,7 +182,7 @@ class Run:
 
     def finish_epoch(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         """Go on to the next epoch: add a row to the tables, write them, weights and checkpoint."""
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.epoch, self.batch, self.epoch_time = self.epoch + 1, 0, EpochTime()
         predicted = self.step.statistics.ae_counts.tolist()
         self.metrics.append({**metrics, "ae_counts": " ".join(map(str, predicted))})
         self.timing.append(timing)
@@ -212,6 +214,7 @@ class Run:
             "metrics": self.metrics,
             "timing": self.timing,
             "best": self.best,
+            "spent": self.epoch_time.spent(),
         }
         checkpoint.save_checkpoint(self.folder, state)
 
@@ -235,6 +238,7 @@ class Run:
         self.changed_code = ", ".join(f"{n} {b} -> {now}" for n, b, now in changes if b != now)
         for name in ("epoch", "batch", "lr_scale", "metrics", "timing", "best"):
             setattr(self, name, state[name])
+        self.epoch_time = EpochTime(state.get("spent"))  # which older runs did not save
 
 
 def load_splits(plan: Plan) -> tuple[Dataset, Splits]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from reat_fast import checkpoint
-from reat_fast.config import Config
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
@@ -52,10 +51,11 @@ def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, 
         batch_size=config.eval_batch_size,
         # As in training: these figures only rank epochs, and their verdicts are in float32 anyway.
         precision=resolve_precision(config, run.device),
+        train_counts=run.splits.counts,
         progress=tick,
     )["attacks"]
     robust, tail = result[name][figure], result[name]["tail"]
-    found = {"epoch": epoch + 1, "robust": robust, "settled": is_settled(config, epoch)}
+    found = {"epoch": epoch + 1, "robust": robust, "settled": is_settled(run, epoch)}
     if run.best is None or _rank(found) >= _rank(run.best):
         run.best = found
         checkpoint.save_weights(run.folder / "best.safetensors", network, run.spec)
@@ -66,19 +66,20 @@ def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, 
     }
 
 
-def is_settled(config: Config, epoch: int) -> bool:
+def is_settled(run: Run, epoch: int) -> bool:
     """Say whether epochs from this one on, counted from 0, go before all earlier ones.
 
     At its full learning rate a network swings by several points from epoch to epoch, on a held-out
     set whose rare classes have a handful of images, and the largest of many such figures is luck.
     Adversarial training is best soon after the first drop (Rice et al., ICML 2020), so an epoch
-    counts once the learning rate is half its peak or less; with a constant one all are equals. The
-    official choice on the test set stays what it is.
+    counts once the learning rate of its last step is half its peak or less; with a constant one all
+    are equals. The official choice on the test set stays what it is.
     """
-    if config.evaluation == "official":
+    if run.config.evaluation == "official":
         return False
-    peak = max(learning_rate(config, earlier) for earlier in range(epoch + 1))
-    return learning_rate(config, epoch) <= peak / 2 < peak
+    steps = (epoch + 1) * run.batches
+    rates = [learning_rate(run.config, step / run.batches) for step in range(steps)]
+    return rates[-1] * run.lr_scale <= max(rates) / 2 < max(rates)
 
 
 def _rank(found: dict[str, float]) -> tuple[bool, float]:

@@ -1,0 +1,34 @@
+"""Random numbers for each draw, where a sampler draws an image several times in an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from reat_fast.loaders import Batch, Loader
+
+
+class FreshDraws:
+    """Give what another loader gives, with random numbers keyed by the draw and not by the image.
+
+    Else all draws of a rare image in an epoch would have the same crop and the same random start,
+    and drawing it often would be no more than weighing it.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self.order, self.batch_size = loader.order, loader.batch_size
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Give the batches of one epoch, from batch `first` on."""
+        batches = self._loader.epoch(epoch, first)
+        for batch, places in zip(batches, self.order.places(first), strict=True):
+            rows = batch.indices
+            images = batch.images[rows] if batch.gather else batch.images
+            yield Batch(images, batch.labels, places.to(rows.device), gather=False)
+
+    def close(self) -> None:
+        """Close the loader."""
+        self._loader.close()
