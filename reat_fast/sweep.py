@@ -97,8 +97,11 @@ def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) ->
     """Write summary.md and summary.csv of what is finished; return the table in Markdown."""
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        groups.setdefault(run.line.name, []).append(run.figures)
-    rows = [sweep_table.summarise(name, files, attacks) for name, files in groups.items()]
+        files = groups.setdefault(run.line.name, [])
+        if run.is_measured:
+            files.append(run.figures)
+    planned = len(runs) // len(groups)
+    rows = [sweep_table.summarise(name, files, planned, attacks) for name, files in groups.items()]
     commands = {run.line.name: shlex.join(run.line.words) for run in runs}
     table = sweep_table.markdown(rows)
     out.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made_data import made_npz
 
 from reat_fast import evaluate, sweep, train
 from reat_fast.cli.command import run_command
-from reat_fast.config import PRESETS, parse, to_json
+from reat_fast.config import PRESETS, from_json, parse, to_json
+from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.methods.work import work_per_image
 from reat_fast.training.sweep_runs import read_lines
 
@@ -36,7 +38,7 @@ def write_run(folder: Path, clean: float, pgd20: float | None, **changes: Any) -
     if pgd20 is not None:
         figures["pgd20"] = {"overall": pgd20, "tail": pgd20 / 2}
     protocol = {"dataset": "made", "samples": 24, "eps": 8 / 255, "step_size": 2 / 255}
-    evaluation = {**protocol, "attacks": figures} | changes
+    evaluation = {**protocol, "weights_epoch": 1, "attacks": figures} | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "timing.csv").write_text("epoch,seconds\n1,10.0\n2,20.5\n")
@@ -64,7 +66,8 @@ class Trainer:
         if not resumed:
             _, config = parse(words, "")
             (folder / "config.json").write_text(to_json(config))
-        (folder / "checkpoint-last.pt").touch()
+        epochs = from_json((folder / "config.json").read_text()).epochs
+        torch.save({"epoch": epochs if code == 0 else 1}, folder / "checkpoint-last.pt")
         if code == 0:
             seed = int(words[words.index("--seed") + 1])
             write_run(folder, clean=70.0 + seed, pgd20=30.0 + 2 * seed)
@@ -152,6 +155,44 @@ def test_the_same_command_goes_on_where_a_sweep_was_stopped(
     trainer.commands.clear()
     assert command(*arguments) == 0
     assert trainer.commands == []
+
+
+def test_a_run_that_was_evaluated_before_its_end_goes_on(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    folder = out / "reat-seed0"
+    trainer.codes = {folder.name: 130}
+    assert command(presets, "--out", out) == 130
+    last = folder / "last.safetensors"
+    last.write_bytes(b"weights of epoch 1")
+    of_now = {"weights": last.name, "weights_sha256": weights_sha256(last)}
+    whole = {"epoch": PRESETS["reat"].epochs}
+    for half_way, told in (
+        (True, {"weights_epoch": 1}),  # tested at its end, and resumed for more epochs
+        (False, {"weights_sha256": "of earlier weights"}),
+        (False, {}),
+    ):
+        write_run(folder, 99.0, 98.0, **(of_now | told))
+        if not told:
+            evaluation = json.loads((folder / "evaluation.json").read_text())
+            evaluation.pop("weights_epoch")  # as python -m reat_fast.evaluate leaves it
+            (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        torch.save({"epoch": 1} if half_way else whole, folder / "checkpoint-last.pt")
+        trainer.commands.clear()
+        trainer.codes = {folder.name: 3}
+        assert command(presets, "--out", out) == 1
+        assert trainer.names[0] == folder.name and trainer.commands[0][0] == "--resume"
+        table = (out / "summary.md").read_text()
+        assert "0 of 1" in table and "99.00" not in table
+    capsys.readouterr()
+    write_run(folder, 70.0, 30.0, **of_now)
+    torch.save(whole, folder / "checkpoint-last.pt")
+    assert command(presets, "--out", out) == 0
+    assert "reat-seed0: finished" in capsys.readouterr().out
+    (folder / "checkpoint-last.pt").unlink()  # to save space
+    assert command(presets, "--out", out) == 0
+    assert "reat-seed0: finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("left", ["config.json", "config.json.part", "checkpoint-last.pt.part"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ CONDITIONS = (
 def weights_sha256(weights: Path) -> str:
     """Return the sha256 of a file of weights, by which an evaluation knows them."""
     return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def of_these_weights(evaluation: Mapping[str, Any], folder: Path) -> bool:
+    """Say whether an evaluation is of weights as they are in a folder now.
+
+    Those that are no longer there, or that the evaluation does not know by their bytes, are not
+    others.
+    """
+    weights = folder / str(evaluation.get("weights", ""))
+    known = evaluation.get("weights_sha256")
+    return known is None or not weights.is_file() or known == weights_sha256(weights)
 
 
 def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
