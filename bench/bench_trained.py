@@ -91,6 +91,7 @@ def _evaluated(options: Options, attacks: Sequence[str]) -> dict[str, Any]:
     flags += ["--out", str(out)]
     if options.subset is not None:
         flags += ["--subset", str(options.subset)]
+    out.unlink(missing_ok=True)  # it would add up the seconds
     evaluate.main(flags)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     return found

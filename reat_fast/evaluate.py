@@ -26,6 +26,7 @@ from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
 from reat_fast.evaluation.saved import (
     EVALUATION,
+    joined,
     weights_sha256,
     write,
     write_beside_others,
@@ -124,8 +125,8 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """JSON file to write; unset: evaluation.json in the folder of the run. Attacks that it holds on
-    the same weights under the same conditions stay; other conditions go to evaluation-2.json."""
+    """JSON file to write, in which attacks on the same weights under the same conditions stay;
+    unset: evaluation.json in the folder of the run, other conditions go to evaluation-2.json."""
     quiet: bool = False
     """Show no progress and no table, only warnings and errors."""
 
@@ -160,6 +161,7 @@ def main(arguments: list[str]) -> int:
         out, result = write_beside_others(folder, result)
     else:
         out = options.out
+        result = joined(out, result) or result
         write(out, result)
     if "aa" in options.attacks:
         (folder / STATE).unlink(missing_ok=True)  # now that its result is safe

@@ -52,10 +52,10 @@ def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict
             code = _run(head, "reat_fast.train", run.arguments)
             codes[run.folder.name] = 1 if code == 0 and run.state != "finished" else code
             write_tables(runs, out, attacks)
-        elif not run.lacks(attacks):
+        elif not run.missing(attacks):
             print(f"{head}: finished", flush=True)
-        if run.state == "finished" and run.lacks(attacks):
-            codes[run.folder.name] = _run(head, "reat_fast.evaluate", run.evaluation(attacks))
+        if run.state == "finished" and (missing := run.missing(attacks)):
+            codes[run.folder.name] = _run(head, "reat_fast.evaluate", run.evaluation(missing))
             write_tables(runs, out, attacks)
     return codes
 

@@ -312,6 +312,20 @@ def test_the_command_takes_weights_subset_and_output(run_dir: Path, tmp_path: Pa
     assert result["weights"] == "last.safetensors"
 
 
+def test_a_named_output_keeps_its_attacks_under_the_same_conditions_alone(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    for attack, subset, expected in (
+        ("pgd2", 10, {"pgd2"}),
+        ("fgsm", 10, {"pgd2", "fgsm"}),
+        ("clean", 5, {"clean"}),
+    ):
+        flags = ["--attacks", attack, "--subset", subset, "--out", out, "--quiet"]
+        assert command(run_dir, *flags) == 0
+        assert set(json.loads(out.read_text())["attacks"]) == expected
+
+
 def test_the_command_runs_the_attacks_of_the_field(
     run_dir: Path,
     tmp_path: Path,

@@ -22,7 +22,7 @@ from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, from_json, parse, to_json
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.methods.work import work_per_image
-from reat_fast.training.sweep_runs import read_lines
+from reat_fast.training.sweep_runs import make_runs, read_lines
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
 SMALL += " --held-out 0.1 --epochs 1 --device cpu"
@@ -193,6 +193,21 @@ def test_a_run_that_was_evaluated_before_its_end_goes_on(
     (folder / "checkpoint-last.pt").unlink()  # to save space
     assert command(presets, "--out", out) == 0
     assert "reat-seed0: finished" in capsys.readouterr().out
+
+
+def test_attacks_are_added_in_the_arithmetic_of_those_that_are_there(
+    presets: Path, tmp_path: Path
+) -> None:
+    lines, out = read_lines(presets), tmp_path / "out"
+    write_run(out / "reat-seed0", 70.0, 30.0, precision="bf16")  # on a GPU, say
+    (out / "reat-seed0" / "config.json").write_text(to_json(PRESETS["reat"]))
+    for subset in (None, 12):
+        run = make_runs(lines[:1], [0], out, subset=subset)[0]
+        words = run.evaluation(["fgsm"])
+        assert words[words.index("--precision") + 1] == "bf16"
+    run = make_runs(lines[:1], [0], out, precision="float32")[0]
+    words = run.evaluation(["fgsm"])
+    assert words[words.index("--precision") + 1] == "float32"
 
 
 @pytest.mark.parametrize("left", ["config.json", "config.json.part", "checkpoint-last.pt.part"])
@@ -423,6 +438,11 @@ def test_a_sweep_of_real_runs(
     assert set(found["attacks"]) == {"clean", "pgd20", "cw2"}
     assert command(presets, "--out", out, *other) == 0
     assert capsys.readouterr().out.count(": finished") == 2
+    other[1] = "fgsm"
+    assert command(presets, "--out", out, *other) == 0
+    assert "--attacks fgsm --eps" in capsys.readouterr().out
+    more = json.loads((out / "small-seed1" / "evaluation-subset12-bf16.json").read_text())
+    assert more["attacks"] == found["attacks"] | {"fgsm": more["attacks"]["fgsm"]}
     assert command(presets, "--out", out, "--subset", 0) == 2
     assert "--subset 0: must be at least 1" in capsys.readouterr().err
 

@@ -98,25 +98,30 @@ class SweepRun:
             return ["--resume", str(self.folder), *flags, *own]
         return [preset, *flags, *own, "--run-dir", str(self.folder)]
 
-    def lacks(self, attacks: Sequence[str]) -> bool:
-        """Say whether the evaluation of a finished run leaves out one of these attacks.
+    def missing(self, attacks: Sequence[str]) -> list[str]:
+        """Return those of these attacks that the evaluation of a finished run leaves out.
 
         Those that end every run do not count there. Errors: ValueError for a damaged file.
         """
-        file, asked = self.figures, set(attacks)
-        if file.name == EVALUATION:
-            asked -= set(STANDARD_ATTACKS)
-        return not self.is_measured or not asked <= set(_read(file)["attacks"])
+        there = set(_read(self.figures)["attacks"]) if self.is_measured else set()
+        if self.figures.name == EVALUATION:
+            there.update(STANDARD_ATTACKS)
+        return [attack for attack in attacks if attack not in there]
 
     def evaluation(self, attacks: Sequence[str]) -> list[str]:
-        """Return what follows `python -m reat_fast.evaluate` to evaluate a finished run."""
+        """Return what follows `python -m reat_fast.evaluate` to add attacks to a finished run.
+
+        Whatever is not asked for is as in the figures that are there, so that these stay.
+        """
         config = self.line.config
         radius = ["--eps", str(config.eps), "--step-size", str(config.step_size)]
         flags = ["--seed", str(self.seed), "--device", config.device, *["--quiet"] * config.quiet]
         if self.subset is not None:
             flags += ["--subset", str(self.subset)]
-        if self.precision is not None:
-            flags += ["--precision", self.precision]
+        there = _read(self.figures) or _read(self.folder / EVALUATION)
+        precision = self.precision or there.get("precision")
+        if precision is not None:
+            flags += ["--precision", precision]
         if self.figures.name != EVALUATION:
             flags += ["--out", str(self.figures)]
         return [str(self.folder), "--attacks", *attacks, *radius, *flags]
