@@ -55,9 +55,23 @@ def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict
         elif not run.missing(attacks):
             print(f"{head}: finished", flush=True)
         if run.state == "finished" and (missing := run.missing(attacks)):
-            codes[run.folder.name] = _run(head, "reat_fast.evaluate", run.evaluation(missing))
+            codes[run.folder.name] = _evaluate(head, run, missing)
             write_tables(runs, out, attacks)
     return codes
+
+
+def _evaluate(head: str, run: SweepRun, missing: Sequence[str]) -> int:
+    """Add attacks to a finished run; returns 1 where its figures lack one of them still."""
+    code = _run(head, "reat_fast.evaluate", run.evaluation(missing))
+    still = run.missing(missing)
+    if code == 0 and still:
+        print(
+            f"{head}: {run.figures} still lacks {' '.join(still)}, for it was measured under other "
+            "conditions; move it away and start the sweep again",
+            file=sys.stderr,
+        )
+        return 1
+    return code
 
 
 def _run(head: str, module: str, arguments: Sequence[str]) -> int:

@@ -394,14 +394,36 @@ def test_a_program_gives_its_exit_code() -> None:
     assert sweep.run_program([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
+def run_here(command: Sequence[str]) -> int:
+    """Run a program of a sweep in this process, without the seconds of starting one."""
+    modules = {"reat_fast.train": train, "reat_fast.evaluate": evaluate}
+    return run_command(modules[command[2]].main, list(command[3:]))
+
+
+def test_a_run_of_few_batches_gets_its_attacks_on_the_images_of_its_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "run_program", run_here)
+    data = made_npz(tmp_path / "made.npz")
+    presets, out = tmp_path / "presets.txt", tmp_path / "out"
+    presets.write_text(f"small: reat {SMALL} --data {data} --limit-batches 1\n")
+    file = out / "small-seed0" / "evaluation.json"
+    assert command(presets, "--out", out, "--attacks", "fgsm") == 0
+    found = json.loads(file.read_text())
+    assert found["samples"] == 16 and set(found["attacks"]) == {"clean", "pgd20", "fgsm"}
+    assert not (file.parent / "evaluation-2.json").exists()
+
+    file.write_text(json.dumps({**found, "samples": 3}))
+    assert command(presets, "--out", out, "--attacks", "fgsm", "cw2") == 1
+    error = capsys.readouterr().err
+    assert f"{file} still lacks cw2, for it was measured under other conditions" in error
+    assert "1 of 1 runs failed: small-seed0 (exit code 1)" in error
+
+
 def test_a_sweep_of_real_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_here(command: Sequence[str]) -> int:
-        modules = {"reat_fast.train": train, "reat_fast.evaluate": evaluate}
-        return run_command(modules[command[2]].main, list(command[3:]))
-
-    monkeypatch.setattr(sweep, "run_program", run_here)  # without the seconds of starting one
+    monkeypatch.setattr(sweep, "run_program", run_here)
     data = made_npz(tmp_path / "made.npz")
     presets, out = tmp_path / "presets.txt", tmp_path / "out"
     small = f"small: reat {SMALL} --data {data}\n"

@@ -113,11 +113,13 @@ class SweepRun:
 
         Whatever is not asked for is as in the figures that are there, so that these stay.
         """
-        config = self.line.config
+        config, subset = self.line.config, self.subset
+        if subset is None and config.limit_batches is not None:
+            subset = config.limit_batches * config.batch_size  # as Run.limited has it
         radius = ["--eps", str(config.eps), "--step-size", str(config.step_size)]
         flags = ["--seed", str(self.seed), "--device", config.device, *["--quiet"] * config.quiet]
-        if self.subset is not None:
-            flags += ["--subset", str(self.subset)]
+        if subset is not None:
+            flags += ["--subset", str(subset)]
         there = _read(self.figures) or _read(self.folder / EVALUATION)
         precision = self.precision or there.get("precision")
         if precision is not None:
