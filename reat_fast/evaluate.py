@@ -26,6 +26,7 @@ from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
 from reat_fast.evaluation.saved import (
     EVALUATION,
+    images_sha256,
     joined,
     weights_sha256,
     write,
@@ -189,7 +190,7 @@ def _evaluate_run(
     dataset = _dataset(options, config, spec, weights)
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
-    warnings = _guard(model, test, seed)
+    warnings, known = _guard(model, test, seed), images_sha256(test)
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
         result = evaluate(
@@ -212,6 +213,7 @@ def _evaluate_run(
         "weights": weights.name,
         "weights_sha256": weights_sha256(weights),
         "dataset": dataset.name,
+        "images_sha256": known,
         "class_names": list(dataset.class_names),
         "eps": eps,
         "step_size": step_size,

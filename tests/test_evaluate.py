@@ -254,6 +254,21 @@ def test_attacks_are_gathered_and_a_part_of_the_images_stands_apart(run_dir: Pat
         (run_dir / f"evaluation-{number}.json").unlink()
 
 
+def test_another_test_set_of_the_same_name_and_size_stands_apart(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    with np.load(run_dir.parent / "made.npz") as made:
+        shifted = {**made, "x_test": 255 - made["x_test"]}
+    np.savez(tmp_path / "shifted.npz", **shifted)
+    before = (run / "evaluation.json").read_bytes()
+    flags = ["--attacks", "clean", "--data", tmp_path / "shifted.npz", "--quiet"]
+    assert command(run, *flags) == 0
+    assert (run / "evaluation.json").read_bytes() == before
+    assert set(json.loads((run / "evaluation-2.json").read_text())["attacks"]) == {"clean"}
+
+
 def test_a_run_is_evaluated_at_the_radius_and_with_the_seed_it_was_tested_with(
     run_dir: Path, tmp_path: Path
 ) -> None:

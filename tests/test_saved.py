@@ -6,9 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from reat_fast.evaluation.saved import CONDITIONS, joined, weights_sha256, write_beside_others
+from reat_fast.data import ImageSet
+from reat_fast.evaluation.saved import (
+    CONDITIONS,
+    images_sha256,
+    joined,
+    weights_sha256,
+    write_beside_others,
+)
+from reat_fast.sources.lazy import FileImages, LazyImages
 
 
 def result(attacks: dict[str, float], **changes: Any) -> dict[str, Any]:
@@ -51,6 +60,40 @@ def test_what_cannot_be_read_is_left_alone(text: str, tmp_path: Path) -> None:
     file, _ = write_beside_others(tmp_path, result({"clean": 1.0}))
     assert file.name == "evaluation-2.json"
     assert (tmp_path / "evaluation.json").read_text() == text
+
+
+def test_test_sets_are_known_by_labels_and_images(tmp_path: Path) -> None:
+    labels = np.arange(100, dtype=np.int64) % 4
+    images = np.arange(1200, dtype=np.uint8).reshape(100, 2, 2, 3)
+    known = images_sha256(ImageSet(images, labels))
+    assert known == images_sha256(ImageSet(images.copy(order="F"), labels))
+    assert known != images_sha256(ImageSet(images, labels[::-1].copy()))
+    assert known != images_sha256(ImageSet(images.reshape(100, 1, 4, 3), labels))
+    images[50, 0, 0, 0] ^= 1
+    assert known != images_sha256(ImageSet(images, labels))
+    images[50, 0, 0, 0] ^= 1
+
+    class Decoded(LazyImages):
+        def read(self, indices: Any) -> Any:
+            assert len(indices) <= 64
+            return images[indices]
+
+    lazy = images_sha256(ImageSet(Decoded(images.shape), labels))
+    images ^= 1
+    assert lazy != images_sha256(ImageSet(Decoded(images.shape), labels))
+
+
+def test_image_files_are_known_by_names_and_sizes_and_not_decoded(tmp_path: Path) -> None:
+    def known(place: str, name: str, content: bytes, size: int = 8) -> str:
+        (tmp_path / place).mkdir(exist_ok=True)
+        file = tmp_path / place / name
+        file.write_bytes(content)
+        return images_sha256(ImageSet(FileImages([file], size), np.zeros(1, np.int64)))
+
+    first = known("here", "a.png", b"123")
+    assert first == known("there", "a.png", b"123")
+    others = [("b.png", b"123"), ("a.png", b"1234"), ("a.png", b"123", 9)]
+    assert first not in [known("here", *other) for other in others]
 
 
 def test_weights_are_known_by_their_bytes(tmp_path: Path) -> None:

@@ -9,13 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from reat_fast.data import ImageSet
+from reat_fast.sources.beton_folder import digest
+from reat_fast.sources.lazy import FileImages, LazyImages
 from reat_fast.storage.whole_files import write_text
 
 EVALUATION = "evaluation.json"
 
+DECODED = 64
+"""Images that tell lazy sets apart."""
+
 CONDITIONS = (
-    *("weights", "weights_sha256", "dataset", "samples", "eps", "step_size"),
-    *("restarts", "precision", "seed"),
+    *("weights", "weights_sha256", "dataset", "samples", "images_sha256"),
+    *("eps", "step_size", "restarts", "precision", "seed"),
 )
 """What attacks in one file share; what a file of another version does not hold is not compared."""
 
@@ -23,6 +31,23 @@ CONDITIONS = (
 def weights_sha256(weights: Path) -> str:
     """Return the sha256 of a file of weights, by which an evaluation knows them."""
     return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def images_sha256(image_set: ImageSet) -> str:
+    """Return a sha256 of labels and images, by which an evaluation knows what it was made on.
+
+    Of image files names and sizes stand for the pixels, of other images that would have to be
+    decoded the pixels of a few: knowing a set must not cost as much as a pass over it.
+    """
+    images = image_set.images
+    hashed = digest(images.shape, image_set.labels)
+    if isinstance(images, FileImages):
+        hashed.update(repr([(path.name, path.stat().st_size) for path in images.paths]).encode())
+    elif isinstance(images, LazyImages):
+        hashed.update(image_set.evenly(DECODED).images[:].tobytes())
+    else:
+        hashed.update(np.ascontiguousarray(images).data)
+    return hashed.hexdigest()
 
 
 def of_these_weights(evaluation: Mapping[str, Any], folder: Path) -> bool:

@@ -13,7 +13,7 @@ from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
-from reat_fast.evaluation.saved import EVALUATION, joined, weights_sha256, write
+from reat_fast.evaluation.saved import EVALUATION, images_sha256, joined, weights_sha256, write
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
 from reat_fast.reporting.pictures import draw_accuracy, draw_learning
 from reat_fast.training.gauge import seconds_per_step
@@ -92,10 +92,12 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     best = config.select == "best" and run.best is not None
     weights = folder / ("best.safetensors" if best else "last.safetensors")
     model = checkpoint.load_model(weights, run.device)
+    images = run.limited(run.splits.test)
+    known = images_sha256(images)
     began = time.perf_counter()
     result = evaluate(
         model,
-        run.limited(run.splits.test),
+        images,
         _attacks(run, *STANDARD_ATTACKS),
         run.dataset.num_classes,
         eps=config.eps,
@@ -110,6 +112,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "weights_sha256": weights_sha256(weights),
         "weights_epoch": int(run.best["epoch"]) if best and run.best else config.epochs,
         "dataset": run.dataset.name,
+        "images_sha256": known,
         "class_names": list(run.dataset.class_names),
         "train_counts": run.splits.counts,
         "eps": config.eps,
