@@ -53,6 +53,17 @@ def test_another_condition_gets_a_file_of_its_own_and_finds_it_again(
     assert set(content(other)["attacks"]) == {"clean", "pgd20"}
 
 
+def test_an_evaluation_of_weights_that_were_trained_since_makes_room(tmp_path: Path) -> None:
+    weights = tmp_path / "best.safetensors"
+    for trained, attack in ((b"first", "aa"), (b"second", "clean"), (b"second", "fgsm")):
+        weights.write_bytes(trained)
+        known = {"weights": weights.name, "weights_sha256": weights_sha256(weights)}
+        file, _ = write_beside_others(tmp_path, result({attack: 30.0}, **known))
+        assert file.name == "evaluation.json"
+    assert set(content(file)["attacks"]) == {"clean", "fgsm"}
+    assert set(content(tmp_path / "evaluation-2.json")["attacks"]) == {"aa"}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"attacks": 3}', "[" * 100_000])
 def test_what_cannot_be_read_is_left_alone(text: str, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,39 @@ def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dic
     """Write what an evaluation found into a folder that may hold others; returns file and content.
 
     The file is the first of evaluation.json, evaluation-2.json, ... that is not there yet or is of
-    the same weights and conditions, whose other attacks stay.
+    the same weights and conditions, whose other attacks stay. An evaluation.json of weights that
+    have been trained since is set aside before.
     """
-    for number in itertools.count(1):
-        file = folder / (f"evaluation-{number}.json" if number > 1 else EVALUATION)
+    if not of_these_weights(_read(folder / EVALUATION), folder):
+        set_aside(folder)
+    for file in files(folder):
         whole = joined(file, result)
         if whole is not None or not file.exists():
             break
     written = result if whole is None else whole
     write(file, written)
     return file, written
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Name evaluation.json, evaluation-2.json, ... without end, whether they are there or not."""
+    yield folder / EVALUATION
+    for number in itertools.count(2):
+        yield folder / f"evaluation-{number}.json"
+
+
+def set_aside(folder: Path) -> None:
+    """Give evaluation.json the next free name, and what is written there next takes no attack."""
+    free = next(file for file in files(folder) if not file.exists())
+    (folder / EVALUATION).rename(free)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read an evaluation, {} where there is none or a damaged one."""
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.config import Config, from_json
+from reat_fast.evaluation.saved import of_these_weights
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
 """The figures of an attack, in the order tables show them."""
@@ -30,7 +31,8 @@ class RunRecord:
 
     metrics and timing: a row per epoch, numbers by column, None where a cell is empty. ae_counts
     [E, C]: adversarial examples predicted as each class, where every epoch tells. counts [C]:
-    training images. evaluation: as reat_fast.evaluate writes it.
+    training images. evaluation: as reat_fast.evaluate writes it; None, and outdated, where it is of
+    weights that have been trained since.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class RunRecord:
     ae_counts: list[list[int]]
     timing: list[dict[str, float | None]]
     evaluation: dict[str, Any] | None
+    outdated: bool
 
     @property
     def name(self) -> str:
@@ -54,7 +57,8 @@ class RunRecord:
         evaluation = self.evaluation or {}
         if "weights_epoch" in evaluation:
             return int(evaluation["weights_epoch"])
-        if evaluation.get("weights") == "last.safetensors" and self.metrics:
+        of_last = evaluation.get("weights") == "last.safetensors"
+        if of_last and "weights_sha256" in evaluation and self.metrics:
             return len(self.metrics)
         return None
 
@@ -101,6 +105,7 @@ def read_run(folder: Path) -> RunRecord:
     if evaluation is not None:
         class_names = class_names or evaluation["class_names"]
         counts = counts or evaluation.get("train_counts")
+    outdated = evaluation is not None and not of_these_weights(evaluation, folder)
     metrics, predicted = read_metrics(folder / "metrics.csv")
     return RunRecord(
         folder=folder,
@@ -111,7 +116,8 @@ def read_run(folder: Path) -> RunRecord:
         metrics=metrics,
         ae_counts=predicted,
         timing=_read_timing(folder / "timing.csv"),
-        evaluation=evaluation,
+        evaluation=None if outdated else evaluation,
+        outdated=outdated,
     )
 
 
