@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from reat_fast.data import ImageSet
+from reat_fast.evaluation import saved
 from reat_fast.evaluation.saved import (
     CONDITIONS,
     images_sha256,
     joined,
     weights_sha256,
+    write_at_the_end,
     write_beside_others,
 )
 from reat_fast.sources.lazy import FileImages, LazyImages
@@ -61,6 +63,30 @@ def test_an_evaluation_of_weights_that_were_trained_since_makes_room(tmp_path: P
         file, _ = write_beside_others(tmp_path, result({attack: 30.0}, **known))
         assert file.name == "evaluation.json"
     assert set(content(file)["attacks"]) == {"clean", "fgsm"}
+    assert set(content(tmp_path / "evaluation-2.json")["attacks"]) == {"aa"}
+
+
+def test_the_test_at_the_end_of_a_run_sets_other_evaluations_aside(tmp_path: Path) -> None:
+    write_beside_others(tmp_path, result({"aa": 30.0}, samples=20))
+    write_beside_others(tmp_path, result({"aa": 31.0}, samples=5))
+    own = result({"clean": 70.0})
+    assert write_at_the_end(tmp_path, own) == own == content(tmp_path / "evaluation.json")
+    found = {number: content(tmp_path / f"evaluation-{number}.json") for number in (2, 3)}
+    assert {number: told["samples"] for number, told in found.items()} == {2: 5, 3: 20}
+    assert all("aa" in told["attacks"] for told in found.values())
+    assert set(write_at_the_end(tmp_path, result({"pgd20": 1.0}))["attacks"]) == {"clean", "pgd20"}
+    (tmp_path / "evaluation.json").write_text("torn")
+    write_at_the_end(tmp_path, own)
+    assert (tmp_path / "evaluation-4.json").read_text() == "torn"
+
+
+def test_nothing_is_lost_where_the_test_at_the_end_is_killed_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_beside_others(tmp_path, result({"aa": 30.0}, samples=20))
+    monkeypatch.setattr(saved, "write", lambda *_: None)
+    write_at_the_end(tmp_path, result({"clean": 70.0}))
+    assert not (tmp_path / "evaluation.json").exists()
     assert set(content(tmp_path / "evaluation-2.json")["attacks"]) == {"aa"}
 
 

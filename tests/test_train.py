@@ -130,9 +130,15 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
 def test_a_finished_run_can_be_resumed_to_its_table(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert run("reat", *SMALL, "--data", data, "--epochs", 1, "--run-dir", run_dir) == 0
+    tested = json.loads((run_dir / "evaluation.json").read_text())
     (run_dir / "evaluation.json").unlink()
     assert run("--resume", run_dir) == 0
-    assert (run_dir / "evaluation.json").exists()
+    found = json.loads((run_dir / "evaluation.json").read_text())
+    assert found["attacks"] == tested["attacks"]
+    (run_dir / "evaluation.json").write_text(json.dumps({**tested, "samples": 3}))
+    assert run("--resume", run_dir) == 0
+    assert json.loads((run_dir / "evaluation-2.json").read_text())["samples"] == 3
+    assert json.loads((run_dir / "evaluation.json").read_text())["samples"] == tested["samples"]
 
 
 def test_what_a_resumed_run_refuses(

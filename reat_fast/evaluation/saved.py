@@ -79,6 +79,21 @@ def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dic
     return file, written
 
 
+def write_at_the_end(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the test that ends a run as evaluation.json; returns what it holds then.
+
+    Attacks that a run was evaluated under since stay, in the same file or, where it was of other
+    weights or under other conditions, in one that is set aside.
+    """
+    file = folder / EVALUATION
+    whole = joined(file, result)
+    if whole is None and file.exists():
+        set_aside(folder)
+    written = result if whole is None else whole
+    write(file, written)
+    return written
+
+
 def files(folder: Path) -> Iterator[Path]:
     """Name evaluation.json, evaluation-2.json, ... without end, whether they are there or not."""
     yield folder / EVALUATION

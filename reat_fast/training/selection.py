@@ -13,7 +13,7 @@ from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
-from reat_fast.evaluation.saved import EVALUATION, images_sha256, joined, weights_sha256, write
+from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_the_end
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
 from reat_fast.reporting.pictures import draw_accuracy, draw_learning
 from reat_fast.training.gauge import seconds_per_step
@@ -124,9 +124,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began, 3),
         "warnings": [],
     }
-    file = folder / EVALUATION
-    result = joined(file, result) or result  # of a run that had ended, and was evaluated since
-    write(file, result)
+    result = write_at_the_end(folder, result)
     title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
     draw_accuracy(result, folder / "accuracy.png", title)
     draw_learning(folder / "metrics.csv", folder / "learning.png")
