@@ -32,13 +32,13 @@ from reat_fast.evaluation.saved import (
     write,
     write_beside_others,
 )
+from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.storage.whole_files import refuse_unwritable
 
-STATE = "autoattack-state.pt"
 GUARDED_IMAGES = 64
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left at most"
 
@@ -55,7 +55,7 @@ def evaluate(
     restarts: int = 1,
     precision: Precision = "float32",
     train_counts: Sequence[int] | None = None,
-    state: Path | None = None,
+    state: SearchState | None = None,
     progress: Callable[[int], object] | None = None,
     bar: tqdm[Any] | None = None,
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def evaluate(
     position) alone, so neither the batch size nor the choice of attacks changes a figure.
     restarts: of attacks with a random start; an image counts if it withstands them all.
     precision: in which attacks search. train_counts: training images per class, for tail80.
-    state: file from which AutoAttack goes on, and which it keeps. progress is called with the
+    state: what AutoAttack goes on from, and keeps up to date. progress is called with the
     number of images after each batch and attack; bar counts forward passes.
     The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
     CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
@@ -156,7 +156,8 @@ def main(arguments: list[str]) -> int:
     refuse_unwritable(options.out or folder / EVALUATION)
     device = choose_device(options.device)
     began = time.perf_counter()
-    result = _evaluate_run(options, weights, folder, device)
+    state = SearchState(folder)
+    result = _evaluate_run(options, weights, folder, device, state)
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
         out, result = write_beside_others(folder, result)
@@ -164,8 +165,7 @@ def main(arguments: list[str]) -> int:
         out = options.out
         result = joined(out, result) or result
         write(out, result)
-    if "aa" in options.attacks:
-        (folder / STATE).unlink(missing_ok=True)  # now that its result is safe
+    state.remove()  # now that its result is safe
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _evaluate_run(
-    options: Options, weights: Path, folder: Path, device: torch.device
+    options: Options, weights: Path, folder: Path, device: torch.device, state: SearchState
 ) -> dict[str, Any]:
     """Measure what the options ask for; returns what evaluation.json holds but the seconds."""
     if device.type == "cpu":
@@ -204,7 +204,7 @@ def _evaluate_run(
             restarts=options.restarts,
             precision=precision,
             train_counts=counts,
-            state=folder / STATE,
+            state=state,
             bar=bar,
         )
     if counts is not None:

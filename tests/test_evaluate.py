@@ -21,6 +21,7 @@ from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.figures import figures, tail_by_share
+from reat_fast.evaluation.search_state import STATES
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
 from reat_fast.reporting.tables import accuracy_table
@@ -310,11 +311,11 @@ def test_the_state_of_a_search_stays_until_its_result_is_written(
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "write_beside_others", fail)
         assert command(run_dir, "--attacks", "aa", "--subset", 6) == 2
-    assert (run_dir / evaluate.STATE).exists() and "No space left" in capsys.readouterr().err
+    assert list(run_dir.glob(STATES)) and "No space left" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(AutoAttack, "_survive", lambda *_: pytest.fail("attacked again"))
         assert command(run_dir, "--attacks", "aa", "--subset", 6, "--quiet") == 0
-    assert not (run_dir / evaluate.STATE).exists()
+    assert not list(run_dir.glob(STATES))
     (run_dir / "evaluation-2.json").unlink()
 
 
@@ -362,7 +363,7 @@ def test_the_command_runs_the_attacks_of_the_field(
     assert result["attacks"]["aa"]["after"]["clean"] == result["attacks"]["clean"]["overall"]
     assert result["restarts"] == 2 and result["precision"] == "float32"
     assert isinstance(result["warnings"], list)
-    assert not (run_dir / evaluate.STATE).exists()
+    assert not list(run_dir.glob(STATES))
     assert command(*arguments, "--quiet") == 0
     assert capsys.readouterr().out == ""
     again = json.loads(out.read_text())
