@@ -24,7 +24,7 @@ from reat_fast import evaluate
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import from_json
 from reat_fast.engine.precision import Precision
-from reat_fast.evaluate import STATE
+from reat_fast.evaluation.search_state import STATES
 
 LINES = (("clean", "pgd20"), ("aa",))
 """Attacks that are timed together: AutoAttack alone."""
@@ -65,8 +65,9 @@ def main(arguments: Sequence[str]) -> int:
 
     keep([_training(options.run, network)])
     for attacks in LINES:
-        resumed = ", the rest" if "aa" in attacks and (options.run / STATE).is_file() else ""
+        begun = set(options.run.glob(STATES))
         result = _evaluated(options, attacks)
+        resumed = ", the rest" if begun - set(options.run.glob(STATES)) else ""
         shape = f"{network}, {result['samples']} images B={options.batch_size}"
         what = f"trained: {' '.join(attacks)}"
         seconds = Figure(
@@ -91,6 +92,7 @@ def _evaluated(options: Options, attacks: Sequence[str]) -> dict[str, Any]:
     flags += ["--out", str(out)]
     if options.subset is not None:
         flags += ["--subset", str(options.subset)]
+    out.unlink(missing_ok=True)  # it would add up the seconds
     evaluate.main(flags)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     return found

@@ -26,17 +26,19 @@ from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
 from reat_fast.evaluation.saved import (
     EVALUATION,
+    images_sha256,
+    joined,
     weights_sha256,
     write,
     write_beside_others,
 )
+from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.storage.whole_files import refuse_unwritable
 
-STATE = "autoattack-state.pt"
 GUARDED_IMAGES = 64
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left at most"
 
@@ -53,7 +55,7 @@ def evaluate(
     restarts: int = 1,
     precision: Precision = "float32",
     train_counts: Sequence[int] | None = None,
-    state: Path | None = None,
+    state: SearchState | None = None,
     progress: Callable[[int], object] | None = None,
     bar: tqdm[Any] | None = None,
 ) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def evaluate(
     position) alone, so neither the batch size nor the choice of attacks changes a figure.
     restarts: of attacks with a random start; an image counts if it withstands them all.
     precision: in which attacks search. train_counts: training images per class, for tail80.
-    state: file from which AutoAttack goes on, and which it keeps. progress is called with the
+    state: what AutoAttack goes on from, and keeps up to date. progress is called with the
     number of images after each batch and attack; bar counts forward passes.
     The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
     CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
@@ -124,8 +126,8 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """JSON file to write; unset: evaluation.json in the folder of the run. Attacks that it holds on
-    the same weights under the same conditions stay; other conditions go to evaluation-2.json."""
+    """JSON file to write, in which attacks on the same weights under the same conditions stay;
+    unset: evaluation.json in the folder of the run, other conditions go to evaluation-2.json."""
     quiet: bool = False
     """Show no progress and no table, only warnings and errors."""
 
@@ -154,15 +156,16 @@ def main(arguments: list[str]) -> int:
     refuse_unwritable(options.out or folder / EVALUATION)
     device = choose_device(options.device)
     began = time.perf_counter()
-    result = _evaluate_run(options, weights, folder, device)
+    state = SearchState(folder)
+    result = _evaluate_run(options, weights, folder, device, state)
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
         out, result = write_beside_others(folder, result)
     else:
         out = options.out
+        result = joined(out, result) or result
         write(out, result)
-    if "aa" in options.attacks:
-        (folder / STATE).unlink(missing_ok=True)  # now that its result is safe
+    state.remove()  # now that its result is safe
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:
@@ -172,7 +175,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _evaluate_run(
-    options: Options, weights: Path, folder: Path, device: torch.device
+    options: Options, weights: Path, folder: Path, device: torch.device, state: SearchState
 ) -> dict[str, Any]:
     """Measure what the options ask for; returns what evaluation.json holds but the seconds."""
     if device.type == "cpu":
@@ -187,7 +190,7 @@ def _evaluate_run(
     dataset = _dataset(options, config, spec, weights)
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
-    warnings = _guard(model, test, seed)
+    warnings, known = _guard(model, test, seed), images_sha256(test)
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
         result = evaluate(
@@ -201,7 +204,7 @@ def _evaluate_run(
             restarts=options.restarts,
             precision=precision,
             train_counts=counts,
-            state=folder / STATE,
+            state=state,
             bar=bar,
         )
     if counts is not None:
@@ -210,6 +213,7 @@ def _evaluate_run(
         "weights": weights.name,
         "weights_sha256": weights_sha256(weights),
         "dataset": dataset.name,
+        "images_sha256": known,
         "class_names": list(dataset.class_names),
         "eps": eps,
         "step_size": step_size,

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from reat_fast.checkpoint import ModelSpec
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.cli.extras import import_extra
 from reat_fast.config import LOCAL_FIELDS, Config
+from reat_fast.evaluation.saved import files, weights_sha256
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.model_card import model_card
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
@@ -44,7 +46,7 @@ MEASURED = (
     "train_counts",
     "attacks",
 )
-"""What is taken over from evaluation.json: figures and their conditions, nothing of the machine."""
+"""What is taken over from an evaluation: figures and their conditions, nothing of the machine."""
 
 
 def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
@@ -55,9 +57,7 @@ def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
     """
     training = _read_json(run / "config.json")
     split = _read_json(run / "split.json")
-    evaluation = _read_json(run / "evaluation.json")
-    if evaluation.get("weights") != weights.name:
-        evaluation = {}
+    evaluation = _evaluation(run, weights)
     fields = {field.name for field in dataclasses.fields(Config)} - set(LOCAL_FIELDS)
     return {
         "library_name": LIBRARY,
@@ -78,6 +78,13 @@ def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
         "weights": weights.name,
         "evaluation": {name: evaluation[name] for name in MEASURED if name in evaluation} or None,
     }
+
+
+def _evaluation(run: Path, weights: Path) -> dict[str, Any]:
+    """Return the first evaluation in a folder that is of these weights, {} where none is."""
+    known = weights_sha256(weights)
+    there = map(_read_json, takewhile(Path.is_file, files(run)))
+    return next((found for found in there if found.get("weights_sha256") == known), {})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def main(arguments: list[str]) -> int:
     print(f"{options.to} written: {note}")
     if description["evaluation"] is None:
         print(
-            f"no figures in it: {weights.parent} has no evaluation of {weights.name}; "
+            f"no figures in it: {weights.parent} has no evaluation of {weights.name} as it is; "
             f"measure with: python -m reat_fast.evaluate {weights}"
         )
     if options.push is not None:

@@ -52,12 +52,26 @@ def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict
             code = _run(head, "reat_fast.train", run.arguments)
             codes[run.folder.name] = 1 if code == 0 and run.state != "finished" else code
             write_tables(runs, out, attacks)
-        elif not run.lacks(attacks):
+        elif not run.missing(attacks):
             print(f"{head}: finished", flush=True)
-        if run.state == "finished" and run.lacks(attacks):
-            codes[run.folder.name] = _run(head, "reat_fast.evaluate", run.evaluation(attacks))
+        if run.state == "finished" and (missing := run.missing(attacks)):
+            codes[run.folder.name] = _evaluate(head, run, missing)
             write_tables(runs, out, attacks)
     return codes
+
+
+def _evaluate(head: str, run: SweepRun, missing: Sequence[str]) -> int:
+    """Add attacks to a finished run; returns 1 where its figures lack one of them still."""
+    code = _run(head, "reat_fast.evaluate", run.evaluation(missing))
+    still = run.missing(missing)
+    if code == 0 and still:
+        print(
+            f"{head}: {run.figures} still lacks {' '.join(still)}, for it was measured under other "
+            "conditions; move it away and start the sweep again",
+            file=sys.stderr,
+        )
+        return 1
+    return code
 
 
 def _run(head: str, module: str, arguments: Sequence[str]) -> int:
@@ -97,8 +111,11 @@ def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) ->
     """Write summary.md and summary.csv of what is finished; return the table in Markdown."""
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        groups.setdefault(run.line.name, []).append(run.figures)
-    rows = [sweep_table.summarise(name, files, attacks) for name, files in groups.items()]
+        files = groups.setdefault(run.line.name, [])
+        if run.is_measured:
+            files.append(run.figures)
+    planned = len(runs) // len(groups)
+    rows = [sweep_table.summarise(name, files, planned, attacks) for name, files in groups.items()]
     commands = {run.line.name: shlex.join(run.line.words) for run in runs}
     table = sweep_table.markdown(rows)
     out.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reat_fast.evaluation import apgd, autoattack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
 from reat_fast.evaluation.fab import fab, hyperplane_step
+from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.square import _squares, square
 from reat_fast.evaluation.victim import Victim, attacked, filled_up
 
@@ -280,7 +281,7 @@ def test_batch_size_and_breaks_change_nothing(
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
     with attacked(model) as victim:
         whole = search(victim, images, labels).run()
-        state, calls = tmp_path / "state.pt", 0
+        calls = 0
 
         class Killed(Exception):
             pass
@@ -296,20 +297,20 @@ def test_batch_size_and_breaks_change_nothing(
         while True:
             broken = AutoAttack(
                 victim, images_until_killed, labels, eps=EPS, seed=0, batch_size=7,
-                steps=12, queries=60, state=state,
+                steps=12, queries=60, state=SearchState(tmp_path),
             )  # fmt: skip
             try:
                 parts = broken.run()
                 break
             except Killed:
                 breaks += 1
-                assert state.is_file()
+                assert any(tmp_path.iterdir())
     assert breaks == 2 and torch.equal(parts.robust, whole.robust)
     with monkeypatch.context() as patched:  # at its end there is nothing to do again
         patched.setattr(AutoAttack, "_survive", lambda *_: pytest.fail("attacked again"))
         again = AutoAttack(
             victim, images_until_killed, labels, eps=EPS, seed=0, batch_size=7,
-            steps=12, queries=60, state=state,
+            steps=12, queries=60, state=SearchState(tmp_path),
         )  # fmt: skip
         assert torch.equal(again.run().robust, whole.robust)
     assert parts.after == whole.after
@@ -324,16 +325,15 @@ def test_a_finished_batch_is_not_attacked_again(
     images, labels = test_set
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
     with attacked(model) as victim:
-        state = tmp_path / "state.pt"
-        first = search(victim, images, labels, state=state, batch_size=20)
+        first = search(victim, images, labels, state=SearchState(tmp_path), batch_size=20)
         monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 4))
         with pytest.raises(KeyboardInterrupt):
             first.run()
-        again = search(victim, images, labels, state=state, batch_size=20)
+        again = search(victim, images, labels, state=SearchState(tmp_path), batch_size=20)
         assert again.standing.run == 1 and len(again.standing.pending) < 60
         # A file that is none is not one to go on from.
-        state.write_bytes(b"torn")
-        assert search(victim, images, labels, state=state).standing.run == 0
+        next(tmp_path.iterdir()).write_bytes(b"torn")
+        assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 0
 
 
 def test_a_search_goes_on_from_its_own_state_file_alone(
@@ -344,24 +344,49 @@ def test_a_search_goes_on_from_its_own_state_file_alone(
 ) -> None:
     images, labels = test_set
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
-    state = tmp_path / "state.pt"
     with attacked(model) as victim:
-        first = search(victim, images, labels, state=state)
+        first = search(victim, images, labels, state=SearchState(tmp_path))
         monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
         with pytest.raises(KeyboardInterrupt):
             first.run()
-        assert search(victim, images, labels, state=state).standing.run == 1
+        assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 1
         for setting in ({"seed": 1}, {"eps": EPS / 2}, {"steps": 11}, {"queries": 61}):
-            assert search(victim, images, labels, state=state, **setting).standing.run == 0
-        assert search(victim, images.flip(0), labels, state=state).standing.run == 0
-        assert search(victim, images, labels.roll(1), state=state).standing.run == 0
+            assert (
+                search(victim, images, labels, state=SearchState(tmp_path), **setting).standing.run
+                == 0
+            )
+        assert search(victim, images.flip(0), labels, state=SearchState(tmp_path)).standing.run == 0
+        assert search(victim, images, labels.roll(1), state=SearchState(tmp_path)).standing.run == 0
     other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.parameters())[0, 0, 0, 0] += 1e-6  # as after one more step of training
     with attacked(other) as victim:
-        assert search(victim, images, labels, state=state).standing.run == 0
+        assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 0
     with attacked(model, "bf16") as victim:
-        assert search(victim, images, labels, state=state).standing.run == 0
+        assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 0
+
+
+def test_searches_in_one_folder_keep_their_own_states(
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = test_set
+    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
+    with attacked(model) as victim:
+        first = search(victim, images, labels, state=SearchState(tmp_path))
+        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+        (begun,) = tmp_path.iterdir()
+        state = SearchState(tmp_path)
+        search(victim, images, labels, state=state, eps=EPS / 2).run()
+        assert len(list(tmp_path.iterdir())) == 2
+        state.remove()
+        assert list(tmp_path.iterdir()) == [begun]
+        again = search(victim, images, labels, state=SearchState(tmp_path))
+        assert again.standing.run == 1
 
 
 def fail_after(function: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:

@@ -47,12 +47,16 @@ def test_a_search_that_goes_on_says_that_its_time_is_of_the_rest(
     tmp_path: Path, rows: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made_run(tmp_path / "run")
-    (run / evaluate.STATE).touch()
+    states = [run / f"autoattack-state-{key}.pt" for key in ("01234567", "89abcdef")]
+    for file in states:
+        file.touch()
     asked: list[Any] = []
 
     def evaluated(flags: list[str]) -> int:
         attacks = flags[flags.index("--attacks") + 1 : flags.index("--precision")]
         asked.append(attacks)
+        if attacks == ["aa"]:
+            states[0].unlink()
         figures = {attack: {"overall": 50.0, "tail": None} for attack in attacks}
         result = {"samples": 9, "seconds": 3.0, "attacks": figures}
         Path(flags[flags.index("--out") + 1]).write_text(json.dumps(result))

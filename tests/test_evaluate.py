@@ -21,6 +21,7 @@ from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.figures import figures, tail_by_share
+from reat_fast.evaluation.search_state import STATES
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
 from reat_fast.reporting.tables import accuracy_table
@@ -268,6 +269,21 @@ def test_attacks_are_gathered_and_a_part_of_the_images_stands_apart(run_dir: Pat
         (run_dir / f"evaluation-{number}.json").unlink()
 
 
+def test_another_test_set_of_the_same_name_and_size_stands_apart(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    with np.load(run_dir.parent / "made.npz") as made:
+        shifted = {**made, "x_test": 255 - made["x_test"]}
+    np.savez(tmp_path / "shifted.npz", **shifted)
+    before = (run / "evaluation.json").read_bytes()
+    flags = ["--attacks", "clean", "--data", tmp_path / "shifted.npz", "--quiet"]
+    assert command(run, *flags) == 0
+    assert (run / "evaluation.json").read_bytes() == before
+    assert set(json.loads((run / "evaluation-2.json").read_text())["attacks"]) == {"clean"}
+
+
 def test_a_run_is_evaluated_at_the_radius_and_with_the_seed_it_was_tested_with(
     run_dir: Path, tmp_path: Path
 ) -> None:
@@ -309,11 +325,11 @@ def test_the_state_of_a_search_stays_until_its_result_is_written(
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "write_beside_others", fail)
         assert command(run_dir, "--attacks", "aa", "--subset", 6) == 2
-    assert (run_dir / evaluate.STATE).exists() and "No space left" in capsys.readouterr().err
+    assert list(run_dir.glob(STATES)) and "No space left" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(AutoAttack, "_survive", lambda *_: pytest.fail("attacked again"))
         assert command(run_dir, "--attacks", "aa", "--subset", 6, "--quiet") == 0
-    assert not (run_dir / evaluate.STATE).exists()
+    assert not list(run_dir.glob(STATES))
     (run_dir / "evaluation-2.json").unlink()
 
 
@@ -324,6 +340,20 @@ def test_the_command_takes_weights_subset_and_output(run_dir: Path, tmp_path: Pa
     result = json.loads(out.read_text())
     assert result["samples"] == 10 and list(result["attacks"]) == ["fgsm"]
     assert result["weights"] == "last.safetensors"
+
+
+def test_a_named_output_keeps_its_attacks_under_the_same_conditions_alone(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    for attack, subset, expected in (
+        ("pgd2", 10, {"pgd2"}),
+        ("fgsm", 10, {"pgd2", "fgsm"}),
+        ("clean", 5, {"clean"}),
+    ):
+        flags = ["--attacks", attack, "--subset", subset, "--out", out, "--quiet"]
+        assert command(run_dir, *flags) == 0
+        assert set(json.loads(out.read_text())["attacks"]) == expected
 
 
 def test_the_command_runs_the_attacks_of_the_field(
@@ -347,7 +377,7 @@ def test_the_command_runs_the_attacks_of_the_field(
     assert result["attacks"]["aa"]["after"]["clean"] == result["attacks"]["clean"]["overall"]
     assert result["restarts"] == 2 and result["precision"] == "float32"
     assert isinstance(result["warnings"], list)
-    assert not (run_dir / evaluate.STATE).exists()
+    assert not list(run_dir.glob(STATES))
     assert command(*arguments, "--quiet") == 0
     assert capsys.readouterr().out == ""
     again = json.loads(out.read_text())

@@ -21,6 +21,7 @@ from reat_fast import checkpoint, export
 from reat_fast.checkpoint import ModelSpec, load_model
 from reat_fast.cli.command import run_command
 from reat_fast.config import Config, to_json
+from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
@@ -59,7 +60,8 @@ def run_dir(tmp_path: Path) -> Path:
     (run_dir / "config.json").write_text(to_json(config))
     split = {"dataset": "made <b>", "train_counts": [40, 20, 10, 4], "preset": "reat"}
     (run_dir / "split.json").write_text(json.dumps({**split, "image_shape": [8, 8, 3]}))
-    (run_dir / "evaluation.json").write_text(json.dumps(EVALUATION))
+    known = {"weights_sha256": weights_sha256(run_dir / "best.safetensors")}
+    (run_dir / "evaluation.json").write_text(json.dumps(EVALUATION | known))
     return run_dir
 
 
@@ -102,6 +104,26 @@ def test_figures_of_other_weights_are_left_out(
     assert "no evaluation of last.safetensors" in capsys.readouterr().out
     card = (tmp_path / "to" / "README.md").read_text()
     assert "Not measured." in card and "61.25" not in card and "model-index" not in card
+
+
+def test_figures_of_weights_that_were_trained_since_are_left_out(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    best = run_dir / "best.safetensors"
+    before = best.read_bytes()
+    best.write_bytes((run_dir / "last.safetensors").read_bytes())
+    for number, content in enumerate((best.read_bytes(), before)):
+        best.write_bytes(content)
+        assert command(run_dir, "--to", tmp_path / f"{number}") == 0
+        assert (description(tmp_path / f"{number}")["evaluation"] is None) == (number == 0)
+
+
+def test_figures_are_looked_for_in_all_evaluations_of_a_run(run_dir: Path, tmp_path: Path) -> None:
+    last = run_dir / "last.safetensors"
+    own = {"weights": last.name, "weights_sha256": weights_sha256(last), "samples": 12}
+    (run_dir / "evaluation-2.json").write_text(json.dumps(EVALUATION | own))
+    assert command(last, "--to", tmp_path / "to") == 0
+    assert description(tmp_path / "to")["evaluation"]["samples"] == 12
 
 
 def test_a_run_that_selects_its_last_weights_is_exported_with_them(run_dir: Path) -> None:

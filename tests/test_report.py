@@ -18,6 +18,7 @@ from reat_fast import report, train
 from reat_fast.cli.command import run_command
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_weights
 from reat_fast.reporting import html as report_html
@@ -388,6 +389,19 @@ def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
     assert "No weights in the folder (best.safetensors, last.safetensors)" in page
 
 
+def test_figures_of_weights_that_were_trained_since_are_left_out(run: Path) -> None:
+    best = run / "best.safetensors"
+    best.write_bytes(b"evaluated")
+    rewrite(run / "evaluation.json", weights_sha256=weights_sha256(best))
+    assert read_run(run).evaluation is not None
+    best.write_bytes(b"trained on")
+    assert read_run(run).evaluation is None
+    assert command(run, "--no-model") == 0
+    page = (run / "report.html").read_text("utf-8")
+    assert "The weights were trained on since evaluation.json" in page
+    assert "Not evaluated yet" in page and "70.00" not in page
+
+
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     folders = [made_run(tmp_path / f"s{seed}", 40.0 + seed, seed=seed) for seed in (0, 2)]
     folders += [made_run(tmp_path / "other", 30.0, lr=0.05)]
@@ -460,8 +474,11 @@ def test_pictures_of_a_run_folder_are_png(trained: Path, tmp_path: Path) -> None
 def test_the_weights_epoch_is_told_only_where_it_is_known(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     del evaluation["weights_epoch"]
+    known = {"weights_sha256": "of weights that are no longer there"}
     for weights, epoch in (("last.safetensors", 2), ("best.safetensors", None)):
-        (run / "evaluation.json").write_text(json.dumps({**evaluation, "weights": weights}))
+        (run / "evaluation.json").write_text(
+            json.dumps({**evaluation, **known, "weights": weights})
+        )
         record = read_run(run)
         assert record.weights_epoch == epoch
         assert ("of epoch" in record.protocol) == (epoch is not None)

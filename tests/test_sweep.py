@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made_data import made_npz
 
 from reat_fast import evaluate, sweep, train
 from reat_fast.cli.command import run_command
-from reat_fast.config import PRESETS, parse, to_json
+from reat_fast.config import PRESETS, from_json, parse, to_json
+from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.methods.work import work_per_image
-from reat_fast.training.sweep_runs import read_lines
+from reat_fast.training.sweep_runs import make_runs, read_lines
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
 SMALL += " --held-out 0.1 --epochs 1 --device cpu"
@@ -36,7 +38,7 @@ def write_run(folder: Path, clean: float, pgd20: float | None, **changes: Any) -
     if pgd20 is not None:
         figures["pgd20"] = {"overall": pgd20, "tail": pgd20 / 2}
     protocol = {"dataset": "made", "samples": 24, "eps": 8 / 255, "step_size": 2 / 255}
-    evaluation = {**protocol, "attacks": figures} | changes
+    evaluation = {**protocol, "weights_epoch": 1, "attacks": figures} | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "timing.csv").write_text("epoch,seconds\n1,10.0\n2,20.5\n")
@@ -64,7 +66,8 @@ class Trainer:
         if not resumed:
             _, config = parse(words, "")
             (folder / "config.json").write_text(to_json(config))
-        (folder / "checkpoint-last.pt").touch()
+        epochs = from_json((folder / "config.json").read_text()).epochs
+        torch.save({"epoch": epochs if code == 0 else 1}, folder / "checkpoint-last.pt")
         if code == 0:
             seed = int(words[words.index("--seed") + 1])
             write_run(folder, clean=70.0 + seed, pgd20=30.0 + 2 * seed)
@@ -152,6 +155,59 @@ def test_the_same_command_goes_on_where_a_sweep_was_stopped(
     trainer.commands.clear()
     assert command(*arguments) == 0
     assert trainer.commands == []
+
+
+def test_a_run_that_was_evaluated_before_its_end_goes_on(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    folder = out / "reat-seed0"
+    trainer.codes = {folder.name: 130}
+    assert command(presets, "--out", out) == 130
+    last = folder / "last.safetensors"
+    last.write_bytes(b"weights of epoch 1")
+    of_now = {"weights": last.name, "weights_sha256": weights_sha256(last)}
+    whole = {"epoch": PRESETS["reat"].epochs}
+    for half_way, told in (
+        (True, {"weights_epoch": 1}),  # tested at its end, and resumed for more epochs
+        (False, {"weights_sha256": "of earlier weights"}),
+        (False, {}),
+    ):
+        write_run(folder, 99.0, 98.0, **(of_now | told))
+        if not told:
+            evaluation = json.loads((folder / "evaluation.json").read_text())
+            evaluation.pop("weights_epoch")  # as python -m reat_fast.evaluate leaves it
+            (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        torch.save({"epoch": 1} if half_way else whole, folder / "checkpoint-last.pt")
+        trainer.commands.clear()
+        trainer.codes = {folder.name: 3}
+        assert command(presets, "--out", out) == 1
+        assert trainer.names[0] == folder.name and trainer.commands[0][0] == "--resume"
+        table = (out / "summary.md").read_text()
+        assert "0 of 1" in table and "99.00" not in table
+    capsys.readouterr()
+    write_run(folder, 70.0, 30.0, **of_now)
+    torch.save(whole, folder / "checkpoint-last.pt")
+    assert command(presets, "--out", out) == 0
+    assert "reat-seed0: finished" in capsys.readouterr().out
+    (folder / "checkpoint-last.pt").unlink()  # to save space
+    assert command(presets, "--out", out) == 0
+    assert "reat-seed0: finished" in capsys.readouterr().out
+
+
+def test_attacks_are_added_in_the_arithmetic_of_those_that_are_there(
+    presets: Path, tmp_path: Path
+) -> None:
+    lines, out = read_lines(presets), tmp_path / "out"
+    write_run(out / "reat-seed0", 70.0, 30.0, precision="bf16")  # on a GPU, say
+    (out / "reat-seed0" / "config.json").write_text(to_json(PRESETS["reat"]))
+    for subset in (None, 12):
+        run = make_runs(lines[:1], [0], out, subset=subset)[0]
+        words = run.evaluation(["fgsm"])
+        assert words[words.index("--precision") + 1] == "bf16"
+    run = make_runs(lines[:1], [0], out, precision="float32")[0]
+    words = run.evaluation(["fgsm"])
+    assert words[words.index("--precision") + 1] == "float32"
 
 
 @pytest.mark.parametrize("left", ["config.json", "config.json.part", "checkpoint-last.pt.part"])
@@ -338,14 +394,36 @@ def test_a_program_gives_its_exit_code() -> None:
     assert sweep.run_program([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
+def run_here(command: Sequence[str]) -> int:
+    """Run a program of a sweep in this process, without the seconds of starting one."""
+    modules = {"reat_fast.train": train, "reat_fast.evaluate": evaluate}
+    return run_command(modules[command[2]].main, list(command[3:]))
+
+
+def test_a_run_of_few_batches_gets_its_attacks_on_the_images_of_its_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "run_program", run_here)
+    data = made_npz(tmp_path / "made.npz")
+    presets, out = tmp_path / "presets.txt", tmp_path / "out"
+    presets.write_text(f"small: reat {SMALL} --data {data} --limit-batches 1\n")
+    file = out / "small-seed0" / "evaluation.json"
+    assert command(presets, "--out", out, "--attacks", "fgsm") == 0
+    found = json.loads(file.read_text())
+    assert found["samples"] == 16 and set(found["attacks"]) == {"clean", "pgd20", "fgsm"}
+    assert not (file.parent / "evaluation-2.json").exists()
+
+    file.write_text(json.dumps({**found, "samples": 3}))
+    assert command(presets, "--out", out, "--attacks", "fgsm", "cw2") == 1
+    error = capsys.readouterr().err
+    assert f"{file} still lacks cw2, for it was measured under other conditions" in error
+    assert "1 of 1 runs failed: small-seed0 (exit code 1)" in error
+
+
 def test_a_sweep_of_real_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_here(command: Sequence[str]) -> int:
-        modules = {"reat_fast.train": train, "reat_fast.evaluate": evaluate}
-        return run_command(modules[command[2]].main, list(command[3:]))
-
-    monkeypatch.setattr(sweep, "run_program", run_here)  # without the seconds of starting one
+    monkeypatch.setattr(sweep, "run_program", run_here)
     data = made_npz(tmp_path / "made.npz")
     presets, out = tmp_path / "presets.txt", tmp_path / "out"
     small = f"small: reat {SMALL} --data {data}\n"
@@ -382,6 +460,11 @@ def test_a_sweep_of_real_runs(
     assert set(found["attacks"]) == {"clean", "pgd20", "cw2"}
     assert command(presets, "--out", out, *other) == 0
     assert capsys.readouterr().out.count(": finished") == 2
+    other[1] = "fgsm"
+    assert command(presets, "--out", out, *other) == 0
+    assert "--attacks fgsm --eps" in capsys.readouterr().out
+    more = json.loads((out / "small-seed1" / "evaluation-subset12-bf16.json").read_text())
+    assert more["attacks"] == found["attacks"] | {"fgsm": more["attacks"]["fgsm"]}
     assert command(presets, "--out", out, "--subset", 0) == 2
     assert "--subset 0: must be at least 1" in capsys.readouterr().err
 

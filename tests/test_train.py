@@ -133,9 +133,15 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
 def test_a_finished_run_can_be_resumed_to_its_table(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert run("reat", *SMALL, "--data", data, "--epochs", 1, "--run-dir", run_dir) == 0
+    tested = json.loads((run_dir / "evaluation.json").read_text())
     (run_dir / "evaluation.json").unlink()
     assert run("--resume", run_dir) == 0
-    assert (run_dir / "evaluation.json").exists()
+    found = json.loads((run_dir / "evaluation.json").read_text())
+    assert found["attacks"] == tested["attacks"]
+    (run_dir / "evaluation.json").write_text(json.dumps({**tested, "samples": 3}))
+    assert run("--resume", run_dir) == 0
+    assert json.loads((run_dir / "evaluation-2.json").read_text())["samples"] == 3
+    assert json.loads((run_dir / "evaluation.json").read_text())["samples"] == tested["samples"]
 
 
 def test_what_a_resumed_run_refuses(
@@ -144,11 +150,15 @@ def test_what_a_resumed_run_refuses(
     run_dir = tmp_path / "run"
     assert run("reat", *SMALL, "--data", data, "--epochs", 1, "--run-dir", run_dir) == 0
     other = made_npz(tmp_path / "other.npz", train=41)
+    with np.load(data) as arrays:
+        inverted = {**arrays, "x_train": 255 - arrays["x_train"]}
+    np.savez(tmp_path / "inverted.npz", **inverted)
     capsys.readouterr()
     for arguments, named in [
         (("reat", *SMALL, "--data", data, "--run-dir", data / "x"), "x: cannot be made (Not a dir"),
         (("--resume", run_dir, "--lr", "0.3"), "--lr 0.3: the run was begun with 0.05"),
         (("--resume", run_dir, "--data", other), "the training images are not those"),
+        (("--resume", run_dir, "--data", tmp_path / "inverted.npz"), "the training images are not"),
         (("--resume", tmp_path / "absent"), "absent: no such folder"),
         (("--resume", tmp_path), "checkpoint-last.pt: no such checkpoint"),
         (("reat", "--resume", run_dir), "a run keeps its preset"),

@@ -14,8 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +22,12 @@ from reat_fast.cli.extras import import_extra
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import apgd, guards
 from reat_fast.evaluation.fab import fab
+from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.square import square
 from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.kernels import philox
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
-from reat_fast.storage.whole_files import write_atomically
 
 MOST_TARGETS = 9
 SAVE_EVERY_SECONDS = 10.0
@@ -82,8 +80,8 @@ class AutoAttack:
 
     labels: int64 [N] on the CPU. A victim that searches in bf16 or tf32 may miss an image, but none
     is counted that its model in float32 does not confirm; FAB-T never uses bf16. steps, queries: of
-    the gradient attacks and of Square; the standard is the default. state: a file to go on from, if
-    it was written by the same search, and to keep up to date.
+    the gradient attacks and of Square; the standard is the default. state: what to go on from, if
+    the same search wrote it, and to keep up to date.
     Errors: ValueError for fewer than four classes, where the DLR loss is not defined.
     """
 
@@ -98,7 +96,7 @@ class AutoAttack:
         batch_size: int,
         steps: int = 100,
         queries: int = 5000,
-        state: Path | None = None,
+        state: SearchState | None = None,
     ) -> None:
         self.victim, self.images, self.labels = victim, images, labels
         self.eps, self.seed, self.batch_size = eps, seed, batch_size
@@ -119,15 +117,16 @@ class AutoAttack:
         ]
         """Each with the rank of the class it aims at, among the logits of the clean image."""
         self._state = state
-        self._key = self._fingerprint() if state else ""
         self._saved_at = time.monotonic()
-        self.standing = self._read() or Standing(torch.ones(len(labels), dtype=torch.bool))
+        begun = state.read(self._fingerprint()) if state else None
+        begun = begun or {"robust": torch.ones(len(labels), dtype=torch.bool)}
+        self.standing = Standing(**begun)
 
     def run(self) -> Standing:
         """Search to the end; returns which images stand.
 
-        The state file stays, and a search that finds it at its end has nothing to do: whoever named
-        the file removes it once the result is kept.
+        The state stays, and a search that finds it at its end has nothing to do: whoever gave it
+        removes it once the result is kept.
         """
         standing = self.standing
         while standing.run < len(self.runs):
@@ -210,22 +209,12 @@ class AutoAttack:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _read(self) -> Standing | None:
-        if self._state is None or not self._state.is_file():
-            return None
-        try:
-            saved: dict[str, Any] = torch.load(self._state, weights_only=True)
-            return Standing(**saved["standing"]) if saved["key"] == self._key else None
-        except Exception:  # torch.load has no base class for what a damaged file raises
-            return None
-
     def _write(self, at_end: bool = False) -> None:
         now = time.monotonic()
         due = at_end or now - self._saved_at >= SAVE_EVERY_SECONDS
         if self._state is None or not due:
             return
-        saved = {"key": self._key, "standing": asdict(self.standing)}
-        write_atomically(self._state, lambda partial: torch.save(saved, partial))
+        self._state.write(asdict(self.standing))
         self._saved_at = now
 
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from reat_fast.data import ImageSet
+from reat_fast.sources.beton_folder import digest
+from reat_fast.sources.lazy import FileImages, LazyImages
 from reat_fast.storage.whole_files import write_text
 
 EVALUATION = "evaluation.json"
 
+DECODED = 64
+"""Images that tell lazy sets apart."""
+
 CONDITIONS = (
-    *("weights", "weights_sha256", "dataset", "samples", "eps", "step_size"),
-    *("restarts", "precision", "seed"),
+    *("weights", "weights_sha256", "dataset", "samples", "images_sha256"),
+    *("eps", "step_size", "restarts", "precision", "seed"),
 )
 """What attacks in one file share; what a file of another version does not hold is not compared."""
 
@@ -24,20 +33,86 @@ def weights_sha256(weights: Path) -> str:
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
+def images_sha256(image_set: ImageSet) -> str:
+    """Return a sha256 of labels and images, by which an evaluation knows what it was made on.
+
+    Of image files names and sizes stand for the pixels, of other images that would have to be
+    decoded the pixels of a few: knowing a set must not cost as much as a pass over it.
+    """
+    images = image_set.images
+    hashed = digest(images.shape, image_set.labels)
+    if isinstance(images, FileImages):
+        hashed.update(repr([(path.name, path.stat().st_size) for path in images.paths]).encode())
+    elif isinstance(images, LazyImages):
+        hashed.update(image_set.evenly(DECODED).images[:].tobytes())
+    else:
+        hashed.update(np.ascontiguousarray(images).data)
+    return hashed.hexdigest()
+
+
+def of_these_weights(evaluation: Mapping[str, Any], folder: Path) -> bool:
+    """Say whether an evaluation is of weights as they are in a folder now.
+
+    Those that are no longer there, or that the evaluation does not know by their bytes, are not
+    others.
+    """
+    weights = folder / str(evaluation.get("weights", ""))
+    known = evaluation.get("weights_sha256")
+    return known is None or not weights.is_file() or known == weights_sha256(weights)
+
+
 def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Write what an evaluation found into a folder that may hold others; returns file and content.
 
     The file is the first of evaluation.json, evaluation-2.json, ... that is not there yet or is of
-    the same weights and conditions, whose other attacks stay.
+    the same weights and conditions, whose other attacks stay. An evaluation.json of weights that
+    have been trained since is set aside before.
     """
-    for number in itertools.count(1):
-        file = folder / (f"evaluation-{number}.json" if number > 1 else EVALUATION)
+    if not of_these_weights(_read(folder / EVALUATION), folder):
+        set_aside(folder)
+    for file in files(folder):
         whole = joined(file, result)
         if whole is not None or not file.exists():
             break
     written = result if whole is None else whole
     write(file, written)
     return file, written
+
+
+def write_at_the_end(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the test that ends a run as evaluation.json; returns what it holds then.
+
+    Attacks that a run was evaluated under since stay, in the same file or, where it was of other
+    weights or under other conditions, in one that is set aside.
+    """
+    file = folder / EVALUATION
+    whole = joined(file, result)
+    if whole is None and file.exists():
+        set_aside(folder)
+    written = result if whole is None else whole
+    write(file, written)
+    return written
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Name evaluation.json, evaluation-2.json, ... without end, whether they are there or not."""
+    yield folder / EVALUATION
+    for number in itertools.count(2):
+        yield folder / f"evaluation-{number}.json"
+
+
+def set_aside(folder: Path) -> None:
+    """Give evaluation.json the next free name, and what is written there next takes no attack."""
+    free = next(file for file in files(folder) if not file.exists())
+    (folder / EVALUATION).rename(free)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read an evaluation, {} where there is none or a damaged one."""
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:

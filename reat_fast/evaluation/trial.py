@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from reat_fast.engine.precision import full_precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
 from reat_fast.evaluation.captured import Ascents
+from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.victim import Victim
 from reat_fast.kernels.prepare import prepare
 
@@ -58,7 +58,7 @@ class Trial:
     seed: int
     batch_size: int
     restarts: int
-    state: Path | None
+    state: SearchState | None
     progress: Callable[[int], object] | None
     ascents: Ascents
 

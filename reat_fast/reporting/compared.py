@@ -45,7 +45,7 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
     if any(group.evaluated for group in groups):
         accuracy = report_html.table(table, note, words=2 if len(groups) > 1 else 1)
     else:
-        accuracy = report_html.note("None of the runs has an evaluation.json yet.")
+        accuracy = report_html.note("None of the runs has an evaluation.json of its weights yet.")
     sections = {
         "Accuracy": accuracy + report_html.pictures(per_class),
         "Differences": _differences(groups),

@@ -17,6 +17,7 @@ from typing import Any
 from reat_fast.cli.radius import fraction_text
 from reat_fast.config import Config, from_json
 from reat_fast.evaluation.figures import largest_first
+from reat_fast.evaluation.saved import of_these_weights
 from reat_fast.sources.longtail import by_falling_size
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
@@ -32,8 +33,9 @@ class RunRecord:
 
     metrics and timing: a row per epoch, numbers by column, None where a cell is empty. ae_counts
     [E, C]: adversarial examples predicted as each class, where every epoch tells. counts [C]:
-    training images. evaluation: as reat_fast.evaluate writes it. In all of them classes go from the
-    largest to the smallest; order [C]: the numbers that they have in the data set.
+    training images. evaluation: as reat_fast.evaluate writes it; None, and outdated, where it is of
+    weights that have been trained since. In all of them classes go from the largest to the
+    smallest; order [C]: the numbers that they have in the data set.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class RunRecord:
     timing: list[dict[str, float | None]]
     evaluation: dict[str, Any] | None
     order: list[int]
+    outdated: bool
 
     @property
     def name(self) -> str:
@@ -58,7 +61,8 @@ class RunRecord:
         evaluation = self.evaluation or {}
         if "weights_epoch" in evaluation:
             return int(evaluation["weights_epoch"])
-        if evaluation.get("weights") == "last.safetensors" and self.metrics:
+        of_last = evaluation.get("weights") == "last.safetensors"
+        if of_last and "weights_sha256" in evaluation and self.metrics:
             return len(self.metrics)
         return None
 
@@ -107,6 +111,7 @@ def read_run(folder: Path) -> RunRecord:
         counts = counts or evaluation.get("train_counts")
         evaluation = largest_first({**evaluation, "train_counts": counts})
     order = by_falling_size(counts or [0] * len(class_names))
+    outdated = evaluation is not None and not of_these_weights(evaluation, folder)
     metrics, predicted = read_metrics(folder / "metrics.csv")
     if predicted and len(predicted[0]) == len(order):
         predicted = [[row[c] for c in order] for row in predicted]
@@ -119,8 +124,9 @@ def read_run(folder: Path) -> RunRecord:
         metrics=metrics,
         ae_counts=predicted,
         timing=_read_timing(folder / "timing.csv"),
-        evaluation=evaluation,
+        evaluation=None if outdated else evaluation,
         order=order,
+        outdated=outdated,
     )
 
 

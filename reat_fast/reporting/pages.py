@@ -105,9 +105,11 @@ def _percent(value: float | None) -> str:
 
 def _accuracy_tables(run: RunRecord, table: Table) -> str:
     if run.evaluation is None:
+        why = "No evaluation.json: the run is still going on, or ended early."
+        if run.outdated:
+            why = "The weights were trained on since evaluation.json, which is left out."
         return report_html.note(
-            "No evaluation.json: the run is still going on, or ended early. "
-            f"Evaluate it with: python -m reat_fast.evaluate {run.folder}"
+            f"{why} Evaluate it with: python -m reat_fast.evaluate {run.folder}"
         )
     caption = f"Accuracy in %: {run.protocol}. {THIRDS}"
     warnings = "".join(report_html.note(str(line)) for line in run.evaluation.get("warnings", []))

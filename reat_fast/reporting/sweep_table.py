@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.cli.radius import fraction_text
-from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting.tables import (
     PROTOCOL,
     attack_title,
@@ -47,12 +46,11 @@ class SummaryRow:
         return len(self.values["seconds"])
 
 
-def summarise(
-    name: str, files: Sequence[Path], attacks: Sequence[str] = STANDARD_ATTACKS
-) -> SummaryRow:
+def summarise(name: str, files: Sequence[Path], planned: int, attacks: Sequence[str]) -> SummaryRow:
     """Gather the figures of a line's runs from an evaluation of each and the timing.csv beside it.
 
-    attacks: names in the evaluations; each has two columns in percent, overall and on the tail.
+    files: of the runs that are finished, of the planned ones. attacks: names in the evaluations;
+    each has two columns in percent, overall and on the tail.
     Errors: ValueError naming a damaged file, and a run evaluated under other conditions.
     """
     conditions: dict[str, Any] = {}
@@ -61,8 +59,6 @@ def summarise(
     origins: dict[str, set[str]] = {name: set() for name in ORIGINS}
     for file in files:
         folder = file.parent
-        if not file.is_file():
-            continue
         try:
             evaluation = json.loads(file.read_text("utf-8"))
             found = protocol_of(evaluation)
@@ -83,7 +79,7 @@ def summarise(
                 "evaluate it again"
             )
         conditions = found
-    return SummaryRow(name, len(files), tuple(attacks), conditions, values, origins)
+    return SummaryRow(name, planned, tuple(attacks), conditions, values, origins)
 
 
 def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:

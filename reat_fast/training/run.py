@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from reat_fast import checkpoint
@@ -18,6 +19,7 @@ from reat_fast.engine.precision import use_precision
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.env import environment
 from reat_fast.evaluation.figures import SELECTION
+from reat_fast.evaluation.saved import images_sha256
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
@@ -41,6 +43,9 @@ class Run:
             raise ValueError("--attack free: works in one process; leave it out")
         self.device = plan.device
         self.dataset, self.splits = load_splits(plan)
+        in_memory = isinstance(self.splits.train.images, np.ndarray)
+        self.images = images_sha256(self.splits.train) if in_memory else ""
+        """What tells the training images from others; decoding lazy ones may differ by version."""
         use_precision(self.config, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -205,6 +210,7 @@ class Run:
             "config": to_json(self.config),
             "model_spec": dataclasses.asdict(self.spec),
             "fingerprint": self.splits.fingerprint,
+            "images": self.images,
             "epoch": self.epoch,
             "batch": self.batch,
             "lr_scale": self.lr_scale,
@@ -223,7 +229,8 @@ class Run:
 
         Errors: CheckpointError for one of other training images.
         """
-        if state["fingerprint"] != self.splits.fingerprint:
+        same_images = state.get("images", self.images) == self.images  # older runs lack it
+        if state["fingerprint"] != self.splits.fingerprint or not same_images:
             raise CheckpointError(
                 f"--resume {self.folder}: the training images are not those the run was begun "
                 "with; name the same data with --data"

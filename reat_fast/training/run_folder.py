@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reat_fast.checkpoint import CHECKPOINT, CheckpointError
 from reat_fast.config import Config, from_json, to_json
 from reat_fast.data import Dataset, Splits
@@ -70,6 +72,16 @@ def never_began(folder: Path) -> bool:
         except (ValueError, OSError):
             return False
     return names <= half_written.union(DESCRIPTION)
+
+
+def epochs_done(folder: Path) -> int | None:
+    """Return how many epochs the checkpoint of a run has behind it, None where none is whole."""
+    try:
+        # Mapped, so that tensors are not read.
+        state = torch.load(folder / CHECKPOINT, mmap=True, weights_only=True)
+        return int(state["epoch"])
+    except Exception:  # torch.load has no base class for what a damaged file raises
+        return None
 
 
 def describe_run(

@@ -12,7 +12,7 @@ from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
-from reat_fast.evaluation.saved import EVALUATION, joined, weights_sha256, write
+from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_the_end
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
 from reat_fast.reporting.pictures import draw_accuracy, draw_learning
 from reat_fast.training.gauge import seconds_per_step
@@ -93,10 +93,12 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     best = config.select == "best" and run.best is not None
     weights = folder / ("best.safetensors" if best else "last.safetensors")
     model = checkpoint.load_model(weights, run.device)
+    images = run.limited(run.splits.test)
+    known = images_sha256(images)
     began = time.perf_counter()
     result = evaluate(
         model,
-        run.limited(run.splits.test),
+        images,
         _attacks(run, *STANDARD_ATTACKS),
         run.dataset.num_classes,
         eps=config.eps,
@@ -111,6 +113,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "weights_sha256": weights_sha256(weights),
         "weights_epoch": int(run.best["epoch"]) if best and run.best else config.epochs,
         "dataset": run.dataset.name,
+        "images_sha256": known,
         "class_names": list(run.dataset.class_names),
         "train_counts": run.splits.counts,
         "eps": config.eps,
@@ -122,9 +125,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began, 3),
         "warnings": [],
     }
-    file = folder / EVALUATION
-    result = joined(file, result) or result  # of a run that had ended, and was evaluated since
-    write(file, result)
+    result = write_at_the_end(folder, result)
     title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
     draw_accuracy(result, folder / "accuracy.png", title)
     draw_learning(folder / "metrics.csv", folder / "learning.png")

@@ -9,13 +9,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reat_fast import checkpoint
 from reat_fast.config import Config, changes, from_json, parse
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
-from reat_fast.evaluation.saved import EVALUATION
-from reat_fast.training.run_folder import never_began
+from reat_fast.evaluation.saved import EVALUATION, of_these_weights
+from reat_fast.training.run_folder import epochs_done, never_began
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""
@@ -57,10 +58,34 @@ class SweepRun:
 
     @property
     def state(self) -> str:
-        """Where the run stands: "new", "begun" (it can be resumed) or "finished"."""
-        if (self.folder / EVALUATION).is_file():
+        """Where the run stands: "new", "begun" (it can be resumed) or "finished".
+
+        Errors: ValueError for a damaged evaluation.
+        """
+        has_checkpoint = (self.folder / checkpoint.CHECKPOINT).is_file()
+        if self._was_tested and (
+            not has_checkpoint or epochs_done(self.folder) == self.line.config.epochs
+        ):
             return "finished"
-        return "begun" if (self.folder / checkpoint.CHECKPOINT).is_file() else "new"
+        return "begun" if has_checkpoint else "new"
+
+    @property
+    def _was_tested(self) -> bool:
+        """Whether the run ended with a test of the weights that it has now.
+
+        Such an evaluation tells their epoch; one that was made of a run which still goes on does
+        not.
+        """
+        evaluation = _read(self.folder / EVALUATION)
+        return "weights_epoch" in evaluation and of_these_weights(evaluation, self.folder)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there are figures of the finished run for the table."""
+        if self.state != "finished":
+            return False
+        evaluation = _read(self.figures)
+        return bool(evaluation) and of_these_weights(evaluation, self.folder)
 
     @property
     def arguments(self) -> list[str]:
@@ -73,33 +98,46 @@ class SweepRun:
             return ["--resume", str(self.folder), *flags, *own]
         return [preset, *flags, *own, "--run-dir", str(self.folder)]
 
-    def lacks(self, attacks: Sequence[str]) -> bool:
-        """Say whether the evaluation of a finished run leaves out one of these attacks.
+    def missing(self, attacks: Sequence[str]) -> list[str]:
+        """Return those of these attacks that the evaluation of a finished run leaves out.
 
         Those that end every run do not count there. Errors: ValueError for a damaged file.
         """
-        file, asked = self.figures, set(attacks)
-        if file.name == EVALUATION:
-            asked -= set(STANDARD_ATTACKS)
-        elif not file.is_file():
-            return True
-        try:
-            return not asked <= set(json.loads(file.read_text("utf-8"))["attacks"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
+        there = set(_read(self.figures)["attacks"]) if self.is_measured else set()
+        if self.figures.name == EVALUATION:
+            there.update(STANDARD_ATTACKS)
+        return [attack for attack in attacks if attack not in there]
 
     def evaluation(self, attacks: Sequence[str]) -> list[str]:
-        """Return what follows `python -m reat_fast.evaluate` to evaluate a finished run."""
-        config = self.line.config
+        """Return what follows `python -m reat_fast.evaluate` to add attacks to a finished run.
+
+        Whatever is not asked for is as in the figures that are there, so that these stay.
+        """
+        config, subset = self.line.config, self.subset
+        if subset is None and config.limit_batches is not None:
+            subset = config.limit_batches * config.batch_size  # as Run.limited has it
         radius = ["--eps", str(config.eps), "--step-size", str(config.step_size)]
         flags = ["--seed", str(self.seed), "--device", config.device, *["--quiet"] * config.quiet]
-        if self.subset is not None:
-            flags += ["--subset", str(self.subset)]
-        if self.precision is not None:
-            flags += ["--precision", self.precision]
+        if subset is not None:
+            flags += ["--subset", str(subset)]
+        there = _read(self.figures) or _read(self.folder / EVALUATION)
+        precision = self.precision or there.get("precision")
+        if precision is not None:
+            flags += ["--precision", precision]
         if self.figures.name != EVALUATION:
             flags += ["--out", str(self.figures)]
         return [str(self.folder), "--attacks", *attacks, *radius, *flags]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read an evaluation, {} where there is none. Errors: ValueError for a damaged one."""
+    try:
+        evaluation = dict(json.loads(file.read_text("utf-8")))
+        return {**evaluation, "attacks": dict(evaluation["attacks"])}
+    except FileNotFoundError:
+        return {}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
 
 
 def read_lines(file: Path) -> list[Line]:

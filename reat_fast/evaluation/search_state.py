@@ -1,0 +1,48 @@
+"""The file in which a search of AutoAttack keeps where it stands.
+
+It is named after the search, so that another one in the same folder does not take its place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reat_fast.storage.whole_files import write_atomically
+
+STATES = "autoattack-state-*.pt"
+
+
+class SearchState:
+    """Read, write and remove the state of one search in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._key = folder, ""
+
+    @property
+    def file(self) -> Path:
+        """Where the state of the search is that was read last, by its key."""
+        return self._folder / STATES.replace("*", self._key[:8])
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """Return what the search with this key left; from now on the state is that of this one."""
+        self._key = key
+        if not self.file.is_file():
+            return None
+        try:
+            saved: dict[str, Any] = torch.load(self.file, weights_only=True)
+            return dict(saved["standing"]) if saved["key"] == key else None
+        except Exception:  # torch.load has no base class for what a damaged file raises
+            return None
+
+    def write(self, standing: dict[str, Any]) -> None:
+        """Keep where the search stands."""
+        saved = {"key": self._key, "standing": standing}
+        write_atomically(self.file, lambda partial: torch.save(saved, partial))
+
+    def remove(self) -> None:
+        """Remove the state of the search, if there was one; those of others stay."""
+        if self._key:
+            self.file.unlink(missing_ok=True)
