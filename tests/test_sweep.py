@@ -476,6 +476,6 @@ RECIPES = sorted((Path(__file__).parent.parent / "bench").glob("recipes*.txt"))
 def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
     lines = read_lines(file)
     costs = {line.name: line.config.epochs * work_per_image(line.config) for line in lines}
-    assert len(lines) > 8
+    assert len(lines) > 4
     for name, cost in costs.items():
         assert cost == pytest.approx(costs["at-bsl"], rel=0.02), name
