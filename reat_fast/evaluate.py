@@ -153,10 +153,11 @@ def main(arguments: list[str]) -> int:
         Attack.from_name(name, 0.0, 0.0)  # refused before anything is loaded
     weights = checkpoint.find_weights(options.run)
     folder = options.run if options.run.is_dir() else options.run.parent
-    refuse_unwritable(options.out or folder / EVALUATION)
+    place = options.out or folder / EVALUATION
+    refuse_unwritable(place)
     device = choose_device(options.device)
     began = time.perf_counter()
-    state = SearchState(folder)
+    state = SearchState(place.parent)
     result = _evaluate_run(options, weights, folder, device, state)
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
