@@ -127,6 +127,18 @@ class DecodedOnDemand:
         raise AssertionError("the whole set was decoded")
 
 
+def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
+    image_set: ImageSet,
+) -> None:
+    model = create_model("resnet8", 3, width=8)
+    attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", "aa")]
+    few = ImageSet(image_set.images, image_set.labels % 3)
+    done: list[int] = []
+    with pytest.raises(ValueError, match="needs 4 classes, the model has 3"):
+        evaluate.evaluate(model, few, attacks, 3, progress=done.append)
+    assert done == []
+
+
 def test_images_are_read_batch_by_batch(image_set: ImageSet) -> None:
     torch.manual_seed(0)
     model = create_model("resnet8", 4, width=8)
