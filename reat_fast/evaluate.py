@@ -22,6 +22,7 @@ from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import Attack as Attack
+from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
 from reat_fast.evaluation.saved import (
@@ -71,8 +72,10 @@ def evaluate(
     CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
     also "after": the accuracy after each of its attacks.
-    Errors: ValueError from AutoAttack, see there.
+    Errors: ValueError for AutoAttack on fewer than four classes, before the first attack.
     """
+    if any(attack.name == "aa" for attack in attacks):
+        refuse_few_classes(num_classes)
     count = len(image_set)
     labels = torch.from_numpy(image_set.labels)
     samples = labels.bincount(minlength=num_classes).tolist()
@@ -153,10 +156,11 @@ def main(arguments: list[str]) -> int:
         Attack.from_name(name, 0.0, 0.0)  # refused before anything is loaded
     weights = checkpoint.find_weights(options.run)
     folder = options.run if options.run.is_dir() else options.run.parent
-    refuse_unwritable(options.out or folder / EVALUATION)
+    place = options.out or folder / EVALUATION
+    refuse_unwritable(place)
     device = choose_device(options.device)
     began = time.perf_counter()
-    state = SearchState(folder)
+    state = SearchState(place.parent)
     result = _evaluate_run(options, weights, folder, device, state)
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:

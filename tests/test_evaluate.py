@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.figures import figures, tail_by_share
-from reat_fast.evaluation.search_state import STATES
+from reat_fast.evaluation.search_state import STATES, SearchState
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
 from reat_fast.reporting.tables import accuracy_table
@@ -138,6 +139,18 @@ class DecodedOnDemand:
 
     def __array__(self, *_: object) -> np.ndarray:
         raise AssertionError("the whole set was decoded")
+
+
+def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
+    image_set: ImageSet,
+) -> None:
+    model = create_model("resnet8", 3, width=8)
+    attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", "aa")]
+    few = ImageSet(image_set.images, image_set.labels % 3)
+    done: list[int] = []
+    with pytest.raises(ValueError, match="needs 4 classes, the model has 3"):
+        evaluate.evaluate(model, few, attacks, 3, progress=done.append)
+    assert done == []
 
 
 def test_images_are_read_batch_by_batch(image_set: ImageSet) -> None:
@@ -331,6 +344,27 @@ def test_the_state_of_a_search_stays_until_its_result_is_written(
         assert command(run_dir, "--attacks", "aa", "--subset", 6, "--quiet") == 0
     assert not list(run_dir.glob(STATES))
     (run_dir / "evaluation-2.json").unlink()
+
+
+def test_a_named_output_has_the_state_of_its_search_beside_it(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run whose folder takes no file can be evaluated."""
+    short = {"steps": 2, "queries": 5, "state": None}
+    monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", short)
+    written: list[Path] = []
+    keep = SearchState.write
+
+    def write(state: SearchState, standing: dict[str, Any]) -> None:
+        keep(state, standing)
+        written.append(state.file)
+
+    monkeypatch.setattr(SearchState, "write", write)
+    out = tmp_path / "new" / "out.json"
+    flags = ["--attacks", "aa", "--subset", 6, "--out", out, "--quiet"]
+    assert command(run_dir, *flags) == 0
+    assert {file.parent for file in written} == {out.parent}
+    assert [file.name for file in out.parent.iterdir()] == ["out.json"]
 
 
 def test_the_command_takes_weights_subset_and_output(run_dir: Path, tmp_path: Path) -> None:

@@ -174,6 +174,13 @@ def test_pytorchs_word_for_a_full_disk_is_understood(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_that_takes_no_file_is_not_a_full_disk(read_only: Path) -> None:
+    with pytest.raises(OSError, match=r"state\.pt: cannot be written \((Perm|Read-only)"):
+        whole_files.write_atomically(
+            read_only / "state.pt", lambda partial: torch.save(torch.rand(10), partial)
+        )
+
+
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let CIFAR-10 be a file of a megabyte on this machine."""
     (tmp_path / "served").write_bytes(bytes(1 << 20))

@@ -75,6 +75,15 @@ def autoattack(
         return search.run().robust.to(labels.device)
 
 
+def refuse_few_classes(classes: int) -> None:
+    """Raise ValueError for fewer than four classes, where the DLR loss is not defined."""
+    if classes < 4:
+        raise ValueError(
+            f"--attacks aa: AutoAttack's targeted loss needs 4 classes, the model has "
+            f"{classes}; use pgd100 and cw100"
+        )
+
+
 class AutoAttack:
     """A search for fooling images that may be broken off and gone on with.
 
@@ -82,7 +91,7 @@ class AutoAttack:
     is counted that its model in float32 does not confirm; FAB-T never uses bf16. steps, queries: of
     the gradient attacks and of Square; the standard is the default. state: what to go on from, if
     the same search wrote it, and to keep up to date.
-    Errors: ValueError for fewer than four classes, where the DLR loss is not defined.
+    Errors: ValueError for fewer than four classes.
     """
 
     def __init__(
@@ -102,11 +111,7 @@ class AutoAttack:
         self.eps, self.seed, self.batch_size = eps, seed, batch_size
         self.steps, self.queries = steps, queries
         classes = victim.true_logits(images(torch.arange(1))).shape[1]
-        if classes < 4:
-            raise ValueError(
-                f"--attacks aa: AutoAttack's targeted loss needs 4 classes, the model has "
-                f"{classes}; use pgd100 and cw100"
-            )
+        refuse_few_classes(classes)
         ranks = range(1, min(MOST_TARGETS, classes - 1) + 1)
         self.runs = [
             ("clean", 0),

@@ -20,6 +20,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     partial = path.with_name(path.name + ".part")
     try:
+        partial.open("ab").close()  # PyTorch has one error for any reason: here it is named
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
