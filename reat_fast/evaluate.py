@@ -17,7 +17,7 @@ from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.cli.radius import Radius
 from reat_fast.config import Config, flag, from_json
-from reat_fast.data import Dataset, ImageSet, load_run_data
+from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
@@ -191,7 +191,8 @@ def _evaluate_run(
     step_size = config.step_size if options.step_size is None else options.step_size
     seed = config.seed if options.seed is None else options.seed
     precision = options.precision or resolve_precision(config, device)
-    dataset = _dataset(options, config, spec, weights)
+    dataset = load_run_data(config, options.dataset, options.data, options.image_size)
+    guards.refuse_other_data(dataset, spec, weights, "--dataset/--data")
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
     warnings, known = _guard(model, test, seed), images_sha256(test)
@@ -232,18 +233,6 @@ def _evaluate_run(
 def _config(folder: Path) -> Config:
     file = folder / "config.json"
     return from_json(file.read_text("utf-8"), str(file)) if file.is_file() else Config()
-
-
-def _dataset(
-    options: Options, config: Config, spec: checkpoint.ModelSpec, weights: Path
-) -> Dataset:
-    dataset = load_run_data(config, options.dataset, options.data, options.image_size)
-    if dataset.num_classes != spec.num_classes:
-        raise ValueError(
-            f"--dataset {dataset.name}: has {dataset.num_classes} classes, "
-            f"{weights} was trained on {spec.num_classes}"
-        )
-    return dataset
 
 
 def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int] | None:
