@@ -458,6 +458,16 @@ def test_weights_that_cannot_be_evaluated_are_refused(
     assert shown.out == "" and not (tmp_path / "evaluation.json").exists()
 
 
+def test_a_run_before_its_first_step_is_not_evaluated(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.load_checkpoint(run_dir / checkpoint.CHECKPOINT)
+    checkpoint.save_checkpoint(tmp_path, {**state, "epoch": 0, "batch": 0})
+    shutil.copy(run_dir / "config.json", tmp_path)
+    assert command(tmp_path, "--attacks", "clean") == 2
+    assert "has not been trained yet; go on with --resume" in capsys.readouterr().err
+
+
 def test_a_missing_package_says_how_to_get_it(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
