@@ -182,6 +182,7 @@ def test_what_a_resumed_run_refuses(
         (("--device", "cuda:99"), "--device cuda:99"),
         (("--data", "absent.npz"), "absent.npz"),
         (("--largest", "100000"), "100000"),
+        (("--image-size", "4"), "--image-size: the images of npz have one size already"),
         (("--no-fused", "--attack-loss", "rbl_offsets"), "--no-fused"),
         (("--tail", "unofficial"), "--tail"),
     ],
