@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.cli.radius import Radius
+from reat_fast.cli.radius import Radius, fraction_text
 from reat_fast.config import Config, flag, from_json
 from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
@@ -29,6 +29,7 @@ from reat_fast.evaluation.saved import (
     EVALUATION,
     images_sha256,
     joined,
+    known_epoch,
     weights_sha256,
     write,
     write_beside_others,
@@ -161,7 +162,7 @@ def main(arguments: list[str]) -> int:
     device = choose_device(options.device)
     began = time.perf_counter()
     state = SearchState(place.parent)
-    result = _evaluate_run(options, weights, folder, device, state)
+    result, test_images = _evaluate_run(options, weights, folder, device, state)
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
         out, result = write_beside_others(folder, result)
@@ -174,14 +175,18 @@ def main(arguments: list[str]) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:
         print(accuracy_table(result))
+        print(_measured_on(result, folder, test_images))
         print(f"{out} written ({time.perf_counter() - began:.1f} s on {device})")
     return 0
 
 
 def _evaluate_run(
     options: Options, weights: Path, folder: Path, device: torch.device, state: SearchState
-) -> dict[str, Any]:
-    """Measure what the options ask for; returns what evaluation.json holds but the seconds."""
+) -> tuple[dict[str, Any], int]:
+    """Measure what the options ask for.
+
+    Returns what evaluation.json holds but the seconds, and the number of images of the test set.
+    """
     if device.type == "cpu":
         keep_freed_memory()
     model, spec = checkpoint.load_model_and_spec(weights, device)
@@ -214,7 +219,7 @@ def _evaluate_run(
         )
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
-    return result | {
+    result |= {
         "weights": weights.name,
         "weights_sha256": weights_sha256(weights),
         "dataset": dataset.name,
@@ -228,6 +233,17 @@ def _evaluate_run(
         "device": str(device),
         "warnings": warnings + guards.warnings_for_figures(result["attacks"]),
     }
+    return result, len(dataset.test)
+
+
+def _measured_on(result: dict[str, Any], folder: Path, test_images: int) -> str:
+    epoch = known_epoch(folder, result["weights_sha256"])
+    restarts = f", {result['restarts']} restarts" if result["restarts"] > 1 else ""
+    return (
+        f"{result['weights']}{'' if epoch is None else f' (epoch {epoch})'} on "
+        f"{result['samples']:,} of {test_images:,} test images of {result['dataset']}, "
+        f"eps {fraction_text(result['eps'])}{restarts}"
+    )
 
 
 def _config(folder: Path) -> Config:

@@ -378,6 +378,23 @@ def test_the_command_takes_weights_subset_and_output(run_dir: Path, tmp_path: Pa
     assert result["weights"] == "last.safetensors"
 
 
+def test_the_table_says_what_it_was_measured_on(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "alone.safetensors").write_bytes((run_dir / "last.safetensors").read_bytes())
+    data = ["--dataset", "npz", "--data", run_dir.parent / "made.npz"]
+    tested = json.loads((run_dir / "evaluation.json").read_text())["weights"]
+    for place, flags, shown in (
+        (run_dir, [], f"{tested} (epoch 1) on 30 of 30 test images of npz, eps 8/255\n"),
+        (tmp_path / "alone.safetensors", data, "alone.safetensors on 30 of 30 test images"),
+        (run_dir, ["--subset", 10, "--restarts", 2, "--eps", "4/255"],
+         "(epoch 1) on 10 of 30 test images of npz, eps 4/255, 2 restarts\n"),
+    ):  # fmt: skip
+        out = tmp_path / "out.json"
+        assert command(place, *flags, "--attacks", "clean", "--out", out) == 0
+        assert shown in capsys.readouterr().out
+
+
 def test_a_named_output_keeps_its_attacks_under_the_same_conditions_alone(
     run_dir: Path, tmp_path: Path
 ) -> None:
