@@ -121,9 +121,13 @@ def load_dataset(
         raise DataError(f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}")
     if path is not None and not path.exists():
         raise DataError(f"--data {path}: no such file or folder")
-    source = formats.checked(_read(name, path, image_size, skip_bad), DATASETS[name])
+    own_names = DATASETS[name]
+    source = formats.checked(_read(name, path, image_size, skip_bad), own_names)
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
     class_names = tuple(map(one_line, source.class_names or ()))  # which tables show
+    if own_names and len(class_names) != len(own_names):
+        found = f"has {len(own_names)} classes, {path} has {len(class_names)}"
+        raise DataError(f"--dataset {name}: {found}; give --dataset npz")
     return Dataset(name, train, test, class_names, source.notes)
 
 
