@@ -13,6 +13,7 @@ from typing import Any
 
 from reat_fast import checkpoint
 from reat_fast.config import Config, changes, from_json, parse
+from reat_fast.data import DataError, find_dataset
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
@@ -201,10 +202,6 @@ def make_runs(
     Errors: ValueError where a run was begun with other flags than its line has now, and for data
     that is not there.
     """
-    for line in lines:
-        place = data or line.config.data
-        if place is not None and not place.exists():
-            raise ValueError(f"{line.place}: --data {place}: no such file or folder")
     runs = [
         SweepRun(line, seed, out / f"{line.name}-seed{seed}", data, subset, precision)
         for line in lines
@@ -212,7 +209,19 @@ def make_runs(
     ]
     for run in runs:
         _refuse_changes(run)
+        _refuse_missing_data(run)
     return runs
+
+
+def _refuse_missing_data(run: SweepRun) -> None:
+    config = run.line.config
+    place = run.data or config.data
+    if place is None and run.state != "new":
+        return  # it goes on with the data that it was begun with
+    try:
+        find_dataset(config.dataset, place, config.image_size)
+    except DataError as error:
+        raise ValueError(f"{run.line.place}: {error}") from None
 
 
 def _refuse_changes(run: SweepRun) -> None:
