@@ -313,6 +313,10 @@ def test_data_that_is_missing_is_named_with_its_line_before_anything_runs(
         ("--lr 0.1", "1: name a preset first"),
         ("long:", "1: name a preset first"),
         ("../up: reat", "1: '../up' cannot be a name"),
+        ("a b: at --epochs 1", "1: 'a b' cannot be a name; use letters, digits and . _ + -"),
+        (": reat", "1: '' cannot be a name"),
+        ("foo --epochs 1", "1: unknown preset 'foo' (presets: reat, "),
+        ("reat --model foo", "1: --model foo: is unknown; give one of resnet8"),
         ("reat\nreat --lr 0.2", "2: {file}:1 is called reat too; put another name"),
         ("reat --data 'open", "1: No closing quotation"),
         ("# nothing", ": names no run"),
@@ -350,22 +354,30 @@ def test_a_damaged_evaluation_is_named(
     assert "evaluation.json: damaged or not an evaluation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seeds", [["1", "1"], ["-1"]])
+@pytest.mark.parametrize(
+    ("seeds", "named"),
+    [
+        (["1", "1"], "--seeds: give at least one, and each once"),
+        ([], "--seeds: give at least one, and each once"),
+        (["-1"], "--seeds -1: must lie in [0, 2^63)"),
+    ],
+)
 def test_seeds_that_cannot_be_are_refused(
-    seeds: list[str], presets: Path, capsys: pytest.CaptureFixture[str]
+    seeds: list[str], named: str, presets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(presets, "--seeds", *seeds) == 2
-    assert "--seed" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"error: {named} (")
 
 
 def test_a_file_that_is_none_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name in ("absent.txt", "binary"):
+    (tmp_path / "is a folder").mkdir()
+    for name in ("absent.txt", "binary", "is a folder"):
         assert command(tmp_path / name) == 2
         error = capsys.readouterr().err
-        assert name in error and error.count("\n") == 1
+        assert name in error and "Errno" not in error and error.count("\n") == 1
 
 
 def test_evaluations_under_other_conditions_are_not_averaged(

@@ -173,8 +173,8 @@ def test_what_a_resumed_run_refuses(
     ("arguments", "named"),
     [
         (("reet",), "unknown preset 'reet'"),
-        (("--dataset", "cifar11"), "cifar11"),
-        (("--model", "resnet9"), "resnet9"),
+        (("--dataset", "cifar11"), "--dataset cifar11: is unknown; give one of cifar10"),
+        (("--model", "resnet9"), "--model resnet9: is unknown; give one of resnet8"),
         (("--imbalance", "0"), "--imbalance 0.0"),
         (("--imbalance", "0.001"), "imbalance"),
         (("--eps", "-8/255"), "--eps"),

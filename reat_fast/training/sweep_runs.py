@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,8 @@ def read_lines(file: Path) -> list[Line]:
         raise ValueError(f"{file}: not a text file") from None
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; write one run a line, as `reat`") from None
+    except IsADirectoryError:
+        raise ValueError(f"{file}: is a folder; name a text file of one run a line") from None
     lines: dict[str, Line] = {}
     for number, row in enumerate(text.splitlines(), start=1):
         place = f"{file}:{number}"
@@ -175,17 +178,18 @@ def read_lines(file: Path) -> list[Line]:
 def _read_line(place: str, words: list[str]) -> Line | None:
     if not words:
         return None
-    name = words.pop(0)[:-1] if words[0].endswith(":") else None
+    leading = takewhile(lambda word: not word.startswith("-"), words)
+    end = next((at for at, word in enumerate(leading, start=1) if word.endswith(":")), 0)
+    name, words = " ".join(words[:end])[:-1], words[end:]
     if not words or words[0].startswith("-"):
         raise ValueError("name a preset first, then flags")
     for word in words:
         if word.partition("=")[0].replace("_", "-") in OWN_FLAGS:
             raise ValueError(f"{word}: leave it out; the sweep sets --seed and --run-dir")
-    preset, config = parse(words, "")
-    name = preset if name is None else name
-    if not re.fullmatch(r"\w[\w.+-]*", name):
+    if end and not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"{name!r} cannot be a name; use letters, digits and . _ + -")
-    return Line(place, name, tuple(words), config)
+    preset, config = parse(words, "")
+    return Line(place, name or preset, tuple(words), config)
 
 
 def make_runs(
