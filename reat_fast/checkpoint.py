@@ -207,8 +207,9 @@ def load_model_and_spec(
     file = find_weights(path)
     if file.suffix == ".pt":
         state = load_checkpoint(file, map_location)
-        if path.is_dir() and (state.get("epoch"), state.get("batch")) == (0, 0):
-            raise CheckpointError(f"{path}: has not been trained yet; go on with --resume {path}")
+        if (state.get("epoch"), state.get("batch")) == (0, 0):
+            cure = f"go on with --resume {file.parent}"
+            raise CheckpointError(f"{file}: has not been trained yet; {cure}")
         spec, tensors = _spec(state["model_spec"], file), state["model"] | _averages(state)
     else:
         spec, tensors = _read_weights(file, map_location)

@@ -17,6 +17,7 @@ from typing import Literal
 from reat_fast.cli.command import parse_flags
 from reat_fast.cli.radius import Radius
 from reat_fast.methods.presets import METHOD_PRESETS
+from reat_fast.models import NAMES
 from reat_fast.storage.typed_fields import from_values
 
 
@@ -208,6 +209,10 @@ class Config:
             "held_out": (0 <= self.held_out < 1, unit),
             "split_seed": (0 <= self.split_seed < 2**32, "must lie in [0, 2^32)"),
             "image_size": (whole(self.image_size, 1), "must be at least 1"),
+            "model": (
+                self.model in NAMES or self.model.startswith("timm/"),
+                f"is unknown; give one of {', '.join(NAMES)} or timm/NAME",
+            ),
             "width": (whole(self.width, 1), "must be at least 1"),
             "epochs": (whole(self.epochs, 1), "must be at least 1"),
             "batch_size": (whole(self.batch_size, 1), "must be at least 1"),
@@ -392,6 +397,6 @@ def parse(
         if preset not in PRESETS:
             near = difflib.get_close_matches(preset, PRESETS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown preset {preset!r}{hint} Presets: {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
     flags = f"{program} [{'|'.join(PRESETS)}]"
     return preset, parse_flags(Config, rest, flags, PRESETS[preset] if default is None else default)

@@ -117,13 +117,14 @@ def load_dataset(
     side that image files are resized and cut to; such a set is lazy. skip_bad: leave out files that
     cannot be decoded, with a note, instead of raising. Raises DataError.
     """
-    if name not in DATASETS:
-        raise DataError(f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}")
-    if path is not None and not path.exists():
-        raise DataError(f"--data {path}: no such file or folder")
-    source = formats.checked(_read(name, path, image_size, skip_bad), DATASETS[name])
+    place = find_dataset(name, path, image_size)
+    own_names = DATASETS[name]
+    source = formats.checked(_read(name, place, image_size, skip_bad), own_names)
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
     class_names = tuple(map(one_line, source.class_names or ()))  # which tables show
+    if own_names and len(class_names) != len(own_names):
+        found = f"has {len(own_names)} classes, {place} has {len(class_names)}"
+        raise DataError(f"--dataset {name}: {found}; give --dataset npz")
     return Dataset(name, train, test, class_names, source.notes)
 
 
@@ -147,25 +148,35 @@ def load_run_data(
     return load_dataset(name, path, image_size, config.skip_bad)
 
 
-def _read(name: str, path: Path | None, image_size: int | None, skip_bad: bool) -> Source:
+def find_dataset(name: str, path: Path | None = None, image_size: int | None = None) -> Path:
+    """Say where a data set is, without reading it; see load_dataset. Raises DataError."""
+    if name not in DATASETS:
+        raise DataError(f"--dataset {name}: is unknown; give one of {', '.join(DATASETS)}")
+    if path is not None and not path.exists():
+        raise DataError(f"--data {path}: no such file or folder")
     is_npz = path is not None and path.suffix == ".npz"
     if name in OWN and (path is None or (name == "npz" and not is_npz)):
-        raise DataError(f"dataset {name} needs --data {OWN[name]}, got {path}")
-    if path is not None and not is_npz and name in lists.READERS:
-        return lists.READERS[name](path, image_size, skip_bad)
-    if image_size is not None:
+        found = "" if path is None else f", got {path}"
+        raise DataError(f"dataset {name} needs --data {OWN[name]}{found}")
+    if image_size is not None and (is_npz or name not in lists.READERS):
         raise DataError(f"--image-size: the images of {name} have one size already; leave it out")
-    if path is not None and is_npz:
-        return formats.read_npz(path)
-    if path is not None and name == "beton":
-        return read_beton_folder(path)
+    if path is not None and (is_npz or name in OWN):
+        return path
     folders = download.search_folders(name) if path is None else [path]
-    found = download.find(name, folders)
-    if found is None:
+    place = download.find(name, folders)
+    if place is None:
         where = ", ".join(map(str, folders))
         cure = f"fetch it with `python -m reat_fast.data {name}`, or give --data PATH"
         raise DataError(f"{name} not found in {where} ({download.FILES[name]}): {cure}")
-    return download.read(name, found)
+    return place
+
+
+def _read(name: str, place: Path, image_size: int | None, skip_bad: bool) -> Source:
+    if place.suffix == ".npz":
+        return formats.read_npz(place)
+    if name in lists.READERS:
+        return lists.READERS[name](place, image_size, skip_bad)
+    return read_beton_folder(place) if name == "beton" else download.read(name, place)
 
 
 def make_splits(

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.cli.radius import Radius
+from reat_fast.cli.radius import Radius, fraction_text
 from reat_fast.config import Config, flag, from_json
-from reat_fast.data import Dataset, ImageSet, load_run_data
+from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
@@ -29,6 +29,7 @@ from reat_fast.evaluation.saved import (
     EVALUATION,
     images_sha256,
     joined,
+    known_epoch,
     weights_sha256,
     write,
     write_beside_others,
@@ -161,7 +162,7 @@ def main(arguments: list[str]) -> int:
     device = choose_device(options.device)
     began = time.perf_counter()
     state = SearchState(place.parent)
-    result = _evaluate_run(options, weights, folder, device, state)
+    result, test_images = _evaluate_run(options, weights, folder, device, state)
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
         out, result = write_beside_others(folder, result)
@@ -174,14 +175,18 @@ def main(arguments: list[str]) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:
         print(accuracy_table(result))
+        print(_measured_on(result, folder, test_images))
         print(f"{out} written ({time.perf_counter() - began:.1f} s on {device})")
     return 0
 
 
 def _evaluate_run(
     options: Options, weights: Path, folder: Path, device: torch.device, state: SearchState
-) -> dict[str, Any]:
-    """Measure what the options ask for; returns what evaluation.json holds but the seconds."""
+) -> tuple[dict[str, Any], int]:
+    """Measure what the options ask for.
+
+    Returns what evaluation.json holds but the seconds, and the number of images of the test set.
+    """
     if device.type == "cpu":
         keep_freed_memory()
     model, spec = checkpoint.load_model_and_spec(weights, device)
@@ -191,7 +196,8 @@ def _evaluate_run(
     step_size = config.step_size if options.step_size is None else options.step_size
     seed = config.seed if options.seed is None else options.seed
     precision = options.precision or resolve_precision(config, device)
-    dataset = _dataset(options, config, spec, weights)
+    dataset = load_run_data(config, options.dataset, options.data, options.image_size)
+    guards.refuse_other_data(dataset, spec, weights, "--dataset/--data")
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
     warnings, known = _guard(model, test, seed), images_sha256(test)
@@ -213,7 +219,7 @@ def _evaluate_run(
         )
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
-    return result | {
+    result |= {
         "weights": weights.name,
         "weights_sha256": weights_sha256(weights),
         "dataset": dataset.name,
@@ -227,23 +233,22 @@ def _evaluate_run(
         "device": str(device),
         "warnings": warnings + guards.warnings_for_figures(result["attacks"]),
     }
+    return result, len(dataset.test)
+
+
+def _measured_on(result: dict[str, Any], folder: Path, test_images: int) -> str:
+    epoch = known_epoch(folder, result["weights_sha256"])
+    restarts = f", {result['restarts']} restarts" if result["restarts"] > 1 else ""
+    return (
+        f"{result['weights']}{'' if epoch is None else f' (epoch {epoch})'} on "
+        f"{result['samples']:,} of {test_images:,} test images of {result['dataset']}, "
+        f"eps {fraction_text(result['eps'])}{restarts}"
+    )
 
 
 def _config(folder: Path) -> Config:
     file = folder / "config.json"
     return from_json(file.read_text("utf-8"), str(file)) if file.is_file() else Config()
-
-
-def _dataset(
-    options: Options, config: Config, spec: checkpoint.ModelSpec, weights: Path
-) -> Dataset:
-    dataset = load_run_data(config, options.dataset, options.data, options.image_size)
-    if dataset.num_classes != spec.num_classes:
-        raise ValueError(
-            f"--dataset {dataset.name}: has {dataset.num_classes} classes, "
-            f"{weights} was trained on {spec.num_classes}"
-        )
-    return dataset
 
 
 def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int] | None:

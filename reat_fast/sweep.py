@@ -24,7 +24,6 @@ from typing import Annotated
 import tyro
 
 from reat_fast.cli.command import parse_flags, run_command
-from reat_fast.config import Config
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.attacks import Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
@@ -147,9 +146,10 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("--seeds: give each seed once")
+            raise ValueError("--seeds: give at least one, and each once")
         for seed in self.seeds:
-            Config(seed=seed)
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"--seeds {seed}: must lie in [0, 2^63)")
         for name in self.attacks:
             Attack.from_name(name, 0.0, 0.0)
         if self.subset is not None and self.subset < 1:

@@ -40,8 +40,9 @@ def test_a_model_comes_back_from_the_folder_the_weights_and_the_checkpoint(run_d
 def test_a_run_before_its_first_step_has_no_model(tmp_path: Path) -> None:
     state = {"model": SPEC.build().state_dict(), "model_spec": dict(vars(SPEC)), "epoch": 0}
     checkpoint.save_checkpoint(tmp_path, {**state, "batch": 0})
-    with pytest.raises(CheckpointError, match="has not been trained yet; go on with --resume"):
-        load_model(tmp_path)
+    for path in (tmp_path, checkpoint.find_weights(tmp_path)):
+        with pytest.raises(CheckpointError, match=f"not been trained yet; .* --resume {tmp_path}$"):
+            load_model(path)
     checkpoint.save_checkpoint(tmp_path, {**state, "batch": 1})
     assert isinstance(load_model(tmp_path), torch.nn.Module)
 

@@ -35,7 +35,7 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["reatt"], "unknown preset 'reatt'; did you mean reat? Presets: reat, quickstart"),
+        (["reatt"], "unknown preset 'reatt'; did you mean reat? (presets: reat, quickstart"),
         (["reat", "--epss", "1"], "--epss, 1; did you mean --eps?"),
         (["--imbalance", "0"], "--imbalance 0.0: must lie in (0, 1]"),
         (["--imbalance", "1.5"], "--imbalance 1.5: must lie in (0, 1]"),

@@ -102,6 +102,8 @@ def test_a_run_on_image_files_is_evaluated_on_the_pixels_it_was_tested_on(tmp_pa
         found = json.loads((tmp_path / "out").read_text())
         assert found["samples"] == tested["samples"] == 5
         assert found["attacks"] == tested["attacks"]
+    other = ["--dataset", "npz", "--data", str(made_npz(tmp_path / "other.npz", classes=2))]
+    assert run_command(evaluate.main, [str(run), *other, "--attacks", "clean", "--quiet"]) == 0
 
 
 @pytest.fixture
@@ -376,6 +378,23 @@ def test_the_command_takes_weights_subset_and_output(run_dir: Path, tmp_path: Pa
     assert result["weights"] == "last.safetensors"
 
 
+def test_the_table_says_what_it_was_measured_on(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "alone.safetensors").write_bytes((run_dir / "last.safetensors").read_bytes())
+    data = ["--dataset", "npz", "--data", run_dir.parent / "made.npz"]
+    tested = json.loads((run_dir / "evaluation.json").read_text())["weights"]
+    for place, flags, shown in (
+        (run_dir, [], f"{tested} (epoch 1) on 30 of 30 test images of npz, eps 8/255\n"),
+        (tmp_path / "alone.safetensors", data, "alone.safetensors on 30 of 30 test images"),
+        (run_dir, ["--subset", 10, "--restarts", 2, "--eps", "4/255"],
+         "(epoch 1) on 10 of 30 test images of npz, eps 4/255, 2 restarts\n"),
+    ):  # fmt: skip
+        out = tmp_path / "out.json"
+        assert command(place, *flags, "--attacks", "clean", "--out", out) == 0
+        assert shown in capsys.readouterr().out
+
+
 def test_a_named_output_keeps_its_attacks_under_the_same_conditions_alone(
     run_dir: Path, tmp_path: Path
 ) -> None:
@@ -458,6 +477,16 @@ def test_weights_that_cannot_be_evaluated_are_refused(
     assert shown.out == "" and not (tmp_path / "evaluation.json").exists()
 
 
+def test_a_run_before_its_first_step_is_not_evaluated(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.load_checkpoint(run_dir / checkpoint.CHECKPOINT)
+    checkpoint.save_checkpoint(tmp_path, {**state, "epoch": 0, "batch": 0})
+    shutil.copy(run_dir / "config.json", tmp_path)
+    assert command(tmp_path, "--attacks", "clean") == 2
+    assert "has not been trained yet; go on with --resume" in capsys.readouterr().err
+
+
 def test_a_missing_package_says_how_to_get_it(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,10 +504,12 @@ def test_bad_input_is_one_line(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = made_npz(tmp_path / "wide.npz", classes=6)
+    grey = made_npz(tmp_path / "grey.npz", classes=5, channels=1)
     for arguments, named in [
         ((run_dir, "--attacks", "aaa"), "unknown attack 'aaa'; attacks are clean, fgsm"),
         ((tmp_path / "absent",), "absent: no such run"),
-        ((run_dir, "--data", wide), "has 6 classes"),
+        ((run_dir, "--data", wide), "--dataset/--data: npz has 6 classes"),
+        ((run_dir, "--data", grey), "--dataset/--data: npz has 1 channels"),
         ((run_dir, "--eps", "2"), "--eps 2.0: not in [0, 1]"),
         ((run_dir, "--attacks"), "--attacks: name at least one"),
         ((run_dir, "--seed", "-1"), "--seed -1: must lie in"),

@@ -134,6 +134,15 @@ def test_a_run_that_selects_its_last_weights_is_exported_with_them(run_dir: Path
         checkpoint.find_weights(run_dir)
 
 
+def test_a_run_before_its_first_step_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"model": SPEC.build().state_dict(), "model_spec": dict(vars(SPEC))}
+    checkpoint.save_checkpoint(tmp_path, {**state, "epoch": 0, "batch": 0})
+    assert command(tmp_path, "--to", tmp_path / "to", "--image-size", 8) == 2
+    assert "has not been trained yet; go on with --resume" in capsys.readouterr().err
+
+
 def test_the_card_has_every_figure_with_its_attack_and_escapes_names(
     run_dir: Path, tmp_path: Path
 ) -> None:

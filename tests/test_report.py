@@ -462,6 +462,18 @@ def test_damaged_weights_are_named(trained: Path, capsys: pytest.CaptureFixture[
     assert f"{weights}: damaged" in error and error.count("\n") == 1
 
 
+def test_data_of_another_kind_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for made, named in (
+        (made_npz(tmp_path / "wide.npz", classes=6), "has 6 classes"),
+        (made_npz(tmp_path / "grey.npz", classes=5, channels=1), "has 1 channels"),
+    ):
+        assert command(trained, "--data", made) == 2
+        error = capsys.readouterr().err
+        assert f"--data: npz {named}" in error and error.count("\n") == 1
+
+
 def test_pictures_of_a_run_folder_are_png(trained: Path, tmp_path: Path) -> None:
     evaluation = json.loads((trained / "evaluation.json").read_text())
     pictures.draw_accuracy(evaluation, tmp_path / "accuracy.png", "title")

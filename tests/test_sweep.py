@@ -22,6 +22,7 @@ from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, from_json, parse, to_json
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.methods.work import work_per_image
+from reat_fast.sources import download
 from reat_fast.training.sweep_runs import make_runs, read_lines
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
@@ -87,7 +88,10 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
 
 
 @pytest.fixture
-def presets(tmp_path: Path) -> Path:
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two lines on a CIFAR-10 that is there, as far as can be told without reading it."""
+    (tmp_path / "sets" / "cifar-10-batches-py").mkdir(parents=True)
+    monkeypatch.setenv("REAT_FAST_DATA", str(tmp_path / "sets"))
     file = tmp_path / "presets.txt"
     file.write_text("# what is compared\n\nreat  # as it is\nshort: reat --epochs 2 --lr 0.2\n")
     return file
@@ -273,18 +277,46 @@ def test_the_data_of_all_lines_may_be_named_once(
     assert named == [str(data)] * 3 and trainer.commands[2][0] == "--resume"
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_data_that_is_missing_is_named_with_its_line_before_anything_runs(
+    flags: list[str],
+    presets: Path,
+    tmp_path: Path,
+    trainer: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert command(presets, "--out", out) == 0
+    trainer.commands.clear()
+    monkeypatch.setattr(download, "search_folders", lambda _: [tmp_path / "empty"])
+    assert command(presets, "--out", out, *flags) == 0  # finished runs need none
+    presets.write_text("reat\nnew: reat\n")
+    assert command(presets, "--out", out, *flags) == 2
+    error = capsys.readouterr().err
+    assert f"{presets}:2: cifar10 not found in {tmp_path / 'empty'}" in error
+    assert error.count("\n") == 1 and trainer.commands == []
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("reet", "1: unknown preset 'reet'"),
         ("reat\n\nb: reat --lrr 1", "3: "),
         ("reat --lr -1", "1: --lr -1"),
+        ("reat --dataset foo", "1: --dataset foo: is unknown; give one of cifar10"),
+        ("reat --dataset npz", "1: dataset npz needs --data FILE.npz"),
+        ("reat --image-size 8", "1: --image-size: the images of cifar10 have one size already"),
         ("reat --seed 3", "1: --seed: leave it out"),
         ("reat --run-dir=x", "1: --run-dir=x: leave it out"),
         ("reat --help", "1: --help: leave it out"),
         ("--lr 0.1", "1: name a preset first"),
         ("long:", "1: name a preset first"),
         ("../up: reat", "1: '../up' cannot be a name"),
+        ("a b: at --epochs 1", "1: 'a b' cannot be a name; use letters, digits and . _ + -"),
+        (": reat", "1: '' cannot be a name"),
+        ("foo --epochs 1", "1: unknown preset 'foo' (presets: reat, "),
+        ("reat --model foo", "1: --model foo: is unknown; give one of resnet8"),
         ("reat\nreat --lr 0.2", "2: {file}:1 is called reat too; put another name"),
         ("reat --data 'open", "1: No closing quotation"),
         ("# nothing", ": names no run"),
@@ -322,22 +354,30 @@ def test_a_damaged_evaluation_is_named(
     assert "evaluation.json: damaged or not an evaluation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seeds", [["1", "1"], ["-1"]])
+@pytest.mark.parametrize(
+    ("seeds", "named"),
+    [
+        (["1", "1"], "--seeds: give at least one, and each once"),
+        ([], "--seeds: give at least one, and each once"),
+        (["-1"], "--seeds -1: must lie in [0, 2^63)"),
+    ],
+)
 def test_seeds_that_cannot_be_are_refused(
-    seeds: list[str], presets: Path, capsys: pytest.CaptureFixture[str]
+    seeds: list[str], named: str, presets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(presets, "--seeds", *seeds) == 2
-    assert "--seed" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"error: {named} (")
 
 
 def test_a_file_that_is_none_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name in ("absent.txt", "binary"):
+    (tmp_path / "is a folder").mkdir()
+    for name in ("absent.txt", "binary", "is a folder"):
         assert command(tmp_path / name) == 2
         error = capsys.readouterr().err
-        assert name in error and error.count("\n") == 1
+        assert name in error and "Errno" not in error and error.count("\n") == 1
 
 
 def test_evaluations_under_other_conditions_are_not_averaged(

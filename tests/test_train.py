@@ -175,8 +175,8 @@ def test_what_a_resumed_run_refuses(
     ("arguments", "named"),
     [
         (("reet",), "unknown preset 'reet'"),
-        (("--dataset", "cifar11"), "cifar11"),
-        (("--model", "resnet9"), "resnet9"),
+        (("--dataset", "cifar11"), "--dataset cifar11: is unknown; give one of cifar10"),
+        (("--model", "resnet9"), "--model resnet9: is unknown; give one of resnet8"),
         (("--imbalance", "0"), "--imbalance 0.0"),
         (("--imbalance", "0.001"), "imbalance"),
         (("--eps", "-8/255"), "--eps"),
@@ -184,6 +184,7 @@ def test_what_a_resumed_run_refuses(
         (("--device", "cuda:99"), "--device cuda:99"),
         (("--data", "absent.npz"), "absent.npz"),
         (("--largest", "100000"), "100000"),
+        (("--image-size", "4"), "--image-size: the images of npz have one size already"),
         (("--no-fused", "--attack-loss", "rbl_offsets"), "--no-fused"),
         (("--tail", "unofficial"), "--tail"),
     ],

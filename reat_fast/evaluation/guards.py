@@ -7,12 +7,15 @@ checks of AutoAttack and RobustBench (arXiv 2010.09670), section 3.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reat_fast.attack import cross_entropy, evaluating
+from reat_fast.checkpoint import ModelSpec
+from reat_fast.data import Dataset
 from reat_fast.evaluation.attacks import margin
 
 SQUARE_POINTS = 0.2
@@ -21,6 +24,22 @@ SQUARE_POINTS = 0.2
 
 class GuardError(ValueError):
     """A model or images that cannot be evaluated; the message is one line for the user."""
+
+
+def refuse_other_data(dataset: Dataset, spec: ModelSpec, weights: Path, flags: str) -> None:
+    """Refuse a data set whose classes or channels are not those that weights were trained on.
+
+    flags: those that name a data set. Errors: GuardError.
+    """
+    for what, found, wanted in (
+        ("classes", dataset.num_classes, spec.num_classes),
+        ("channels", dataset.test.images.shape[-1], spec.in_channels),
+    ):
+        if found != wanted:
+            raise GuardError(
+                f"{flags}: {dataset.name} has {found} {what}, {weights} was trained on {wanted}; "
+                "name data like that"
+            )
 
 
 def refuse(model: nn.Module, images: Tensor, labels: Tensor) -> None:

@@ -61,6 +61,12 @@ def of_these_weights(evaluation: Mapping[str, Any], folder: Path) -> bool:
     return known is None or not weights.is_file() or known == weights_sha256(weights)
 
 
+def known_epoch(folder: Path, sha256: str) -> int | None:
+    """Return the epoch of the weights of this digest, where the test of a run in a folder tells."""
+    tested = _read(folder / EVALUATION)
+    return tested.get("weights_epoch") if tested.get("weights_sha256") == sha256 else None
+
+
 def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Write what an evaluation found into a folder that may hold others; returns file and content.
 

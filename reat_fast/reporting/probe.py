@@ -19,6 +19,7 @@ from reat_fast import checkpoint
 from reat_fast.attack import ascend, cross_entropy, evaluating
 from reat_fast.data import ImageSet, head_body_tail, load_run_data
 from reat_fast.engine.precision import full_precision
+from reat_fast.evaluation.guards import refuse_other_data
 from reat_fast.kernels.prepare import prepare
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import FrozenNetwork
@@ -67,11 +68,7 @@ def probe_run(run: RunRecord, images: int, data: Path | None, device: torch.devi
     weights = weights if weights.is_file() else checkpoint.find_weights(run.folder)
     model, spec = checkpoint.load_model_and_spec(weights, device)
     dataset = load_run_data(run.config, path=data)
-    if dataset.num_classes != spec.num_classes:
-        raise ValueError(
-            f"{dataset.name} has {dataset.num_classes} classes, {weights} was trained on "
-            f"{spec.num_classes}; name the data of the run with --data"
-        )
+    refuse_other_data(dataset, spec, weights, "--data")
     eps = float(told.get("eps", run.config.eps))
     return probe(
         model,

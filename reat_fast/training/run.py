@@ -255,7 +255,8 @@ class Run:
 def load_splits(plan: Plan) -> tuple[Dataset, Splits]:
     """Load the data set of a plan and draw its long-tailed split."""
     config = plan.config
-    dataset = load_run_data(config)
+    # Named here, a size is refused for a set that cannot be resized.
+    dataset = load_run_data(config, image_size=config.image_size)
     splits = make_splits(
         dataset,
         imbalance=config.imbalance,

@@ -8,11 +8,13 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from reat_fast import checkpoint
 from reat_fast.config import Config, changes, from_json, parse
+from reat_fast.data import DataError, find_dataset
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
@@ -151,6 +153,8 @@ def read_lines(file: Path) -> list[Line]:
         raise ValueError(f"{file}: not a text file") from None
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; write one run a line, as `reat`") from None
+    except IsADirectoryError:
+        raise ValueError(f"{file}: is a folder; name a text file of one run a line") from None
     lines: dict[str, Line] = {}
     for number, row in enumerate(text.splitlines(), start=1):
         place = f"{file}:{number}"
@@ -174,17 +178,18 @@ def read_lines(file: Path) -> list[Line]:
 def _read_line(place: str, words: list[str]) -> Line | None:
     if not words:
         return None
-    name = words.pop(0)[:-1] if words[0].endswith(":") else None
+    leading = takewhile(lambda word: not word.startswith("-"), words)
+    end = next((at for at, word in enumerate(leading, start=1) if word.endswith(":")), 0)
+    name, words = " ".join(words[:end])[:-1], words[end:]
     if not words or words[0].startswith("-"):
         raise ValueError("name a preset first, then flags")
     for word in words:
         if word.partition("=")[0].replace("_", "-") in OWN_FLAGS:
             raise ValueError(f"{word}: leave it out; the sweep sets --seed and --run-dir")
-    preset, config = parse(words, "")
-    name = preset if name is None else name
-    if not re.fullmatch(r"\w[\w.+-]*", name):
+    if end and not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"{name!r} cannot be a name; use letters, digits and . _ + -")
-    return Line(place, name, tuple(words), config)
+    preset, config = parse(words, "")
+    return Line(place, name or preset, tuple(words), config)
 
 
 def make_runs(
@@ -201,10 +206,6 @@ def make_runs(
     Errors: ValueError where a run was begun with other flags than its line has now, and for data
     that is not there.
     """
-    for line in lines:
-        place = data or line.config.data
-        if place is not None and not place.exists():
-            raise ValueError(f"{line.place}: --data {place}: no such file or folder")
     runs = [
         SweepRun(line, seed, out / f"{line.name}-seed{seed}", data, subset, precision)
         for line in lines
@@ -212,7 +213,19 @@ def make_runs(
     ]
     for run in runs:
         _refuse_changes(run)
+        _refuse_missing_data(run)
     return runs
+
+
+def _refuse_missing_data(run: SweepRun) -> None:
+    config = run.line.config
+    place = run.data or config.data
+    if place is None and run.state != "new":
+        return  # it goes on with the data that it was begun with
+    try:
+        find_dataset(config.dataset, place, config.image_size)
+    except DataError as error:
+        raise ValueError(f"{run.line.place}: {error}") from None
 
 
 def _refuse_changes(run: SweepRun) -> None:
