@@ -47,7 +47,8 @@ def _idx(path: Path, content: bytes) -> None:
 
 
 def _cifar(path: Path, content: bytes) -> None:
-    from reat_fast.sources.formats import checked, read_cifar
+    from reat_fast.sources.cifar import read_cifar
+    from reat_fast.sources.formats import checked
 
     archive = path.name.endswith(".tar.gz")
     if not archive:  # the other batch is the seed
@@ -76,7 +77,8 @@ def _sound(arrays: Sequence[Any]) -> None:
 @functools.lru_cache
 def _pixels(target: str) -> frozenset[bytes]:
     """Return what the images of the seeds hold: a checksum guards it, so nothing else may come."""
-    from reat_fast.sources.formats import read_cifar, read_npz
+    from reat_fast.sources.cifar import read_cifar
+    from reat_fast.sources.formats import read_npz
 
     found = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +184,9 @@ def _sweep(path: Path, content: bytes) -> None:
     from reat_fast.training.sweep_runs import make_runs, read_lines
 
     lines = read_lines(path)
-    runs = make_runs(lines, (0, 1), path.parent / "out")
+    data = path.parent / "data.npz"  # it is looked for, and read only by the runs
+    data.touch()
+    runs = make_runs(lines, (0, 1), path.parent / "out", data)
     assert len(runs) == 2 * len(lines) > 0
     assert all(run.folder.parent == path.parent / "out" for run in runs)
 

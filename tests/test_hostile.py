@@ -33,7 +33,7 @@ from reat_fast import checkpoint, data, evaluate
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS, CheckpointError, ModelSpec
 from reat_fast.cli.command import run_command
 from reat_fast.config import from_json
-from reat_fast.sources import download, formats
+from reat_fast.sources import cifar, download, formats
 from reat_fast.sources.download import Remote
 from reat_fast.sources.formats import DataError
 from reat_fast.sources.lazy import FileImages
@@ -379,10 +379,10 @@ def test_one_changed_bit_of_a_packed_archive_is_noticed(tmp_path: Path) -> None:
             archive.addfile(member, io.BytesIO(content))
     packed = gzip.compress(plain.getvalue(), compresslevel=0)  # so that only its checksum tells
     path.write_bytes(packed)
-    assert np.array_equal(formats.read_cifar(path, 100).arrays[0], as_images(rows))
+    assert np.array_equal(cifar.read_cifar(path, 100).arrays[0], as_images(rows))
     path.write_bytes(flipped(packed, rows[1].tobytes()[:99]))
     with pytest.raises(DataError, match="cannot be read .CRC check failed"):
-        formats.read_cifar(path, 100)
+        cifar.read_cifar(path, 100)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from damage import MUTATIONS, mutated, refused_or_valid
 
-from reat_fast.sources import formats
+from reat_fast.sources import cifar, formats
 from reat_fast.sources.formats import DataError
 
 RANDOM = np.random.default_rng(0)
@@ -171,8 +171,8 @@ def test_cifar10_python_version_is_read(
         place = write_tar(tmp_path / "cifar-10-python.tar.gz", files)
     else:
         place = write_folder(tmp_path / "cifar-10-batches-py", files)
-    assert formats.find_cifar(tmp_path, 10) == formats.find_cifar(place, 10) == place
-    x_train, y_train, x_test, y_test = formats.read_cifar(place, 10).arrays
+    assert cifar.find_cifar(tmp_path, 10) == cifar.find_cifar(place, 10) == place
+    x_train, y_train, x_test, y_test = cifar.read_cifar(place, 10).arrays
     rows = np.concatenate([batches[name][0] for name in CIFAR10[:-1]])
     assert np.array_equal(x_train, as_images(rows)) and x_train.flags.c_contiguous
     assert y_train.tolist() == sum((batches[name][1] for name in CIFAR10[:-1]), [])
@@ -185,7 +185,7 @@ def test_cifar100_python_version_gives_the_fine_labels(tmp_path: Path, protocol:
     rows, fine = batch(9, 100)
     content = {"data": np.asfortranarray(rows), "coarse_labels": [0] * 9, "fine_labels": fine}
     files = {name: pickle.dumps(content, protocol) for name in ("train", "test")}
-    x_train, y_train, _, y_test = formats.read_cifar(write_folder(tmp_path, files), 100).arrays
+    x_train, y_train, _, y_test = cifar.read_cifar(write_folder(tmp_path, files), 100).arrays
     assert np.array_equal(x_train, as_images(rows))
     assert y_train.tolist() == y_test.tolist() == fine
 
@@ -205,8 +205,8 @@ def test_cifar_binary_version_is_read(tmp_path: Path, packed: bool, classes: int
         write_tar(place, files, "cifar/")
     else:
         place = write_folder(tmp_path, files)
-    assert formats.find_cifar(tmp_path, classes) == place
-    x_train, y_train, x_test, y_test = formats.read_cifar(place, classes).arrays
+    assert cifar.find_cifar(tmp_path, classes) == place
+    x_train, y_train, x_test, y_test = cifar.read_cifar(place, classes).arrays
     assert np.array_equal(x_test, as_images(rows)) and y_test.tolist() == labels
     assert np.array_equal(x_train[-5:], as_images(rows)) and y_train[-5:].tolist() == labels
 
@@ -245,22 +245,22 @@ def test_cifar_faults_name_the_file(tmp_path: Path) -> None:
         else:
             (folder / "data_batch_3").write_bytes(content)
         with pytest.raises(DataError, match=message):
-            formats.read_cifar(folder, 10)
+            cifar.read_cifar(folder, 10)
 
 
 def test_a_truncated_binary_batch_and_a_strange_archive_are_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "bin", {"train.bin": bytes(3074 * 2 - 1), "test.bin": b""})
     with pytest.raises(DataError, match=r"train\.bin: truncated, 6147 bytes"):
-        formats.read_cifar(folder, 100)
+        cifar.read_cifar(folder, 100)
     (folder / "train.bin").write_bytes(bytes(3074))
     with pytest.raises(DataError, match=r"test\.bin: truncated, 0 bytes"):
-        formats.read_cifar(folder, 100)
+        cifar.read_cifar(folder, 100)
     page = tmp_path / "cifar-100-python.tar.gz"
     page.write_bytes(b"<html>not found</html>")
     with pytest.raises(DataError, match="cifar-100-python.tar.gz: cannot be read"):
-        formats.read_cifar(page, 100)
+        cifar.read_cifar(page, 100)
     with pytest.raises(DataError, match="train is missing .found: nothing of CIFAR"):
-        formats.read_cifar(write_tar(page, {"readme": b""}), 100)
+        cifar.read_cifar(write_tar(page, {"readme": b""}), 100)
 
 
 def test_archives_are_read_by_name_and_leave_nothing_on_the_disk(tmp_path: Path) -> None:
@@ -271,8 +271,8 @@ def test_archives_are_read_by_name_and_leave_nothing_on_the_disk(tmp_path: Path)
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     with pytest.raises(DataError, match="data_batch_1 is missing"):
-        formats.read_cifar(place, 10)
-    formats.read_cifar(write_tar(place, files, "../../escaped/"), 10)
+        cifar.read_cifar(place, 10)
+    cifar.read_cifar(write_tar(place, files, "../../escaped/"), 10)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [place.name]
     assert not (tmp_path.parents[1] / "escaped").exists()
 
@@ -307,10 +307,10 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) 
         content = pickle.dumps({"data": rows, "labels": Hostile(function, "CALLED")}, protocol)
         folder = write_folder(tmp_path, {"train": content, "test": content})
         with pytest.raises(DataError, match="refused: its pickle asks for|cannot be read"):
-            formats.read_cifar(folder, 100)
+            cifar.read_cifar(folder, 100)
     with pytest.raises(DataError, match="refused: its pickle asks for .*call"):
         content = pickle.dumps(Hostile(call), protocol)
-        formats.read_cifar(write_folder(tmp_path, {"train": content}), 100)
+        cifar.read_cifar(write_folder(tmp_path, {"train": content}), 100)
     assert not CALLED
     assert pickle.loads(content) == {} and CALLED.pop()  # the plain reader does run it
 
@@ -330,10 +330,10 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) 
     ],
 )
 def test_odd_opcodes_are_refused(tmp_path: Path, content: bytes) -> None:
-    before = dict(vars(formats._Recorded))
+    before = dict(vars(cifar._Recorded))
     with pytest.raises(DataError):
-        formats.read_cifar(write_folder(tmp_path, {"train": content, "test": content}), 100)
-    assert dict(vars(formats._Recorded)) == before
+        cifar.read_cifar(write_folder(tmp_path, {"train": content, "test": content}), 100)
+    assert dict(vars(cifar._Recorded)) == before
 
 
 def test_a_damaged_memo_index_does_not_fill_the_memory(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_damaged_memo_index_does_not_fill_the_memory(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train": content, "test": content})
     tracemalloc.start()
     with pytest.raises(DataError, match="train: no CIFAR batch"):
-        formats.read_cifar(tmp_path, 100)
+        cifar.read_cifar(tmp_path, 100)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000  # pickle's own reader takes 16 bytes for each index below this one
@@ -358,7 +358,7 @@ def test_no_damage_to_a_pickle_gives_anything_but_an_error(
     for damaged in mutated(structure, 2 * MUTATIONS):
         middle = len(damaged) // 2
         write_folder(tmp_path, {"train": damaged[:middle] + content[150:-150] + damaged[middle:]})
-        refused += refused_or_valid(lambda: formats.read_cifar(tmp_path, 100))
+        refused += refused_or_valid(lambda: cifar.read_cifar(tmp_path, 100))
     assert refused > MUTATIONS
 
 
@@ -369,7 +369,7 @@ def test_no_damage_to_an_archive_gives_anything_but_an_error(tmp_path: Path) -> 
     refused = 0
     for damaged in (*mutated(packed, 150), *mutated(plain, 150, reach=1024)):
         (tmp_path / "cifar.tar.gz").write_bytes(damaged)
-        refused += refused_or_valid(lambda: formats.read_cifar(tmp_path / "cifar.tar.gz", 100))
+        refused += refused_or_valid(lambda: cifar.read_cifar(tmp_path / "cifar.tar.gz", 100))
     assert refused > 150
 
 

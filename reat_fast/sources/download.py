@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reat_fast.sources import formats
+from reat_fast.sources import cifar, formats
 from reat_fast.sources.formats import DataError
 
 TIMEOUT_SECONDS = 10.0  # to connect, and between two blocks
@@ -113,7 +113,7 @@ def find(name: str, folders: Iterable[Path]) -> Path | None:
         if name == "fashion-mnist":
             place = formats.find_idx(folder)
         else:
-            place = formats.find_cifar(folder, len(CLASS_NAMES[name]))
+            place = cifar.find_cifar(folder, len(CLASS_NAMES[name]))
         if place is not None:
             return place
     return None
@@ -124,7 +124,7 @@ def read(name: str, place: Path) -> formats.Source:
     if name == "fashion-mnist":
         source = formats.read_idx_folder(place)
     else:
-        source = formats.read_cifar(place, len(CLASS_NAMES[name]))
+        source = cifar.read_cifar(place, len(CLASS_NAMES[name]))
     return source._replace(class_names=CLASS_NAMES[name])
 
 
