@@ -52,11 +52,11 @@ MEASURED = (
 def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
     """Say in values for JSON what a classifier is, how it was trained and what was measured.
 
-    run: folder of the run. The evaluation is None unless it was of these very weights.
+    run: folder of the run, or of an earlier export. The evaluation is None unless it was of these
+    very weights.
     Errors: ValueError naming a damaged file.
     """
-    training = _read_json(run / "config.json")
-    split = _read_json(run / "split.json")
+    training, split = _training_and_split(run)
     evaluation = _evaluation(run, weights)
     fields = {field.name for field in dataclasses.fields(Config)} - set(LOCAL_FIELDS)
     return {
@@ -67,7 +67,7 @@ def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
         "num_classes": spec.num_classes,
         "class_names": list(spec.class_names),
         "channels": spec.in_channels,
-        "image_size": split.get("image_shape", [None, None])[:2],
+        "image_size": split.get("image_size") or split.get("image_shape", [None, None])[:2],
         "input": "float32 [batch, channels, height, width] in [0, 1], not normalised further",
         "output": "logits, float32 [batch, num_classes]",
         "preset": split.get("preset"),
@@ -78,6 +78,17 @@ def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
         "weights": weights.name,
         "evaluation": {name: evaluation[name] for name in MEASURED if name in evaluation} or None,
     }
+
+
+def _training_and_split(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what config.json and split.json of a run tell; an export has both in config.json."""
+    told = _read_json(run / "config.json")
+    if told.get("library_name") != LIBRARY:
+        return told, _read_json(run / "split.json")
+    training = told.get("training")
+    if not isinstance(training, dict):
+        raise ValueError(f"{run / 'config.json'}: damaged, holds no training configuration")
+    return training, told
 
 
 def _evaluation(run: Path, weights: Path) -> dict[str, Any]:

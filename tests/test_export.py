@@ -96,6 +96,21 @@ def test_the_description_says_what_was_trained_and_measured_and_no_path(
     assert "someone" not in json.dumps(said) and str(tmp_path) not in json.dumps(said)
 
 
+def test_an_exported_folder_is_exported_again_with_all_it_says(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert command(run_dir, "--to", first) == 0
+    assert command(first, "--to", second) == 0
+    changed = {"weights": "model.safetensors", "evaluation": None}  # of which no figures are known
+    assert description(second) == description(first) | changed
+    assert "no figures in it" in capsys.readouterr().out
+    said = description(first)
+    (first / "config.json").write_text(json.dumps(said | {"training": 3}))
+    assert command(first, "--to", tmp_path / "third") == 2
+    assert "config.json: damaged" in capsys.readouterr().err
+
+
 def test_figures_of_other_weights_are_left_out(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
