@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -33,6 +34,7 @@ from reat_fast.storage.whole_files import replacing, write_text
 
 ONNX, DESCRIPTION, CARD = "model.onnx", "config.json", "README.md"
 FILES = (checkpoint.EXPORTED, ONNX, DESCRIPTION, CARD)
+EVALUATIONS = "evaluation*.json"
 LIBRARY = "reat_fast"
 
 MEASURED = (
@@ -122,7 +124,12 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         api = hub.HfApi()
         api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
         message = f"Upload from {LIBRARY}"
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=list(FILES),
+        )
     except Exception as error:  # OSError, ValueError or, where no network is, one of httpx
         line = " ".join(str(error).split()) or type(error).__name__
         token = hub.get_token()
@@ -135,11 +142,15 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
 
 
 def refuse_to_overwrite(to: Path, force: bool) -> None:
-    """Raise ValueError unless `to` is free, or force is given and it is a mere earlier export."""
+    """Raise ValueError unless `to` is free, or force is given and it is a mere earlier export.
+
+    Evaluations of that export may lie in it.
+    """
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return
     earlier = to.is_dir() and _read_json(to / DESCRIPTION).get("library_name") == LIBRARY
-    others = sorted({file.name for file in to.iterdir()} - set(FILES)) if earlier else []
+    ours = {*FILES, *(file.name for file in to.glob(EVALUATIONS))}
+    others = sorted({file.name for file in to.iterdir()} - ours) if earlier else []
     if not earlier or others:
         found = others[0] if others else "something else than an export"
         raise ValueError(f"--to {to}: holds {found}; name a new folder")
@@ -190,9 +201,13 @@ def main(arguments: list[str]) -> int:
     if None in description["image_size"]:
         raise ValueError(f"--image-size: {weights.parent} does not say how large its images are")
     refuse_to_overwrite(options.to, options.force)
-    with replacing(options.to.resolve(), FILES) as folder:
+    # They may have taken hours, and know their weights by a digest: they stay.
+    kept = list(options.to.glob(EVALUATIONS))
+    with replacing(options.to.resolve(), (*FILES, *(file.name for file in kept))) as folder:
         folder.mkdir()
         note = _write(folder, model, spec, description, options)
+        for file in kept:
+            shutil.copy2(file, folder)
     print(f"{options.to} written: {note}")
     if description["evaluation"] is None:
         print(

@@ -219,7 +219,7 @@ def test_push_creates_a_private_repository_and_uploads_the_folder(
     (created, options), (_, upload) = hub.calls
     assert created == "me/mine"
     assert options == {"repo_type": "model", "private": True, "exist_ok": True}
-    assert upload["repo_id"] == "me/mine"
+    assert upload["repo_id"] == "me/mine" and set(upload["allow_patterns"]) == set(export.FILES)
     assert upload["files"] == ["README.md", "config.json", "model.safetensors"]
     card = (to / "README.md").read_text()
     assert 'snapshot_download("me/mine")' in card and "# mine" in card
@@ -380,6 +380,20 @@ def test_an_export_to_which_someone_added_a_file_is_not_replaced(
     assert command(run_dir, "--to", to, "--force") == 2
     assert f"--to {to}: holds thesis.tex; name a new folder" in capsys.readouterr().err
     assert (to / "thesis.tex").exists()
+
+
+def test_evaluations_of_an_earlier_export_stay_when_it_is_replaced(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    to, names = tmp_path / "to", ["evaluation-2.json", "evaluation.json"]
+    assert command(run_dir / "last.safetensors", "--to", to) == 0
+    for name in names:
+        (to / name).write_text(name)
+    assert command(run_dir, "--to", to) == 2  # not without --force
+    assert command(run_dir, "--to", to, "--force") == 0
+    assert description(to)["weights"] == "best.safetensors"
+    assert [file.read_text() for file in sorted(to.glob("evaluation*"))] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "to"]
 
 
 @pytest.mark.parametrize(
