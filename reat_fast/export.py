@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -134,11 +135,22 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         line = " ".join(str(error).split()) or type(error).__name__
         token = hub.get_token()
         line = line.replace(token, "***") if token else line
+        cure = "`hf auth login` or HF_TOKEN gives a token that may write there"
+        cure = "the Hugging Face Hub can be reached" if _is_unreachable(error) else cure
         raise ValueError(
             f"--push {repository}: {line[:300]}; {folder} is whole, so export again with --force "
-            "once `hf auth login` or HF_TOKEN gives a token that may write there"
+            f"once {cure}"
         ) from None
     return f"https://huggingface.co/{repository}"
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Say whether no connection came about, whichever HTTP library the hub's own stands on."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def refuse_to_overwrite(to: Path, force: bool) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import socket
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -258,7 +260,23 @@ def test_a_failed_push_is_one_line_without_the_token(
     shown = capsys.readouterr()
     assert "hf_secret" not in shown.out + shown.err
     assert shown.err.count("\n") == 1 and "--push me/mine: 401 for Bearer ***" in shown.err
+    assert "gives a token that may write there" in shown.err
     assert (to / "model.safetensors").exists()
+
+
+def test_a_push_without_network_does_not_blame_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface-hub")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(hub, "HfApi", partial(hub.HfApi, endpoint="http://127.0.0.1:9", token="x"))
+    with pytest.raises(ValueError, match="once the Hugging Face Hub can be reached$"):
+        export.push(tmp_path, "me/mine")
+    error = OSError("no name")
+    error.__context__ = socket.gaierror(-2, "Name or service not known")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(error))
+    with pytest.raises(ValueError, match="no name; .* once the Hugging Face Hub can be reached$"):
+        export.push(tmp_path, "me/mine")
 
 
 def test_a_missing_extra_is_named_before_anything_is_written(
