@@ -9,13 +9,24 @@ torch.Size([2, 3, 32, 32])
 """
 
 import os
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before torch loads its threads: by default they spin for milliseconds at every barrier, and where
 # programs share the cores, each waits for threads that the others' spinning keeps from running.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+if sys.argv[:1] == ["-m"]:  # a command is starting, which takes seconds of imports
+
+    def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = _report
 
 if TYPE_CHECKING:
     from reat_fast.attack import PGD, pgd

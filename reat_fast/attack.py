@@ -49,8 +49,8 @@ def pgd(
     which the number of NaN and infinite gradient elements is added.
     Returns images within eps of the given ones and inside `clip`; the model's mode and its
     gradients are left as they are. Nothing syncs, so images outside `clip` are not found; PGD does.
-    Errors: ValueError for images that are not floating-point, labels of another number, and a
-    radius, step or number of steps below 0.
+    Errors: ValueError for images that are not floating-point, labels of another number, a radius,
+    step or number of steps below 0, and under torch.inference_mode, which knows no gradients.
     Source: Madry et al., ICLR 2018; the order of operations is that of the official REAT code.
     """
     _refuse(images, labels, eps, step_size, steps)
@@ -114,6 +114,8 @@ def _refuse(
 ) -> None:
     if not images.is_floating_point():
         raise ValueError(f"images: {images.dtype}; divide bytes by 255, the attack moves fractions")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode: knows no gradients; use torch.no_grad in its place")
     if len(labels) != len(images):
         raise ValueError(f"labels: {len(labels)} of them for {len(images)} images")
     for name, value in (("eps", eps), ("step_size", step_size), ("steps", steps)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 
@@ -212,6 +213,10 @@ def run_place(run: Run) -> str:
 
 def test(run: Run, stop: StopRequest) -> None:
     """Test the chosen weights and print the table."""
+    if not run.config.quiet:
+        images = len(run.limited(run.splits.test))
+        left = duration(selection.expected_seconds(run))
+        print(f"testing on {images:,} images, about {left}", flush=True)
     result = selection.test(run, _tick(stop))
     if run.log is not None:
         run.log.result(result)
@@ -243,7 +248,7 @@ def _tick(stop: StopRequest) -> selection.Tick:
 def _go_on(plan: Plan) -> str:
     if not has_checkpoint(plan.run_dir):
         return "nothing was saved yet: start it again"
-    return f"go on with: python -m reat_fast.train --resume {plan.run_dir}"
+    return f"go on with: python -m reat_fast.train --resume {shlex.quote(str(plan.run_dir))}"
 
 
 if __name__ == "__main__":

@@ -139,6 +139,11 @@ def F_train(model: official.TinyNetwork, images: Tensor) -> Tensor:
     return model.fc(F.relu(hidden).mean((2, 3)))
 
 
+def test_an_attack_without_gradients_is_refused(made: dict[str, Tensor]) -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        attack(official.TinyNetwork().eval(), made, steps=1)
+
+
 def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
     def broken(logits: Tensor, labels: Tensor) -> Tensor:
         return (logits * float("nan")).sum()

@@ -126,6 +126,23 @@ def test_a_run_stopped_in_an_evaluation_goes_on_with_it(
     assert differences(whole, folder) == []
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_an_interrupt_while_a_command_is_starting_shows_no_traceback(
+    command: str, tmp_path: Path
+) -> None:
+    # A module that is imported at the start waits there, for as long as the real ones may.
+    (tmp_path / "tyro.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    paths = [str(tmp_path), str(Path(checkpoint.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    words = [sys.executable, "-m", f"reat_fast.{command}", "x"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=environment, text=True, cwd=tmp_path, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert errors == "stopped\n" and process.returncode in (-signal.SIGINT, 130)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     data: Path, tmp_path: Path, number: signal.Signals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from reat_fast.reporting.probe import probe_run
 from reat_fast.training import gauge, selection
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
+from reat_fast.training.stopping import Stopped
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
 SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-batch-size", "32"]
@@ -443,6 +445,32 @@ def test_epochs_count_once_the_learning_rate_fell_to_half_its_peak(
     if "constant" in flags:
         assert later == list(epochs)
     planned.close()
+
+
+@pytest.mark.parametrize("model", ["resnet8", "preact_resnet18"])
+def test_a_network_too_thin_for_pytorch_on_a_cpu_is_refused(
+    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    thin = ["--model", model, "--width", 7, "--device", "cpu"]
+    assert run("reat", *SMALL, *thin, "--data", data, "--run-dir", folder) == 2
+    error = capsys.readouterr().err
+    assert "--width: " in error and "give at least 8" in error and error.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_the_way_to_go_on_can_be_pasted_and_the_time_of_the_test_is_announced(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my run's"
+    begin = ["reat", *SMALL, "--data", data, "--epochs", 1, "--run-dir", folder]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "test", lambda *_: (_ for _ in ()).throw(Stopped(130)))
+        assert run(*begin) == 130
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("stopped; go on with: python -m reat_fast.train ")
+    assert run(*shlex.split(told.partition("reat_fast.train ")[2])) == 0
+    assert re.search(r"^testing on 24 images, about \d+ s$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_set_whose_classes_are_not_by_size_has_its_small_ones_for_the_tail(

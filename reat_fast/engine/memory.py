@@ -1,4 +1,4 @@
-"""Memory of the process: what a step frees stays with it, and how much it ever took."""
+"""Memory of the process: what a step frees stays with it, how much it took, what damages it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import sys
 
 import torch
+from torch import nn
 
 # Names and numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -29,6 +30,21 @@ def give_back_freed_memory() -> bool:
     threshold = 2**25
     values = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: threshold, M_TRIM_THRESHOLD: 2 * threshold}
     return _mallopt(values)
+
+
+def refuse_thin_convolutions(network: nn.Module) -> None:
+    """Raise ValueError for a network that cannot be trained on a CPU in channels_last.
+
+    oneDNN, as PyTorch 2.13 has it, writes past the end of the weight gradient of a strided 1x1
+    convolution with fewer than 8 channels: the process ends without a word, now or later.
+    """
+    for name, module in network.named_modules():
+        thin = isinstance(module, nn.Conv2d) and module.in_channels < 8
+        if thin and module.kernel_size == (1, 1) != module.stride:
+            raise ValueError(
+                f"--width: {name} has {module.in_channels} channels, and PyTorch damages its "
+                "memory when it trains so thin a network on a CPU; give at least 8"
+            )
 
 
 def _mallopt(values: dict[int, int]) -> bool:

@@ -109,7 +109,7 @@ def _learning_pictures(groups: Sequence[Group]) -> list[Picture]:
         ("eval_robust", "Robust accuracy while learning in %"),
         ("eval_robust_tail", "Robust accuracy on tail classes in %"),
     ):
-        figure = compared_curves(groups, name)
+        figure = compared_curves(groups, name, title)
         if figure is not None:
             caption = f"A line for each run{', a colour for each group' if several else ''}."
             if name.startswith("eval"):

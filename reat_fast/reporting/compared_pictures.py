@@ -38,7 +38,7 @@ def looks(index: int) -> tuple[str, str]:
 
 
 @style()
-def compared_curves(groups: Sequence[Group], name: str) -> Figure | None:
+def compared_curves(groups: Sequence[Group], name: str, title: str) -> Figure | None:
     """Draw a column of metrics.csv over epochs, a line for each run; None where no run has it."""
     figure = new_figure(NARROW, 3.0)
     axes = figure.subplots()
@@ -53,8 +53,11 @@ def compared_curves(groups: Sequence[Group], name: str) -> Figure | None:
                 label = None
     if not axes.lines:
         return None
+    axes.set_title(title)
     axes.set_xlabel("epoch")
     whole_numbers(axes.xaxis)
+    if "%" in title:
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     if len(groups) > 1:
         axes.legend()
     return figure
@@ -113,7 +116,7 @@ def _draw_means(
 ) -> None:
     if few:
         dots: Any = {"color": how["color"], "label": how["label"], "fmt": "o", "ms": 4.5, "lw": 1.2}
-        axes.errorbar(places, mean, spread, **dots)
+        axes.errorbar(places, mean, spread, clip_on=False, **dots)
     else:
         axes.fill_between(places, mean - spread, mean + spread, color=how["color"], alpha=0.2, lw=0)
         axes.plot(places, mean, lw=1, **how)

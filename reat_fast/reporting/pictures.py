@@ -241,6 +241,7 @@ def prediction_histogram(
     bar.ax.set_yticklabels(["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"])
     bar.outline.set_visible(False)
     axes.grid(False)
+    axes.set_title("share of predictions over share of images")
     whole_numbers(axes.xaxis)
     axes.set_xlabel("epoch")
     name_rows(axes, class_names)
@@ -281,7 +282,8 @@ def weight_chart(
             axes.plot(classes, last[classes], ".", color=colour, ms=2, label=part)
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
-    axes.set_title("weight (mean 1)")
+    before, after = ("hollow", "solid") if len(counts) <= FEW else ("line", "dots")
+    axes.set_title(f"weight (mean 1); {before}: first, {after}: last")
     label_classes(axes, class_names, NARROW)
     axes.legend()
     return figure

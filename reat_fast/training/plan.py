@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _folder_to_resume(config: Config, world: World) -> Path | None:
         if never_began(config.resume):
             raise CheckpointError(
                 f"--resume {config.resume}: holds nothing to go on from, its run ended before the "
-                f"first step; begin it with --run-dir {config.resume}"
+                f"first step; begin it with --run-dir {shlex.quote(str(config.resume))}"
             )
         return config.resume
     # torchrun starts a failed job again with the command line it had.

@@ -14,7 +14,7 @@ from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_run_data, make_splits
 from reat_fast.engine.graph import CapturedStep
-from reat_fast.engine.memory import keep_freed_memory
+from reat_fast.engine.memory import keep_freed_memory, refuse_thin_convolutions
 from reat_fast.engine.precision import use_precision
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.env import environment
@@ -61,6 +61,8 @@ class Run:
         )
         torch.manual_seed(self.config.seed)
         network = self.spec.build()
+        if self.device.type == "cpu":
+            refuse_thin_convolutions(network)
         if self.config.head == "cosine":
             head = use_cosine_head(network, self.config.head_scale)
             head.compensate_(self.splits.counts, self.config.post_tau)
@@ -79,6 +81,8 @@ class Run:
         self.timing: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
         self.epoch_time = EpochTime()
+        self.pace: float | None = None
+        """Seconds that a step of the attack takes per image, once measured."""
         described = environment()
         self.code = {name: described[name] for name in ("reat_fast", "commit", "torch")}
         self.changed_code = ""
@@ -164,8 +168,6 @@ class Run:
                     f"--run-dir {self.folder}: another run ended here meanwhile; name another"
                 )
             describe_run(self.folder, self.plan.preset, self.config, self.dataset, self.splits)
-            if self.plan.state is None:  # before anything else: from here on --resume works
-                self.save()
             self.log = MetricLog(
                 self.config.log,
                 self.folder,
@@ -174,6 +176,8 @@ class Run:
                 history=zip(self.metrics, self.timing, strict=True),
                 attack=SELECTION.get(self.config.evaluation, SELECTION["held-out"])[0],
             )
+            if self.plan.state is None:  # nothing can be refused any more: --resume works from here
+                self.save()
 
     def close(self) -> None:
         """Free the graph, the loader's processes and the folder."""

@@ -143,7 +143,9 @@ def expected_seconds(run: Run) -> float:
         name, _ = SELECTION[config.evaluation]
         evaluations = math.ceil(epochs / _every(run))
         passes += evaluations * len(_selection_set(run)) * _passes(run, "clean", name)
-    return passes / WITH_GRADIENT * seconds_per_step(run)
+    if run.pace is None:
+        run.pace = seconds_per_step(run)
+    return passes / WITH_GRADIENT * run.pace
 
 
 def _attacks(run: Run, *names: str) -> list[Attack]:
