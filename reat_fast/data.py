@@ -8,7 +8,6 @@ The draws themselves are in sources/longtail.py.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast.cli.terminal import one_line
+from reat_fast.cli.terminal import Parser, one_line
 from reat_fast.sources import download, formats, lists
 from reat_fast.sources.beton_folder import read as read_beton_folder
 from reat_fast.sources.formats import DataError as DataError
@@ -223,7 +222,7 @@ def _smallest_class(labels: Indices, imbalance: float) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Download a data set, or list all; exit with code 2 and one line on failure."""
-    parser = argparse.ArgumentParser(prog="python -m reat_fast.data", description=main.__doc__)
+    parser = Parser(prog="python -m reat_fast.data", description=main.__doc__)
     parser.add_argument("name", nargs="?", help=", ".join(download.CLASS_NAMES))
     parser.add_argument("--list", action="store_true", help="say what there is, and where")
     parser.add_argument("--to", type=Path, metavar="DIR", help="instead of the cache folder")

@@ -6,7 +6,6 @@ output can be pasted into an issue as it is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -16,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from reat_fast.cli.terminal import Parser
 
 EXTRAS = (
     "ffcv",
@@ -72,10 +73,11 @@ def table(values: Mapping[str, object]) -> str:
 
 def main() -> None:
     """Print the environment as a table, or as JSON with `--json`."""
-    parser = argparse.ArgumentParser(prog="python -m reat_fast.env", description=main.__doc__)
+    parser = Parser(prog="python -m reat_fast.env", description=main.__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    as_json = parser.parse_args().json
     values = environment()
-    print(json.dumps(values, indent=2) if parser.parse_args().json else table(values))
+    print(json.dumps(values, indent=2) if as_json else table(values))
 
 
 def _words(value: object) -> str:

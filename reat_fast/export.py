@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -33,6 +35,7 @@ from reat_fast.storage.whole_files import replacing, write_text
 
 ONNX, DESCRIPTION, CARD = "model.onnx", "config.json", "README.md"
 FILES = (checkpoint.EXPORTED, ONNX, DESCRIPTION, CARD)
+EVALUATIONS = "evaluation*.json"
 LIBRARY = "reat_fast"
 
 MEASURED = (
@@ -52,11 +55,11 @@ MEASURED = (
 def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
     """Say in values for JSON what a classifier is, how it was trained and what was measured.
 
-    run: folder of the run. The evaluation is None unless it was of these very weights.
+    run: folder of the run, or of an earlier export. The evaluation is None unless it was of these
+    very weights.
     Errors: ValueError naming a damaged file.
     """
-    training = _read_json(run / "config.json")
-    split = _read_json(run / "split.json")
+    training, split = _training_and_split(run)
     evaluation = _evaluation(run, weights)
     fields = {field.name for field in dataclasses.fields(Config)} - set(LOCAL_FIELDS)
     return {
@@ -67,7 +70,7 @@ def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
         "num_classes": spec.num_classes,
         "class_names": list(spec.class_names),
         "channels": spec.in_channels,
-        "image_size": split.get("image_shape", [None, None])[:2],
+        "image_size": split.get("image_size") or split.get("image_shape", [None, None])[:2],
         "input": "float32 [batch, channels, height, width] in [0, 1], not normalised further",
         "output": "logits, float32 [batch, num_classes]",
         "preset": split.get("preset"),
@@ -78,6 +81,17 @@ def describe(run: Path, spec: ModelSpec, weights: Path) -> dict[str, Any]:
         "weights": weights.name,
         "evaluation": {name: evaluation[name] for name in MEASURED if name in evaluation} or None,
     }
+
+
+def _training_and_split(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what config.json and split.json of a run tell; an export has both in config.json."""
+    told = _read_json(run / "config.json")
+    if told.get("library_name") != LIBRARY:
+        return told, _read_json(run / "split.json")
+    training = told.get("training")
+    if not isinstance(training, dict):
+        raise ValueError(f"{run / 'config.json'}: damaged, holds no training configuration")
+    return training, told
 
 
 def _evaluation(run: Path, weights: Path) -> dict[str, Any]:
@@ -111,24 +125,44 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         api = hub.HfApi()
         api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
         message = f"Upload from {LIBRARY}"
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=list(FILES),
+        )
     except Exception as error:  # OSError, ValueError or, where no network is, one of httpx
         line = " ".join(str(error).split()) or type(error).__name__
         token = hub.get_token()
         line = line.replace(token, "***") if token else line
+        cure = "`hf auth login` or HF_TOKEN gives a token that may write there"
+        cure = "the Hugging Face Hub can be reached" if _is_unreachable(error) else cure
         raise ValueError(
             f"--push {repository}: {line[:300]}; {folder} is whole, so export again with --force "
-            "once `hf auth login` or HF_TOKEN gives a token that may write there"
+            f"once {cure}"
         ) from None
     return f"https://huggingface.co/{repository}"
 
 
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Say whether no connection came about, whichever HTTP library the hub's own stands on."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def refuse_to_overwrite(to: Path, force: bool) -> None:
-    """Raise ValueError unless `to` is free, or force is given and it is a mere earlier export."""
+    """Raise ValueError unless `to` is free, or force is given and it is a mere earlier export.
+
+    Evaluations of that export may lie in it.
+    """
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return
     earlier = to.is_dir() and _read_json(to / DESCRIPTION).get("library_name") == LIBRARY
-    others = sorted({file.name for file in to.iterdir()} - set(FILES)) if earlier else []
+    ours = {*FILES, *(file.name for file in to.glob(EVALUATIONS))}
+    others = sorted({file.name for file in to.iterdir()} - ours) if earlier else []
     if not earlier or others:
         found = others[0] if others else "something else than an export"
         raise ValueError(f"--to {to}: holds {found}; name a new folder")
@@ -179,9 +213,13 @@ def main(arguments: list[str]) -> int:
     if None in description["image_size"]:
         raise ValueError(f"--image-size: {weights.parent} does not say how large its images are")
     refuse_to_overwrite(options.to, options.force)
-    with replacing(options.to.resolve(), FILES) as folder:
+    # They may have taken hours, and know their weights by a digest: they stay.
+    kept = list(options.to.glob(EVALUATIONS))
+    with replacing(options.to.resolve(), (*FILES, *(file.name for file in kept))) as folder:
         folder.mkdir()
         note = _write(folder, model, spec, description, options)
+        for file in kept:
+            shutil.copy2(file, folder)
     print(f"{options.to} written: {note}")
     if description["evaluation"] is None:
         print(

@@ -508,7 +508,7 @@ def test_command_lists_what_is_here_and_what_is_not(capsys: pytest.CaptureFixtur
     assert "not here" in lines[1] and "--dataset npz --data FILE.npz" in lines[3]
 
 
-@pytest.mark.parametrize("arguments", [[], ["mnist"], ["npz"], ["cifar10"]])
+@pytest.mark.parametrize("arguments", [[], ["mnist"], ["npz"], ["cifar10"], ["--lst"]])
 def test_command_fails_with_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:

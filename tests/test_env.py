@@ -135,3 +135,14 @@ def test_the_command_prints_a_table_or_json(
     monkeypatch.setattr("sys.argv", ["env", "--json"])
     env.main()
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
+
+
+def test_a_flag_that_does_not_exist_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["env", "--jsn"])
+    with pytest.raises(SystemExit) as stop:
+        env.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error == "error: unrecognized arguments: --jsn (--help lists every flag)\n"

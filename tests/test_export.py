@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import socket
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -94,6 +96,21 @@ def test_the_description_says_what_was_trained_and_measured_and_no_path(
     assert said["training"]["epochs"] == 3
     assert said["evaluation"]["attacks"] == EVALUATION["attacks"]
     assert "someone" not in json.dumps(said) and str(tmp_path) not in json.dumps(said)
+
+
+def test_an_exported_folder_is_exported_again_with_all_it_says(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert command(run_dir, "--to", first) == 0
+    assert command(first, "--to", second) == 0
+    changed = {"weights": "model.safetensors", "evaluation": None}  # of which no figures are known
+    assert description(second) == description(first) | changed
+    assert "no figures in it" in capsys.readouterr().out
+    said = description(first)
+    (first / "config.json").write_text(json.dumps(said | {"training": 3}))
+    assert command(first, "--to", tmp_path / "third") == 2
+    assert "config.json: damaged" in capsys.readouterr().err
 
 
 def test_figures_of_other_weights_are_left_out(
@@ -204,7 +221,7 @@ def test_push_creates_a_private_repository_and_uploads_the_folder(
     (created, options), (_, upload) = hub.calls
     assert created == "me/mine"
     assert options == {"repo_type": "model", "private": True, "exist_ok": True}
-    assert upload["repo_id"] == "me/mine"
+    assert upload["repo_id"] == "me/mine" and set(upload["allow_patterns"]) == set(export.FILES)
     assert upload["files"] == ["README.md", "config.json", "model.safetensors"]
     card = (to / "README.md").read_text()
     assert 'snapshot_download("me/mine")' in card and "# mine" in card
@@ -243,7 +260,23 @@ def test_a_failed_push_is_one_line_without_the_token(
     shown = capsys.readouterr()
     assert "hf_secret" not in shown.out + shown.err
     assert shown.err.count("\n") == 1 and "--push me/mine: 401 for Bearer ***" in shown.err
+    assert "gives a token that may write there" in shown.err
     assert (to / "model.safetensors").exists()
+
+
+def test_a_push_without_network_does_not_blame_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface-hub")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(hub, "HfApi", partial(hub.HfApi, endpoint="http://127.0.0.1:9", token="x"))
+    with pytest.raises(ValueError, match="once the Hugging Face Hub can be reached$"):
+        export.push(tmp_path, "me/mine")
+    error = OSError("no name")
+    error.__context__ = socket.gaierror(-2, "Name or service not known")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(error))
+    with pytest.raises(ValueError, match="no name; .* once the Hugging Face Hub can be reached$"):
+        export.push(tmp_path, "me/mine")
 
 
 def test_a_missing_extra_is_named_before_anything_is_written(
@@ -365,6 +398,20 @@ def test_an_export_to_which_someone_added_a_file_is_not_replaced(
     assert command(run_dir, "--to", to, "--force") == 2
     assert f"--to {to}: holds thesis.tex; name a new folder" in capsys.readouterr().err
     assert (to / "thesis.tex").exists()
+
+
+def test_evaluations_of_an_earlier_export_stay_when_it_is_replaced(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    to, names = tmp_path / "to", ["evaluation-2.json", "evaluation.json"]
+    assert command(run_dir / "last.safetensors", "--to", to) == 0
+    for name in names:
+        (to / name).write_text(name)
+    assert command(run_dir, "--to", to) == 2  # not without --force
+    assert command(run_dir, "--to", to, "--force") == 0
+    assert description(to)["weights"] == "best.safetensors"
+    assert [file.read_text() for file in sorted(to.glob("evaluation*"))] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "to"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
-"""Words for a terminal: texts of files and errors made fit for it, seconds as people say them."""
+"""Words for a terminal: texts and errors made fit for it, seconds as people say them, flags."""
 
 from __future__ import annotations
+
+import argparse
+from typing import NoReturn
 
 
 def one_line(text: object) -> str:
@@ -24,3 +27,11 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads flags where torch may be missing; what is wrong is one line, as in all commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and end the program with exit code 2."""
+        self.exit(2, f"error: {one_line(message)} (--help lists every flag)\n")
