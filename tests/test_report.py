@@ -21,8 +21,8 @@ from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_weights
+from reat_fast.reporting import curves, pictures, probe_pictures
 from reat_fast.reporting import html as report_html
-from reat_fast.reporting import pictures, probe_pictures
 from reat_fast.reporting.compared_pictures import class_means
 from reat_fast.reporting.data import PARTS, read_run
 from reat_fast.reporting.probe import choose_examples, principal_points, probe, probe_run
@@ -477,7 +477,7 @@ def test_data_of_another_kind_is_refused(
 def test_pictures_of_a_run_folder_are_png(trained: Path, tmp_path: Path) -> None:
     evaluation = json.loads((trained / "evaluation.json").read_text())
     pictures.draw_accuracy(evaluation, tmp_path / "accuracy.png", "title")
-    pictures.draw_learning(trained / "metrics.csv", tmp_path / "learning.png")
+    curves.draw_learning(trained / "metrics.csv", tmp_path / "learning.png")
     for file in tmp_path.glob("*.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reat_fast.data import head_body_tail
-from reat_fast.reporting.pictures import column, label_classes
+from reat_fast.reporting.curves import column
+from reat_fast.reporting.pictures import label_classes
 from reat_fast.reporting.style import (
     FEW,
     INK,

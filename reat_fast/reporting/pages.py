@@ -10,8 +10,8 @@ from reat_fast.cli.terminal import duration
 from reat_fast.config import LOCAL_FIELDS, Config
 from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.evaluation.figures import SELECTION
+from reat_fast.reporting import curves, pictures, probe_pictures
 from reat_fast.reporting import html as report_html
-from reat_fast.reporting import pictures, probe_pictures
 from reat_fast.reporting.data import RunRecord
 from reat_fast.reporting.probe import Probe
 from reat_fast.reporting.style import FEW, Picture
@@ -176,7 +176,7 @@ def _learning_pictures(run: RunRecord) -> list[Picture]:
             "Loss",
             "Means over the adversarial examples of each epoch.",
             f"Training loss over {len(run.metrics)} epochs, {last['loss']:.3f} in the last.",
-            pictures.loss_curves(run.metrics),
+            curves.loss_curves(run.metrics),
         ),
         Picture(
             "learning",
@@ -184,7 +184,7 @@ def _learning_pictures(run: RunRecord) -> list[Picture]:
             f"Training AEs before each update; evaluations: {evaluated}.",
             f"Accuracy over {len(run.metrics)} epochs; on training AEs "
             f"{last['adv_accuracy']:.1f} % in the last.",
-            pictures.accuracy_curves(run.metrics),
+            curves.accuracy_curves(run.metrics),
         ),
     ]
 
@@ -264,7 +264,7 @@ def _time_pictures(run: RunRecord) -> list[Picture]:
         return []
     caption = f"On {run.device}. Throughput counts training alone, without the first step."
     words = f"Seconds and throughput of {len(run.timing)} epochs."
-    return [Picture("time", "Epoch by epoch", caption, words, pictures.time_chart(run.timing))]
+    return [Picture("time", "Epoch by epoch", caption, words, curves.time_chart(run.timing))]
 
 
 def _time_table(run: RunRecord) -> str:

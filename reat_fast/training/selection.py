@@ -14,7 +14,8 @@ from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
 from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_the_end
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
-from reat_fast.reporting.pictures import draw_accuracy, draw_learning
+from reat_fast.reporting.curves import draw_learning
+from reat_fast.reporting.pictures import draw_accuracy
 from reat_fast.training.gauge import seconds_per_step
 from reat_fast.training.run import Run
 from reat_fast.training.schedule import learning_rate
