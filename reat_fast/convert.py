@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from reat_fast.cli.command import parse_flags, run_command
-from reat_fast.data import Dataset, ImageSet, Indices, load_dataset, make_splits
+from reat_fast.data import DATASETS, Dataset, ImageSet, Indices, load_dataset, make_splits
 from reat_fast.sources import beton_folder, formats
 from reat_fast.sources.beton_file import read_beton
 from reat_fast.sources.formats import DataError
@@ -70,7 +70,9 @@ class Options:
 
     def __post_init__(self) -> None:
         npz = self.to.suffix == ".npz"
+        known = ", ".join(DATASETS)
         checks = {
+            f"SOURCE {self.source}: is unknown; give one of {known}": self.source in DATASETS,
             f"--quality {self.quality}: not in 1..100": 1 <= self.quality <= 100,
             "--field jpg: an .npz keeps plain pixels; leave it out": not npz or self.field == "raw",
             "--split index: needs a folder, not an .npz": not npz or self.split == "apply",

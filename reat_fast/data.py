@@ -122,8 +122,8 @@ def load_dataset(
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
     class_names = tuple(map(one_line, source.class_names or ()))  # which tables show
     if own_names and len(class_names) != len(own_names):
-        found = f"has {len(own_names)} classes, {place} has {len(class_names)}"
-        raise DataError(f"--dataset {name}: {found}; give --dataset npz")
+        found = f"has {len(class_names)} classes, {name} has {len(own_names)}"
+        raise DataError(f"--data {place}: {found}; give npz as the data set")
     return Dataset(name, train, test, class_names, source.notes)
 
 

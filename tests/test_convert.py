@@ -336,7 +336,7 @@ def test_check_finds_one_wrong_pixel_and_one_wrong_label(ffcv: None, source: lis
 
 FLAGS = {
     "no target": ([], "--to"),
-    "unknown source": (["mnist", "--to", "a"], "dataset 'mnist' is unknown: use one of"),
+    "unknown source": (["mnist", "--to", "a"], "SOURCE mnist: is unknown; give one of cifar10"),
     "no path": (["folder", "--to", "a"], "dataset folder needs --data FOLDER of train/CLASS"),
     "quality": (["npz", "--to", "a", "--quality", "0"], "--quality 0: not in 1..100"),
     "field": (["npz", "--to", "a", "--field", "webp"], "--field"),

@@ -352,7 +352,7 @@ def test_npz_is_read_with_class_names_where_they_fit(tmp_path: Path) -> None:
 
 def test_an_npz_of_other_classes_than_the_named_set_is_refused(tmp_path: Path) -> None:
     ten = save(tmp_path / "ten.npz", arrays(classes=10))
-    message = f"--dataset cifar100: has 100 classes, {ten} has 10; give --dataset npz"
+    message = f"--data {ten}: has 10 classes, cifar100 has 100; give npz as the data set"
     with pytest.raises(DataError, match=message):
         load_dataset("cifar100", ten)
 

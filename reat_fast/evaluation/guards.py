@@ -38,7 +38,7 @@ def refuse_other_data(dataset: Dataset, spec: ModelSpec, weights: Path, flags: s
         if found != wanted:
             raise GuardError(
                 f"{flags}: {dataset.name} has {found} {what}, {weights} was trained on {wanted}; "
-                "name data like that"
+                "give data of as many"
             )
 
 
