@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import gzip
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -182,7 +184,8 @@ def _sweep(path: Path, content: bytes) -> None:
     from reat_fast.training.sweep_runs import make_runs, read_lines
 
     lines = read_lines(path)
-    runs = make_runs(lines, (0, 1), path.parent / "out")
+    with patch.dict(os.environ, REAT_FAST_DATA=str(path)):  # any file may be an archive of CIFAR
+        runs = make_runs(lines, (0, 1), path.parent / "out")
     assert len(runs) == 2 * len(lines) > 0
     assert all(run.folder.parent == path.parent / "out" for run in runs)
 
