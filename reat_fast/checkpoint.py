@@ -257,14 +257,18 @@ def _selects_last(run_dir: Path) -> bool:
 
 
 def train_counts(run_dir: Path) -> list[int] | None:
-    """Return the training images per class of a run, where its folder tells."""
+    """Return the training images per class of a run or an export, where its folder tells."""
     split = run_dir / "split.json"
-    if not split.is_file():
+    file = split if split.is_file() else run_dir / "config.json"
+    if not file.is_file():
         return None
     try:
-        return [int(count) for count in json.loads(split.read_text("utf-8"))["train_counts"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{split}: damaged, gives no train_counts ({error})") from None
+        counts = json.loads(file.read_text("utf-8")).get("train_counts")
+        if counts is None and file != split:
+            return None  # only an export has them there
+        return [int(count) for count in counts]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged, gives no train_counts ({error})") from None
 
 
 def _read_weights(

@@ -66,7 +66,8 @@ def evaluate(
     Judged in true float32, without TF32. The random numbers of an image depend on (seed, its
     position) alone, so neither the batch size nor the choice of attacks changes a figure.
     restarts: of attacks with a random start; an image counts if it withstands them all.
-    precision: in which attacks search. train_counts: training images per class, for tail80.
+    precision: in which attacks search. train_counts: training images per class, by which classes
+    are head, body, tail and tail80.
     state: what AutoAttack goes on from, and keeps up to date. progress is called with the
     number of images after each batch and attack; bar counts forward passes.
     The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
@@ -122,7 +123,7 @@ class Options:
     subset: int | None = None
     """Evaluate on so many test images, evenly spread over the set; unset: on all."""
     train_counts: tuple[int, ...] | None = None
-    """Training images per class, where the folder of the run has no split.json."""
+    """Training images per class, where the folder of the weights does not tell them."""
     batch_size: int = 500
     """Images per batch; changes no figure."""
     seed: int | None = None
@@ -192,48 +193,51 @@ def _evaluate_run(
     model, spec = checkpoint.load_model_and_spec(weights, device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = _config(folder)
-    eps = config.eps if options.eps is None else options.eps
-    step_size = config.step_size if options.step_size is None else options.step_size
-    seed = config.seed if options.seed is None else options.seed
-    precision = options.precision or resolve_precision(config, device)
+    told = _conditions(options, config, device)
     dataset = load_run_data(config, options.dataset, options.data, options.image_size)
     guards.refuse_other_data(dataset, spec, weights, "--dataset/--data")
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
-    warnings, known = _guard(model, test, seed), images_sha256(test)
+    warnings, known = _guard(model, test, told["seed"]), images_sha256(test)
     hidden = options.quiet or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
         result = evaluate(
             model,
             test,
-            [Attack.from_name(name, eps, step_size) for name in options.attacks],
+            [Attack.from_name(name, told["eps"], told["step_size"]) for name in options.attacks],
             spec.num_classes,
-            eps=eps,
-            seed=seed,
+            eps=told["eps"],
+            seed=told["seed"],
             batch_size=options.batch_size,
             restarts=options.restarts,
-            precision=precision,
+            precision=told["precision"],
             train_counts=counts,
             state=state,
             bar=bar,
         )
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
-    result |= {
+    result |= told | {
         "weights": weights.name,
         "weights_sha256": weights_sha256(weights),
         "dataset": dataset.name,
         "images_sha256": known,
         "class_names": list(dataset.class_names),
-        "eps": eps,
-        "step_size": step_size,
-        "restarts": options.restarts,
-        "precision": precision,
-        "seed": seed,
-        "device": str(device),
         "warnings": warnings + guards.warnings_for_figures(result["attacks"]),
     }
     return result, len(dataset.test)
+
+
+def _conditions(options: Options, config: Config, device: torch.device) -> dict[str, Any]:
+    """Return what the options say of the attacks, and the run where they are silent."""
+    return {
+        "eps": config.eps if options.eps is None else options.eps,
+        "step_size": config.step_size if options.step_size is None else options.step_size,
+        "restarts": options.restarts,
+        "precision": options.precision or resolve_precision(config, device),
+        "seed": config.seed if options.seed is None else options.seed,
+        "device": str(device),
+    }
 
 
 def _measured_on(result: dict[str, Any], folder: Path, test_images: int) -> str:
@@ -254,7 +258,7 @@ def _config(folder: Path) -> Config:
 def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int] | None:
     counts = checkpoint.train_counts(folder)
     if counts is not None and options.train_counts is not None:
-        raise ValueError(f"--train-counts: {folder / 'split.json'} has them; leave it out")
+        raise ValueError(f"--train-counts: {folder} has them; leave it out")
     if options.train_counts is not None:
         counts = list(options.train_counts)
         if len(counts) != num_classes or min(counts) < 0:

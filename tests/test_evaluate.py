@@ -514,7 +514,10 @@ def test_bad_input_is_one_line(
         ((run_dir, "--attacks"), "--attacks: name at least one"),
         ((run_dir, "--seed", "-1"), "--seed -1: must lie in"),
         ((run_dir, "--dataset", "tiny-imagenet"), "tiny-imagenet needs --data FOLDER"),
-        ((run_dir, "--train-counts", *"11111"), "split.json has them; leave it out"),
+        (
+            (run_dir, "--train-counts", *"11111"),
+            f"--train-counts: {run_dir} has them; leave it out",
+        ),
         ((run_dir, "--out", run_dir), "is a folder; name a file"),
         ((run_dir, "--subset", "0"), "--subset 0: must be at least 1"),
         ((run_dir, "--restarts", "0"), "--restarts 0: must be at least 1"),

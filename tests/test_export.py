@@ -108,6 +108,9 @@ def test_an_exported_folder_is_exported_again_with_all_it_says(
     assert description(second) == description(first) | changed
     assert "no figures in it" in capsys.readouterr().out
     said = description(first)
+    assert (
+        checkpoint.train_counts(first) == checkpoint.train_counts(run_dir) == said["train_counts"]
+    )
     (first / "config.json").write_text(json.dumps(said | {"training": 3}))
     assert command(first, "--to", tmp_path / "third") == 2
     assert "config.json: damaged" in capsys.readouterr().err
