@@ -28,6 +28,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -44,10 +45,14 @@ from bench.records import RESULTS
 from bench.stopping import STOPPED, Stopped, stoppable
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.env import environment
-from reat_fast.storage.whole_files import write_text
+from reat_fast.storage.whole_files import write_atomically, write_text
 
 GRACE = 20.0
 """Seconds between asking a part to end and ending it: for one more step of each rung."""
+
+
+PACKED = "results.tar.gz"
+LARGE = (".pt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,18 @@ def _ended(command: list[str], log: TextIO, seconds: float, settings: dict[str, 
 
 
 def _keep_rows(out: Path) -> None:
+    """Copy the tables of results, and pack all but checkpoints and weights into one file."""
     for table in RESULTS.glob("*.csv"):
         (out / table.name).write_bytes(table.read_bytes())
+    packed = out / PACKED
+
+    def fill(partial: Path) -> None:
+        with tarfile.open(partial, "w:gz") as archive:
+            for file in sorted(out.rglob("*")):
+                if file.is_file() and file.suffix not in LARGE and packed.name not in file.name:
+                    archive.add(file, file.relative_to(out))
+
+    write_atomically(packed, fill)
 
 
 def _outcome(

@@ -2,7 +2,7 @@
 
 A call has at most 10 minutes and there are three, so the first holds what decides most. Estimates
 are seconds on one H100, those of verify, step and evaluation near what they took there, the others
-guesses; those of a call fit its 9 minutes together, limits need not.
+guesses; those of a call fit its 9.5 minutes together, limits need not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options:
     """Further flags for the trainings, in one string, such as --update-form compiled."""
     parts: tuple[str, ...] = ()
     """Names of the parts to run, of whichever call; unset: all of the call."""
-    minutes: float = 9.0
+    minutes: float = 9.5
     """The part that runs when so many minutes have passed is ended, and no other begins."""
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def test_the_suite_runs_its_parts_within_its_time(
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
     out, results = tmp_path / "out", tmp_path / "results"
     results.mkdir()
+    (out / "run").mkdir(parents=True)
+    for name in ("metrics.csv", "weights.safetensors", "weights.pt"):
+        (out / "run" / name).write_text("x")
     appends = f"open({str(results / 'gpu.csv')!r}, 'w').write('a row'); print('done')"
     made = [
         gpu.Part("good", ["-c", appends], 60),
@@ -75,6 +79,10 @@ def test_the_suite_runs_its_parts_within_its_time(
     late = {"slow": "timed out", "ended": "timed out", "late": "no time"}
     assert ended == {"good": 0, "rows kept": 0, **late}
     assert (out / "good.log").read_text() == "done\n"
+    with tarfile.open(out / "results.tar.gz") as packed:
+        named = set(packed.getnames())
+    assert {"good.log", "gpu.csv", "summary.json", "run/metrics.csv"} <= named
+    assert not any("weights" in name or "results" in name for name in named)
     assert run_command(gpu.main, [*arguments, "--parts", "nothing"]) == 2
     assert "--parts nothing: there are good, rows kept, slow" in capsys.readouterr().err
 
