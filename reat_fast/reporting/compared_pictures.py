@@ -23,7 +23,7 @@ from reat_fast.reporting.style import (
     style,
     whole_numbers,
 )
-from reat_fast.reporting.tables import Group
+from reat_fast.reporting.tables import Group, attack_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +100,7 @@ def compared_classes(groups: Sequence[Group], attack: str, class_names: Sequence
             aside = 0.3 * (k / (len(shown) - 1) - 0.5) if few else 0.0
             how = {"color": colour, "ls": line, "label": label}
             _draw_means(axes, np.arange(len(mean)) + aside, mean, spread, how, few)
-    axes.set_title("accuracy in %")
+    axes.set_title(f"{attack_title(attack)}: accuracy in %")
     axes.set_ylim(0, 100)
     label_classes(axes, class_names, WIDE)
     figure.legend(loc="outside lower center", ncols=3)
