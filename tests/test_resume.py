@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,8 +136,10 @@ def test_an_interrupt_while_a_command_is_starting_shows_no_traceback(
     paths = [str(tmp_path), str(Path(checkpoint.__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     words = [sys.executable, "-m", f"reat_fast.{command}", "x"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, env=environment, text=True, cwd=tmp_path, **pipes) as process:  # type: ignore[call-overload]
+    given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Tests that run in the background ignore SIGINT, and what they start does.
+    given["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(words, env=environment, text=True, cwd=tmp_path, **given) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
