@@ -192,7 +192,7 @@ def test_every_part_is_asked_what_its_program_knows(tmp_path: Path) -> None:
             checked.append(part.name)
         elif module == "reat_fast.train":
             config = make_plan(part.arguments[2:]).config
-            epochs = dict(zip(PRESETS, (80, 100, 88), strict=True))
+            epochs = dict(zip(PRESETS, (80, 100, 100), strict=True))
             assert config.epochs == epochs[part.name.removeprefix("train-")]
             checked.append(part.name)
     assert len(checked) == 13, checked

@@ -102,15 +102,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "start": "uniform",
         "awp": 0.005,
     },
-    "reat-plus": {
-        **AT_BSL,
-        "epochs": 88,
-        "milestones": (66, 79),
-        "ema": 0.999,
-        "policy": "autoaugment",
-        "label_smoothing": 0.1,
-        "awp": 0.005,
-    },
+    "reat-plus": {**AT_BSL, "ema": 0.999, "policy": "autoaugment"},
 }
 
 
