@@ -94,7 +94,9 @@ def winograd_conv(x: Tensor, transformed: Tensor, bias: Tensor | None = None) ->
     """
     batch, channels, height, width = x.shape
     rows, columns = _tiles(height), _tiles(width)
-    output = x.new_empty(batch, 2 * rows, 2 * columns, transformed.shape[2])
+    shape = batch, transformed.shape[2], 2 * rows, 2 * columns
+    output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    by_pixel = output.permute(0, 2, 3, 1)
     step = max(1, min(batch, TILES_AT_A_TIME // (rows * columns)))
     padded = x.new_zeros(step, 2 * rows + 2, 2 * columns + 2, channels)
     half = x.new_empty(4, step, rows, 2 * columns + 2, channels)
@@ -113,9 +115,11 @@ def winograd_conv(x: Tensor, transformed: Tensor, bias: Tensor | None = None) ->
         if bias is not None:
             products[5] += bias  # the one product that all four results of a tile hold once
         _gather_(sums, products.view(4, 4, step, rows, columns, -1))
-        part = output[first : first + number].view(number, rows, 2, columns, 2, -1)
+        part = by_pixel[first : first + number].view(number, rows, 2, columns, 2, -1)
         _gather_(part.permute(4, 2, 0, 1, 3, 5), sums[:, :, :number].transpose(0, 1))
-    return output[:, :height, :width].permute(0, 3, 1, 2)
+    # No view: networks may add to what a convolution gives in place.
+    cut = output if shape[2:] == (height, width) else output[:, :, :height, :width]
+    return cut.contiguous(memory_format=torch.channels_last)
 
 
 def _transform_(out: Tensor, x: list[Tensor]) -> None:

@@ -521,3 +521,10 @@ def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None
     again = step.train_on(uint8_batch())
     assert torch.equal(again["images_adv"], first["images_adv"])
     assert torch.equal(again["logits"], first["logits"])
+
+
+def test_labels_of_another_number_are_refused() -> None:
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config())
+    with pytest.raises(ValueError, match="labels: 4 of them for 8 images"):
+        step(torch.rand(8, 3, 8, 8), torch.arange(4))

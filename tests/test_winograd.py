@@ -38,6 +38,16 @@ def outcome(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), gradient
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 8, 6), (2, 4, 7, 5)])
+def test_what_comes_after_may_write_in_place(shape: tuple[int, ...]) -> None:
+    plain, quick = pair(4, 6)
+    x = torch.randn(*shape, dtype=torch.float64)
+    for network in (plain, quick):
+        network.append(nn.ReLU(inplace=True))
+    for found, expected in zip(outcome(quick, x), outcome(plain, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", SHAPES)
