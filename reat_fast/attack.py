@@ -202,5 +202,6 @@ def with_batch_statistics(model: nn.Module) -> Classifier:
 
 def uniform_noise(images: Tensor, eps: float | Tensor) -> Tensor:
     """Draw U(-eps, eps) like images from the default generator; eps a number or Tensor [B]."""
-    radius = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.ndim else eps
+    per_image = isinstance(eps, Tensor) and eps.ndim
+    radius = eps.to(images.dtype).view(-1, 1, 1, 1) if per_image else eps  # type: ignore[union-attr]
     return (torch.rand_like(images) * 2 - 1) * radius

@@ -144,6 +144,15 @@ def test_an_attack_without_gradients_is_refused(made: dict[str, Tensor]) -> None
         attack(official.TinyNetwork().eval(), made, steps=1)
 
 
+def test_radii_in_float64_give_the_images_of_the_same_radii_in_float32() -> None:
+    model, images, labels = official.TinyNetwork().eval(), torch.rand(4, 3, 8, 8), torch.arange(4)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        found.append(pgd(model, images, labels, eps=torch.full((4,), EPS, dtype=dtype), steps=1))
+    assert found[0].dtype == torch.float32 and torch.equal(*found)
+
+
 def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
     def broken(logits: Tensor, labels: Tensor) -> Tensor:
         return (logits * float("nan")).sum()
