@@ -46,8 +46,9 @@ class Loader(Protocol):
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch from batch `first` on; the iterator may be abandoned.
 
-        A batch may be empty where there are more ranks than images left. Raises ValueError where
-        an image cannot be read.
+        Loaders that read ahead read one epoch at a time. A batch may be empty where there are more
+        ranks than images left. Raises ValueError where an image cannot be read, and where a later
+        epoch was begun meanwhile.
         """
         ...
 

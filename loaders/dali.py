@@ -45,6 +45,7 @@ class DaliLoader:
         self.images = image_set.images
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._feed = _Feed(self.images)
+        self._begun = 0  # epochs, of which only the last can be read on
         self._pipe: Any = _pipeline(self._feed, self.batch_size, threads, device)
 
     def __len__(self) -> int:
@@ -55,21 +56,31 @@ class DaliLoader:
         if self._pipe is None:
             raise ValueError("the DALI loader is closed: make another")
         batches = list(self.order.batches(epoch, first))
+        self._begun += 1
+        begun = self._begun
+        self._drain(batches)  # an epoch that nobody reads on may be alive still
         self._feed.ahead = (rows for rows in batches if len(rows))  # DALI knows no empty batch
         number = 0
         try:
             for number, rows in enumerate(batches):
+                if begun != self._begun:
+                    raise ValueError("DALI loader: a later epoch was begun; read one at a time")
                 indices = rows.to(self.device)
                 images = self._copy(self._run(batches[number:])) if len(rows) else self._empty()
                 yield Batch(images, self.labels[indices], indices, gather=False)
-        finally:  # what an abandoned epoch has read ahead must not come out in the next
-            self._feed.ahead = iter(())
-            while self._pipe is not None and self._run(batches[number:]) is not None:
-                pass
+        finally:
+            if begun == self._begun:
+                self._drain(batches[number:])
 
     def close(self) -> None:
         """End the pipeline and its threads."""
         self._pipe = None
+
+    def _drain(self, batches: list[Tensor]) -> None:
+        """Drop what is read ahead of an abandoned epoch: it must not come out in the next."""
+        self._feed.ahead = iter(())
+        while self._pipe is not None and self._run(batches) is not None:
+            pass
 
     def _run(self, batches: list[Tensor]) -> Any:
         """Wait for the first of these batches; returns None where the epoch is over."""

@@ -6,7 +6,10 @@ uint8 crosses processes.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +43,7 @@ class WorkersLoader:
         self.device = device
         self._labels = torch.from_numpy(image_set.labels)
         self._rows: list[npt.NDArray[np.int64]] = []  # the sampler: what the next epoch reads
+        self._begun = 0  # epochs, of which only the last can be read on
         self._loader: DataLoader[Tensor | str] | None = DataLoader(
             _Batches(image_set.images),
             batch_size=None,
@@ -67,13 +71,23 @@ class WorkersLoader:
             raise ValueError("the workers loader is closed: make another")
         batches = list(self.order.batches(epoch, first))
         self._rows[:] = [rows.numpy() for rows in batches]
-        read = iter(self._loader)
+        self._begun += 1
+        begun = self._begun
+        with self._explained(), _left_to_the_run():
+            read = iter(self._loader)
         for rows in batches:
-            yield Batch(self._next(read), self._labels[rows], rows, gather=False)
+            if begun != self._begun:
+                raise ValueError("workers loader: a later epoch was begun; read one at a time")
+            with self._explained():
+                images = next(read)
+            if isinstance(images, str):
+                raise ValueError(f"--loader workers: {images}")
+            yield Batch(images, self._labels[rows], rows, gather=False)
 
-    def _next(self, read: Iterator[Tensor | str]) -> Tensor:
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            images = next(read)
+            yield
         except RuntimeError as error:  # raised by torch where a worker is gone
             reason = str(error).splitlines()[0]
             self.close()
@@ -81,9 +95,24 @@ class WorkersLoader:
                 f"--loader workers: a worker process died ({reason}), as happens when memory runs "
                 "out; lower --workers or --batch-size"
             ) from error
-        if isinstance(images, str):
-            raise ValueError(f"--loader workers: {images}")
-        return images
+
+
+@contextmanager
+def _left_to_the_run() -> Iterator[None]:
+    """Start workers that leave signals, and their own end, to the run.
+
+    What ends a whole group of processes must not end them: the run still takes a step. Blocked
+    signals stay so in a child. And torch's handler for the end of a child raises wherever the main
+    thread is just then, in a step or in a save; the next read finds a dead worker as well.
+    """
+    of_children = signal.getsignal(signal.SIGCHLD)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, of_children)
 
 
 class _Batches(Dataset["Tensor | str"]):

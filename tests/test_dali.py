@@ -77,6 +77,19 @@ def test_an_abandoned_epoch_leaves_nothing_for_the_next(tmp_path: Path) -> None:
         np.testing.assert_array_equal(decoded(loader), whole)
 
 
+def test_two_epochs_at_once_are_refused_and_the_later_one_is_whole(tmp_path: Path) -> None:
+    images = FileImages(write(tmp_path, ".png"), SIZE)
+    loader = load(images, batch_size=2)
+    whole = decoded(loader)
+    earlier, later = loader.epoch(0), loader.epoch(0)
+    next(earlier)
+    first = next(later)
+    with pytest.raises(ValueError, match="^DALI loader: a later epoch was begun; read one at"):
+        next(earlier)
+    seen = torch.cat([first.images, *(batch.images for batch in later)])
+    np.testing.assert_array_equal(seen.long().numpy(), whole)
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_the_threads_end_with_the_loader_at_once(closed: bool) -> None:
     def threads() -> int:

@@ -152,13 +152,14 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     folder = tmp_path / "run"
     arguments = [*SMALL, "--data", str(data), "--epochs", "2000", "--run-dir", str(folder)]
-    command = [sys.executable, "-m", "reat_fast.train", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "reat_fast.train", *arguments, "--loader", "workers"]
+    group = {"start_new_session": True}  # the signal meets the run's workers too
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **group) as process:  # type: ignore[call-overload]
         deadline = time.monotonic() + 120
         while not (folder / CHECKPOINT).exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(process.pid, number)
+        os.killpg(process.pid, number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"go on with: python -m reat_fast.train --resume {folder}" in error

@@ -81,6 +81,49 @@ def test_a_worker_that_dies_is_one_line() -> None:
         list(loader.epoch(0))
 
 
+def test_a_worker_that_is_killed_is_named_by_the_next_read_and_disturbs_nothing_before() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    others = multiprocessing.active_children()
+    loader = make(count=400)
+    batches = loader.epoch(0)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is before  # torch's raises wherever the run just is
+    started = [p for p in multiprocessing.active_children() if p not in others]
+    for process in started:
+        process.kill()
+        process.join()
+    with pytest.raises(ValueError, match="^--loader workers: a worker process died"):
+        list(batches)
+    loader.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_live_on_where_a_signal_meets_the_whole_group(number: int) -> None:
+    others = multiprocessing.active_children()
+    loader = make(count=400)
+    batches = loader.epoch(0)
+    read = [next(batches)]
+    for process in multiprocessing.active_children():
+        if process not in others:
+            os.kill(process.pid or 0, number)
+    read += batches
+    assert sum(len(batch.labels) for batch in read) == 400
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_at_once_are_refused_and_the_later_one_is_whole(workers: int) -> None:
+    loader = make(workers=workers)
+    earlier, later = loader.epoch(0), loader.epoch(1)
+    next(earlier)
+    first = next(later)
+    with pytest.raises(ValueError, match="^workers loader: a later epoch was begun; read one"):
+        next(earlier)
+    for batch in (first, *later):
+        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.indices)
+    loader.close()
+
+
 def test_an_epoch_leaves_the_global_random_numbers_alone() -> None:
     loader = make(workers=0)
     torch.manual_seed(3)
