@@ -12,13 +12,20 @@ There is no Triton kernel: these are a dozen operators on C numbers once an epoc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from reat_fast.kernels.triton_support import Backend
 
 
-def rbl_weights(counts: Tensor, ae_counts: Tensor, *, backend: Backend = "auto") -> Tensor:
+def rbl_weights(
+    counts: Tensor | Sequence[int],
+    ae_counts: Tensor | Sequence[int],
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
     """Compute each class's weight from its effective number of samples, without a sync.
 
     `counts` [C] training samples of each class, less than 1 taken as 1; `ae_counts` [C] adversarial
@@ -27,6 +34,7 @@ def rbl_weights(counts: Tensor, ae_counts: Tensor, *, backend: Backend = "auto")
     `backend` runs the same operators. Raises ValueError for counts of another or unequal shape.
     Source: arXiv 2307.10205, function RBL of its published code.
     """
+    counts, ae_counts = torch.as_tensor(counts), torch.as_tensor(ae_counts)
     if counts.ndim != 1 or len(counts) == 0 or ae_counts.shape != counts.shape:
         raise ValueError(
             f"counts and ae_counts must both have shape [C], got {list(counts.shape)} and "

@@ -18,6 +18,7 @@ and keep nothing larger than the features; the official W has equal columns, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -377,7 +378,7 @@ def tail_penalty_and_gradient(
 def tail_penalty(
     features: Tensor,
     labels: Tensor,
-    counts: Tensor,
+    counts: Tensor | Sequence[int],
     *,
     form: Form = "official",
     coefficient: float = 1.0,
@@ -393,6 +394,8 @@ def tail_penalty(
     gradient, and only once. Raises ValueError for arguments of another shape or dtype. Source:
     arXiv 2307.10205 and its published code.
     """
+    if not isinstance(counts, Tensor):
+        counts = torch.tensor(counts, device=features.device)
     _check(features, labels, counts, form)
     fits = features.dtype != torch.float64 and features.shape[1] <= MOST_FEATURES
     if not fits and backend == "triton":

@@ -84,6 +84,8 @@ def ascend(
 ) -> Tensor:
     """Take the steps of pgd from `adv`, noise already added, round `clean`; see pgd."""
     # Once, and not once a step: a number would be written to the device at each of them.
+    if not (adv.is_contiguous() or adv.is_contiguous(memory_format=torch.channels_last)):
+        adv = adv.contiguous()  # of rotated images, say: a step reads each as one run of memory
     step_size = device_number(step_size, clean, "step_size")
     eps = device_number(eps, clean, "eps")
     for _ in range(steps):
@@ -128,7 +130,7 @@ class PGD:
 
     PGD(model, eps=8/255, alpha=2/255, steps=10)(images, labels) returns adversarial images. The
     attack runs in eval mode and every module gets back the mode it had. alpha is the step size;
-    random_start=False begins at the clean images.
+    random_start=False begins at the clean images. A model in train mode is one thread's at a time.
     """
 
     def __init__(

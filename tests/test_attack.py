@@ -194,3 +194,19 @@ def test_the_object_works_in_inference_mode_and_on_no_images() -> None:
         found = attack(images, torch.ones(1).long())
     assert torch.equal(found, expected) and not torch.equal(found, images)
     assert attack(torch.rand(0, 3, 8, 8), torch.ones(0).long()).shape == (0, 3, 8, 8)
+
+
+def test_images_of_any_strides_are_attacked_like_their_copies(
+    model: nn.Module, made: dict[str, Tensor]
+) -> None:
+    images, labels = made["images"], made["labels"]
+    for strided in (
+        images.transpose(2, 3),
+        images.flip(0)[::1].transpose(2, 3),
+        images[:, [0] * 3],
+    ):
+        start = torch.zeros(strided.shape)
+        found = pgd(model, strided, labels, start=start, steps=2)
+        assert torch.equal(found, pgd(model, strided.contiguous(), labels, start=start, steps=2))
+    narrow = torch.rand(4, 3, 8, 16)[..., ::2]
+    assert pgd(lambda x: x.flatten(1), narrow, torch.arange(4), steps=1).shape == narrow.shape

@@ -10,7 +10,12 @@ import torch
 
 from reat_fast import objective, reference
 from reat_fast.methods.objectives import Part, make_objective
-from reat_fast.objective import ClassStatistics
+from reat_fast.objective import (
+    ClassStatistics,
+    balanced_softmax_loss,
+    rbl_weights,
+    tail_penalty,
+)
 
 CPU = torch.device("cpu")
 
@@ -101,3 +106,15 @@ def test_before_the_first_epoch_the_examples_are_counted_as_the_images() -> None
     expected = torch.from_numpy(reference.rbl_weights(official.COUNTS, official.COUNTS))
     # float32 arithmetic of the reference: 1 - beta^n is about 0.63, its rounding 1e-7 of that.
     torch.testing.assert_close(statistics.weights, expected, rtol=1e-5, atol=0)
+
+
+def test_counts_may_be_lists() -> None:
+    counts, features = [9, 5, 2, 1], torch.rand(6, 8)
+    labels, rows = torch.tensor([0, 3, 3, 2, 1, 0]), torch.tensor(counts)
+    assert torch.equal(
+        rbl_weights(counts, [4, 0, 1, 1]), rbl_weights(rows, torch.tensor([4, 0, 1, 1]))
+    )
+    assert torch.equal(tail_penalty(features, labels, counts), tail_penalty(features, labels, rows))
+    logits = torch.rand(6, 4)
+    found = balanced_softmax_loss(logits, labels, counts)
+    assert torch.equal(found, balanced_softmax_loss(logits, labels, rows))
