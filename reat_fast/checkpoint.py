@@ -148,8 +148,8 @@ def _load_position(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read what save_checkpoint wrote; tensors and plain values only, no code.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what save_checkpoint wrote onto the CPU; tensors and plain values only, no code.
 
     Errors: CheckpointError naming the file.
     """
@@ -157,7 +157,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch.load does not look at the checksums
                 raise zipfile.BadZipFile
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; give the folder of a run") from None
     except Exception as error:  # torch.load has no base class for what a damaged file raises
@@ -194,7 +194,7 @@ def load_model(run_or_checkpoint: str | Path, map_location: str | torch.device =
     round in a run with --select last), an exported folder, one .safetensors file, or a
     checkpoint-last.pt, of which the averaged weights count where it has them. Returns logits [B, K]
     when called.
-    Errors: CheckpointError naming the file.
+    Errors: CheckpointError naming the file; ValueError for a device that is not there.
     """
     model, _ = load_model_and_spec(Path(run_or_checkpoint), map_location)
     return model
@@ -206,23 +206,27 @@ def load_model_and_spec(
     """Load a classifier and what it was built from; see load_model."""
     file = find_weights(path)
     if file.suffix == ".pt":
-        state = load_checkpoint(file, map_location)
+        state = load_checkpoint(file)
         if (state.get("epoch"), state.get("batch")) == (0, 0):
             cure = f"go on with --resume {file.parent}"
             raise CheckpointError(f"{file}: has not been trained yet; {cure}")
         spec, tensors = _spec(state["model_spec"], file), state["model"] | _averages(state)
     else:
-        spec, tensors = _read_weights(file, map_location)
+        spec, tensors = _read_weights(file)
     sizes = {size for tensor in tensors.values() if tensor.numel() for size in tensor.shape}
     if not {spec.num_classes, spec.in_channels, spec.width or spec.in_channels} <= sizes:
         raise CheckpointError(f"{file}: weights do not fit {spec.name} as its header has it")
-    model = spec.build().to(map_location)
+    model = spec.build()
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{file}: weights do not fit {spec.name} ({reason})") from error
-    return model.eval(), spec
+    try:
+        return model.eval().to(map_location), spec
+    except (RuntimeError, AssertionError) as error:  # a device that is not there
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"map_location {map_location}: cannot be used ({reason})") from error
 
 
 def _averages(state: dict[str, Any]) -> dict[str, Any]:
@@ -271,11 +275,9 @@ def train_counts(run_dir: Path) -> list[int] | None:
         raise CheckpointError(f"{file}: damaged, gives no train_counts ({error})") from None
 
 
-def _read_weights(
-    file: Path, map_location: str | torch.device
-) -> tuple[ModelSpec, dict[str, Tensor]]:
+def _read_weights(file: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     try:
-        with safe_open(file, framework="pt", device=str(map_location)) as archive:
+        with safe_open(file, framework="pt") as archive:
             metadata = archive.metadata() or {}
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
     except SafetensorError as error:

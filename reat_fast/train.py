@@ -66,7 +66,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
                 print(changed, file=sys.stderr, flush=True)
             run.open_folder()
             if run.log is not None and not run.config.quiet:
-                for line in run.log.where:
+                for line in (f"run folder {run.folder}", *run.log.where):
                     print(line, flush=True)
             train(run, stop)
             if run.world.main:
@@ -200,7 +200,7 @@ def announce(run: Run) -> None:
     print(f"step: {resolve_precision(config, run.device)}, {how}; {run.loader_reason}")
     if config.graph == "on" and not run.captures:
         print(f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly")
-    print(f"run folder {run.folder}", flush=True)
+    sys.stdout.flush()
 
 
 def run_place(run: Run) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError, ModelSpec, load_model
+from reat_fast.training.run_folder import make_folder
 
 SPEC = ModelSpec("resnet8", 3, 1, 8, None, ("a", "b", "<script>"))
 
@@ -119,3 +120,19 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file").touch()
     with pytest.raises(CheckpointError, match="--run-dir file"):
         checkpoint.new_run_dir(Path("file"), "reat")
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = [checkpoint.new_run_dir(None, "reat") for _ in range(3)]
+    made = [make_folder(folder, numbered="reat") for folder in chosen]
+    assert made == [Path("runs/reat-1"), Path("runs/reat-2"), Path("runs/reat-3")]
+    assert make_folder(made[0]) == made[0]
+
+
+def test_a_device_that_is_not_there_is_not_blamed_on_the_file(run_dir: Path) -> None:
+    for file in (run_dir, run_dir / "checkpoint-last.pt"):
+        with pytest.raises(ValueError, match="^map_location nowhere: cannot be used"):
+            load_model(file, "nowhere")

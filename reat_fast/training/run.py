@@ -161,7 +161,8 @@ class Run:
     def open_folder(self) -> None:
         """Take the folder for this process; write what describes the run, and its beginning."""
         if self.world.main:
-            make_folder(self.folder)
+            numbered = self.plan.state is None and self.config.run_dir is None
+            self.plan.run_dir = make_folder(self.folder, self.plan.preset if numbered else "")
             self._lock = FolderLock(self.folder)
             if self.plan.state is None and checkpoint.has_checkpoint(self.folder):
                 raise CheckpointError(

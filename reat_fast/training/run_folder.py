@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reat_fast.checkpoint import CHECKPOINT, CheckpointError
+from reat_fast.checkpoint import CHECKPOINT, CheckpointError, new_run_dir
 from reat_fast.config import Config, from_json, to_json
 from reat_fast.data import Dataset, Splits
 from reat_fast.env import environment
@@ -47,10 +47,20 @@ class FolderLock:
         os.close(self._descriptor)
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of a run, unless it is there. Errors: CheckpointError where it cannot be."""
+def make_folder(folder: Path, numbered: str = "") -> Path:
+    """Make the folder of a run, unless it is there, and return it.
+
+    numbered: the preset of a run that takes the next free runs/PRESET-N. Where another run took
+    `folder` meanwhile, the one after it is made.
+    Errors: CheckpointError where it cannot be made.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not numbered)
+        return folder
+    except FileExistsError:
+        if not numbered:
+            raise CheckpointError(f"--run-dir {folder}: is a file; name a folder") from None
+        return make_folder(new_run_dir(None, numbered), numbered)
     except OSError as error:
         raise CheckpointError(
             f"--run-dir {folder}: cannot be made ({error.strerror}); name another folder"
