@@ -335,10 +335,10 @@ others are the methods of the field: docs/methods.md."""
 
 LOCAL_FIELDS = (
     *("run_dir", "resume", "device", "data", "loader", "workers", "attack_form", "update_form"),
-    *("on_nonfinite", "save_minutes", "profile", "quiet", "log"),
+    *("on_nonfinite", "save_minutes", "profile", "quiet", "log", "skip_bad"),
 )
 """Fields that say where a run lives and how it reports, not what it computes: they may differ on
-resume."""
+resume. So may skip_bad, for training images are compared with those of before."""
 
 
 def changes(begun: Config, now: Config) -> Iterator[tuple[str, object, object]]:

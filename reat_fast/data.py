@@ -107,7 +107,10 @@ class Splits:
 
 
 def load_dataset(
-    name: str, path: Path | None = None, image_size: int | None = None, skip_bad: bool = False
+    name: str,
+    path: str | Path | None = None,
+    image_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Load and check a data set.
 
@@ -116,7 +119,7 @@ def load_dataset(
     side that image files are resized and cut to; such a set is lazy. skip_bad: leave out files that
     cannot be decoded, with a note, instead of raising. Raises DataError.
     """
-    place = find_dataset(name, path, image_size)
+    place = find_dataset(name, None if path is None else Path(path), image_size)
     own_names = DATASETS[name]
     source = formats.checked(_read(name, place, image_size, skip_bad), own_names)
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
@@ -132,11 +135,13 @@ def load_run_data(
     name: str | None = None,
     path: Path | None = None,
     image_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Load the data set of a run, or one in its place, as the run reads it.
 
     name, path, image_size: what to take instead of the run's. Image files are cut to the size that
-    the run has them in, whichever set they are of. Raises DataError.
+    the run has them in, whichever set they are of. skip_bad: leave out what cannot be decoded, also
+    where the run does not. Raises DataError.
     """
     name = name or config.dataset
     if path is None and name == config.dataset:
@@ -144,7 +149,7 @@ def load_run_data(
     are_files = name in lists.READERS and (path is None or path.suffix != ".npz")
     if image_size is None and are_files:
         image_size = config.image_size
-    return load_dataset(name, path, image_size, config.skip_bad)
+    return load_dataset(name, path, image_size, skip_bad or config.skip_bad)
 
 
 def find_dataset(name: str, path: Path | None = None, image_size: int | None = None) -> Path:
@@ -159,6 +164,8 @@ def find_dataset(name: str, path: Path | None = None, image_size: int | None = N
         raise DataError(f"dataset {name} needs --data {OWN[name]}{found}")
     if image_size is not None and (is_npz or name not in lists.READERS):
         raise DataError(f"--image-size: the images of {name} have one size already; leave it out")
+    if name == "list" and not is_npz and image_size is None:
+        raise DataError(lists.NO_SIZE)  # before a sweep comes to it
     if path is not None and (is_npz or name in OWN):
         return path
     folders = download.search_folders(name) if path is None else [path]

@@ -120,6 +120,8 @@ class Options:
     """Where the data is; unset: where the run found it."""
     image_size: int | None = None
     """Pixels a side that image files are resized and cut to; unset: as in the run."""
+    skip_bad: bool = False
+    """Leave out images that cannot be decoded, as a run with this flag does."""
     subset: int | None = None
     """Evaluate on so many test images, evenly spread over the set; unset: on all."""
     train_counts: tuple[int, ...] | None = None
@@ -194,7 +196,9 @@ def _evaluate_run(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = _config(folder)
     told = _conditions(options, config, device)
-    dataset = load_run_data(config, options.dataset, options.data, options.image_size)
+    dataset = load_run_data(
+        config, options.dataset, options.data, options.image_size, options.skip_bad
+    )
     guards.refuse_other_data(dataset, spec, weights, "--dataset/--data")
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)

@@ -102,6 +102,11 @@ def test_a_run_on_image_files_is_evaluated_on_the_pixels_it_was_tested_on(tmp_pa
         found = json.loads((tmp_path / "out").read_text())
         assert found["samples"] == tested["samples"] == 5
         assert found["attacks"] == tested["attacks"]
+    (tmp_path / "data/test/class0/1.png").write_bytes(b"damaged since")
+    (tmp_path / "data/train/class0/1.png").write_bytes(b"damaged since")
+    out = ["--out", str(tmp_path / "later"), "--skip-bad"]
+    assert run_command(evaluate.main, [str(run), *out]) == 0
+    assert json.loads((tmp_path / "later").read_text())["samples"] == 4
     other = ["--dataset", "npz", "--data", str(made_npz(tmp_path / "other.npz", classes=2))]
     assert run_command(evaluate.main, [str(run), *other, "--attacks", "clean", "--quiet"]) == 0
 

@@ -249,11 +249,20 @@ def test_other_list_faults_are_named(tmp_path: Path) -> None:
         load_dataset("list", tmp_path, image_size=6)
 
 
+def test_a_list_may_begin_with_the_mark_of_windows_editors(tmp_path: Path) -> None:
+    write_lists(tmp_path)
+    plain = load_dataset("list", str(tmp_path), image_size=6)
+    file = tmp_path / "train.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked = load_dataset("list", str(tmp_path), image_size=6)
+    assert np.array_equal(marked.train.images[:], plain.train.images[:])
+
+
 def test_damaged_files_of_a_list_are_left_out_or_named_when_read(tmp_path: Path) -> None:
     write_lists(tmp_path)
     damage(tmp_path / "class 0" / "2.png")
     dataset = load_dataset("list", tmp_path, image_size=6)
-    with pytest.raises(DataError, match=r"class 0/2.png: cannot be read"):
+    with pytest.raises(DataError, match=r"class 0/2.png: cannot be read .* with --skip-bad$"):
         dataset.train.images[:]
     rest = load_dataset("list", tmp_path, image_size=6, skip_bad=True)
     assert rest.train.labels.tolist() == [0, 1] and len(rest.test) == 2

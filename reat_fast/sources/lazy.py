@@ -149,7 +149,7 @@ def decoding(file: Path) -> Iterator[Image.Image]:
     """Give an image file as an 8-bit pillow image; raises DataError naming the file."""
     from PIL import Image
 
-    with reading(file, "replace or remove it"), Image.open(file) as image:
+    with reading(file, "replace it, or leave it out with --skip-bad"), Image.open(file) as image:
         if image.mode not in _MODES:
             raise DataError(f"{file}: mode {image.mode} is not 8-bit; save it as RGB or grey")
         yield image

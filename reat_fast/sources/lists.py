@@ -17,6 +17,10 @@ from reat_fast.sources.formats import PARTS, Array, DataError, Source, reading
 from reat_fast.sources.lazy import FileImages, decoding, find_damaged, require_pillow
 
 NAMED = 10  # files that a message names at most
+NO_SIZE = (
+    "dataset list needs --image-size N, the pixels a side that images are resized and cut to, 224 "
+    "for ImageNet-LT"
+)
 
 
 def read_image_folder(path: Path, size: int | None = None, skip_bad: bool = False) -> Source:
@@ -53,8 +57,7 @@ def read_lists(path: Path, size: int | None, skip_bad: bool = False) -> Source:
     pillow. Raises DataError.
     """
     if size is None:
-        cure = "the pixels a side that images are resized and cut to, 224 for ImageNet-LT"
-        raise DataError(f"dataset list needs --image-size N, {cure}")
+        raise DataError(NO_SIZE)
     lists = [_find_list(path, ["train"]), _find_list(path, ["test", "val"])]
     parts = [_parse_list(file) for file in lists]
     return _lazy(path, parts, size, skip_bad, None, [str(file) for file in lists])
@@ -107,7 +110,7 @@ def refuse_or_note(damaged: dict[int, str], total: int, skip_bad: bool) -> tuple
         note = f"left out {len(damaged)} of {total} images that cannot be decoded: {shown}"
         return (one_line(note),)
     if len(damaged) == 1:
-        raise DataError(f"{reasons[0]}, or leave it out with --skip-bad")
+        raise DataError(reasons[0])
     cure = "replace them, or leave them out with --skip-bad"
     raise DataError(f"{len(damaged)} of {total} images cannot be decoded: {shown}; {cure}")
 
@@ -211,7 +214,7 @@ def _parse_list(file: Path) -> tuple[list[Path], list[int]]:
 def _lines(file: Path) -> list[str]:
     """Return the lines of a text file, stripped, without the empty ones at its end."""
     with reading(file, "add it, or write it again as text in UTF-8"):
-        return [line.strip() for line in file.read_text("utf-8").rstrip().splitlines()]
+        return [line.strip() for line in file.read_text("utf-8-sig").rstrip().splitlines()]
 
 
 def _refuse_lines(file: Path, wrong: list[int], wanted: str) -> None:
