@@ -74,13 +74,20 @@ def test_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path: Path) -> None
 
 
 def test_runs_evaluated_under_other_conditions_stand_apart(tmp_path: Path) -> None:
-    folders = [made_run(tmp_path / name, seed=k) for k, name in enumerate("abcd")]
+    folders = [made_run(tmp_path / name, seed=k) for k, name in enumerate("abcde")]
     rewrite(folders[1] / "evaluation.json", eps=4 / 255)
+    rewrite(folders[4] / "evaluation.json", images_sha256="0123456789abcdef")
     rewrite(folders[2] / "evaluation.json", restarts=1)  # one start is what a missing entry means
     (folders[3] / "evaluation.json").unlink()
     groups = group_runs([read_run(folder) for folder in folders])
-    assert [[run.name for run in group.runs] for group in groups] == [["a", "c"], ["b"], ["d"]]
+    assert [[run.name for run in group.runs] for group in groups] == [
+        ["a", "c"],
+        ["b"],
+        ["d"],
+        ["e"],
+    ]
     assert groups[1].differs["test eps"] == "4/255"
+    assert groups[3].differs["test images_sha256"] == "0123456789ab"
     assert groups[2].differs["test eps"] == "unset" and groups[2].values("pgd20", "tail") == []
 
 

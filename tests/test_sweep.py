@@ -366,7 +366,7 @@ def test_seeds_that_cannot_be_are_refused(
     seeds: list[str], named: str, presets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(presets, "--seeds", *seeds) == 2
-    assert capsys.readouterr().err.startswith(f"error: {named} (")
+    assert capsys.readouterr().err == f"error: {named}\n"
 
 
 def test_a_file_that_is_none_is_one_line(
@@ -393,6 +393,7 @@ def test_evaluations_under_other_conditions_are_not_averaged(
         ("eps", 4 / 255, "4/255, the other seeds with 8/255"),
         ("step_size", 1 / 255, "1/255, the other seeds with 2/255"),
         ("restarts", 5, "5, the other seeds with 1"),
+        ("images_sha256", "0123456789abcdef", "0123456789ab, the other seeds with unset"),
     ):
         write_run(out / "reat-seed1", 70.0, 30.0, **{name: value})
         assert command(presets, "--seeds", 0, 1, "--out", out) == 2

@@ -75,7 +75,10 @@ def _one_line(box: str) -> str:
     sections = re.split(r"\s*[─-]{5,}\s*", " ".join(line for line in lines if line))
     if "╭" not in box:
         sections.pop(0)  # the title, which a drawn box carries in its frame
-    text = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", sections[0])
+    text, ours = re.subn(r"^Error parsing [A-Z]\w*: ", "", sections[0])
+    if ours:  # a check of the dataclass, which says itself what to do
+        return text
+    text = text.removeprefix("Error parsing ")
     near = re.findall(r"(--[\w-]+)", sections[1]) if "Perhaps" in box else []
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     return f"{text}{hint} (--help lists every flag)"

@@ -18,7 +18,10 @@ from reat_fast.sources.longtail import head_body_tail
 Table = list[list[str]]
 """A heading and rows of equal length, as text."""
 
-PROTOCOL = {"dataset": None, "eps": None, "step_size": None, "samples": None, "restarts": 1}
+PROTOCOL = {
+    **{"dataset": None, "samples": None, "images_sha256": None},
+    **{"eps": None, "step_size": None, "restarts": 1},
+}
 """What two evaluations must have in common for their figures to be averaged, and what they mean
 where they do not say it."""
 
@@ -183,6 +186,8 @@ def setting_text(name: str, value: object) -> str:
         return "yes" if value else "no"
     if name in ("eps", "step_size") and isinstance(value, float):
         return fraction_text(value)
+    if name == "images_sha256":
+        return str(value)[:12]
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value))
     return str(value)
