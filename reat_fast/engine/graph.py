@@ -92,7 +92,6 @@ class CapturedStep:
         except RuntimeError as error:
             if self.step.world.size > 1:  # the others go on to replay
                 raise
-            torch.cuda.synchronize()  # steps begun in vain write to memory that is freed now
             self._whole_only = True
             warnings.warn(
                 f"the step on the last {total} images of an epoch cannot be captured as a CUDA "
@@ -183,10 +182,12 @@ def warm_up(body: Callable[[], object], stream: torch.cuda.Stream) -> None:
     One side stream for both: autograd remembers the stream on which it first met a weight.
     """
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_STEPS):
-            body()
-    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                body()
+    finally:  # a body that failed has begun steps, which go on writing while they are undone
+        torch.cuda.synchronize()
 
 
 def record(
