@@ -55,11 +55,11 @@ class DaliLoader:
         if self._pipe is None:
             raise ValueError("the DALI loader is closed: make another")
         batches = list(self.order.batches(epoch, first))
+        there = self.order.to(self.device).batches(epoch, first)  # a copy would wait for the step
         self._feed.ahead = (rows for rows in batches if len(rows))  # DALI knows no empty batch
         number = 0
         try:
-            for number, rows in enumerate(batches):
-                indices = rows.to(self.device)
+            for number, (rows, indices) in enumerate(zip(batches, there, strict=True)):
                 images = self._copy(self._run(batches[number:])) if len(rows) else self._empty()
                 yield Batch(images, self.labels[indices], indices, gather=False)
         finally:  # what an abandoned epoch has read ahead must not come out in the next
