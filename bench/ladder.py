@@ -212,7 +212,8 @@ class Ladder:
         with allowed_tf32(kind.precision == "tf32"):
             replayed = CapturedStep(self._step(kind), self.batch)
         self.captured[name] = replayed
-        return lambda: replayed._graph.replay()  # holds the step, whose memory the graph reads
+        # Not the method alone: a call holds the step, whose memory the graph reads.
+        return lambda: replayed._whole.graph.replay()
 
     def _baseline(self, mode: Mode | None) -> Step:
         return PlainStep(self._network(True), self.batch, COUNTS, self._config, mode)

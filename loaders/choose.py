@@ -61,7 +61,7 @@ def make_loader(
             "--loader ffcv reads .beton files: write one with `python -m reat_fast.convert` and "
             "give --dataset beton --data FOLDER"
         )
-    drawn = made if order.sampler == "instance" else FreshDraws(made)
+    drawn = made if order.sampler == "instance" else FreshDraws(made, device)
     return drawn, f"loader {name}: {reason}"
 
 

@@ -56,16 +56,16 @@ class DaliLoader:
         if self._pipe is None:
             raise ValueError("the DALI loader is closed: make another")
         batches = list(self.order.batches(epoch, first))
+        there = self.order.to(self.device).batches(epoch, first)  # a copy would wait for the step
         self._begun += 1
         begun = self._begun
         self._drain(batches)  # an epoch that nobody reads on may be alive still
         self._feed.ahead = (rows for rows in batches if len(rows))  # DALI knows no empty batch
         number = 0
         try:
-            for number, rows in enumerate(batches):
+            for number, (rows, indices) in enumerate(zip(batches, there, strict=True)):
                 if begun != self._begun:
                     raise ValueError("DALI loader: a later epoch was begun; read one at a time")
-                indices = rows.to(self.device)
                 images = self._copy(self._run(batches[number:])) if len(rows) else self._empty()
                 yield Batch(images, self.labels[indices], indices, gather=False)
         finally:

@@ -6,12 +6,15 @@ import os
 import signal
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from no_sync import NoSync
+from test_graph import patch_cuda
 from torch import Tensor
 
 from bench import bench_epoch, bench_kernels, bench_step, gpu, host_time
@@ -239,6 +242,19 @@ def test_the_rungs_that_torch_compile_records_are_known_by_name(
     assert modes == ["reduce-overhead", "max-autotune"]
     ladder = Ladder(CPU, model="resnet8", batch_size=4, size=8)
     assert [rung.name for rung in ladder._last_rungs()][-1] == "baseline, compiled"
+
+
+def test_a_captured_rung_is_a_replay_of_its_graph(
+    ladder: Ladder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays: list[str] = []
+    made = SimpleNamespace(replay=lambda: replays.append("replayed"))
+    patch_cuda(monkeypatch, CUDAGraph=lambda: made, graph=lambda *_, **__: nullcontext())
+    (rung,) = [rung for rung in ladder._gpu_rungs() if rung.name == "captured, tf32"]
+    step = rung.make()
+    assert replays == [] and list(ladder.captured) == [rung.name]
+    step()
+    assert replays == ["replayed"]
 
 
 def test_an_epoch_is_timed_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:

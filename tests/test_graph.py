@@ -44,6 +44,18 @@ class FakeGraph:
         del self.recording
 
 
+class CountedGraph(FakeGraph):
+    """Knows how many there are."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        CountedGraph.alive += 1
+
+    def __del__(self) -> None:
+        CountedGraph.alive -= 1
+
+
 replays: list[int] = []
 """How many images each replay was on."""
 
@@ -137,6 +149,7 @@ def test_a_short_batch_that_cannot_be_captured_is_launched_and_leaves_no_trace(
         raise torch.OutOfMemoryError("out of memory\nsecond line")
 
     monkeypatch.setattr(graph, "warm_up", fails)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CountedGraph)
     for step in (eager, replayed):
         step.train_on(short)
     eager.train_on(short)
@@ -148,6 +161,33 @@ def test_a_short_batch_that_cannot_be_captured_is_launched_and_leaves_no_trace(
     for a, b in zip(states(eager), states(captured), strict=True):
         assert torch.equal(a, b)
     assert replays == [8]
+    assert CountedGraph.alive == 1  # with it would go what the graph of whole batches counts on
+
+
+def test_steps_that_a_warm_up_has_begun_are_over_before_they_are_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, whole = make_step(), batches()[0]
+    before, take = states(step), step.train_on
+    running: list[Any] = []
+
+    def second_fails(batch: Batch, total: int) -> dict[str, torch.Tensor]:
+        if running:
+            raise torch.OutOfMemoryError("out of memory")
+        running.append(lambda: take(batch, total))  # a device does later what it is given
+        return {}
+
+    def wait() -> None:
+        while running:
+            running.pop()()
+
+    monkeypatch.setattr(step, "train_on", second_fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    with pytest.raises(torch.OutOfMemoryError):
+        CapturedStep(step, whole)
+    torch.cuda.synchronize()
+    for a, b in zip(before, states(step), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_batches_of_many_sizes_make_one_more_graph() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from reat_fast.data import ImageSet, load_dataset, make_splits
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Loader, choose, resident
 from reat_fast.loaders.choose import LOADERS, make_loader
+from reat_fast.loaders.draws import FreshDraws
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.sources.beton_file import read_beton
 from reat_fast.sources.lazy import FileImages
@@ -128,6 +129,16 @@ def test_an_image_that_is_drawn_often_is_augmented_anew_each_time(
     assert len(starts) > 3 and len(starts.flatten(1).unique(dim=0)) == len(starts)
 
 
+def test_the_places_of_draws_are_made_on_the_device_and_not_copied_there(
+    parts: dict[str, Part],
+) -> None:
+    part = parts["train"].images
+    loader, _ = make_loader(part, EpochOrder(part.labels, 16), CPU, loader="resident")
+    drawn = next(FreshDraws(loader, torch.device("meta")).epoch(0, first=1))
+    assert drawn.indices.is_meta and drawn.indices.shape == (16,)
+    assert torch.equal(drawn.images, next(FreshDraws(loader, CPU).epoch(0, first=1)).images)
+
+
 def test_the_parts_of_a_batch_have_the_places_of_the_whole() -> None:
     labels = torch.arange(37) % 3
     whole = EpochOrder(labels, 10, sampler="square-root")
@@ -203,6 +214,23 @@ def test_a_gpu_gets_the_same_bytes(make: Callable[..., Loader], parts: dict[str,
             assert np.array_equal(images.cpu().numpy(), parts["train"].images.images[rows.numpy()])
             assert np.array_equal(batch.labels.cpu().numpy(), parts["train"].images.labels[rows])
             assert torch.equal(batch.indices.cpu(), rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", ["instance", "class-balanced"])
+def test_the_next_batch_does_not_wait_for_the_step_before(
+    make: Callable[..., Loader], parts: dict[str, Part], sampler: Any
+) -> None:
+    loader = make(parts["train"], device=torch.device("cuda"), sampler=sampler)
+    list(loader.epoch(0))  # what a loader starts once, it has started now
+    batches = loader.epoch(1)
+    next(batches)
+    torch.cuda._sleep(2 * 10**9)  # type: ignore[no-untyped-call]  # a second of a GPU or more
+    step = torch.cuda.Event()
+    step.record()
+    next(batches)
+    assert not step.query()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("name", ["resident", "dali", "workers"])

@@ -18,11 +18,13 @@ import torch
 from made_data import made_npz
 
 from reat_fast import evaluate, sweep, train
+from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, from_json, parse, to_json
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.methods.work import work_per_image
 from reat_fast.sources import download
+from reat_fast.training.run_folder import epochs_done
 from reat_fast.training.sweep_runs import make_runs, read_lines
 
 SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
@@ -197,6 +199,15 @@ def test_a_run_that_was_evaluated_before_its_end_goes_on(
     (folder / "checkpoint-last.pt").unlink()  # to save space
     assert command(presets, "--out", out) == 0
     assert "reat-seed0: finished" in capsys.readouterr().out
+
+
+def test_the_epochs_of_a_run_on_a_gpu_are_known_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"epoch": 3, "model": {"weight": torch.zeros(2)}}, tmp_path / CHECKPOINT)
+    assert epochs_done(tmp_path) == 3
 
 
 def test_attacks_are_added_in_the_arithmetic_of_those_that_are_there(

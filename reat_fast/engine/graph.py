@@ -46,8 +46,9 @@ class CapturedStep:
         self.step = step
         self._settings = baked_settings()
         self._stream = _step_stream(batch.labels.device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         total = len(batch.labels) if total is None else total
-        self._whole = Recording(step, batch, total, self._stream)
+        self._whole = self._recorded(batch, total)
         self._short: Recording | None = None
         self._met: int | None = None
         """The size of the last shorter batch that was launched."""
@@ -75,9 +76,15 @@ class CapturedStep:
     def close(self) -> None:
         """Free the graphs and their memory; call before the process group or the device goes."""
         torch.cuda.synchronize()
-        for recording in (self._whole, self._short):
-            if recording is not None:
-                recording.graph.reset()
+        for graph in self._graphs:
+            graph.reset()
+
+    def _recorded(self, batch: Batch, total: int) -> Recording:
+        # Kept where this fails too: a graph that goes takes the cuBLAS workspace of its stream
+        # along, on which the others count.
+        self._graphs.append(torch.cuda.CUDAGraph())
+        beside = self._graphs[0] if len(self._graphs) > 1 else None
+        return Recording(self.step, batch, total, self._graphs[-1], self._stream, beside)
 
     def _shorter(self, batch: Batch, total: int) -> Recording | None:
         """Return the recording for a shorter batch, or None for one that is to be launched."""
@@ -88,11 +95,10 @@ class CapturedStep:
         if self._whole_only or self._short or not again or total < self.step.world.size:
             return None
         try:
-            self._short = Recording(self.step, batch, total, self._stream, self._whole.graph)
+            self._short = self._recorded(batch, total)
         except RuntimeError as error:
             if self.step.world.size > 1:  # the others go on to replay
                 raise
-            torch.cuda.synchronize()  # steps begun in vain write to memory that is freed now
             self._whole_only = True
             warnings.warn(
                 f"the step on the last {total} images of an epoch cannot be captured as a CUDA "
@@ -110,13 +116,14 @@ class Recording:
         step: TrainStep,
         batch: Batch,
         total: int,
+        graph: torch.cuda.CUDAGraph,
         stream: torch.cuda.Stream,
         beside: torch.cuda.CUDAGraph | None = None,
     ) -> None:
         images = batch.images if batch.gather else batch.images.clone()
         self.step, self.total = step, total
         self.batch = Batch(images, batch.labels.clone(), batch.indices.clone(), batch.gather)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph = graph
         step.allocate(images[:1].permute(0, 3, 1, 2).float())
         state = step.state_tensors()
         kept = [tensor.clone() for tensor in state]
@@ -183,10 +190,12 @@ def warm_up(body: Callable[[], object], stream: torch.cuda.Stream) -> None:
     One side stream for both: autograd remembers the stream on which it first met a weight.
     """
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_STEPS):
-            body()
-    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                body()
+    finally:  # a body that failed has begun steps, which go on writing while they are undone
+        torch.cuda.synchronize()
 
 
 def record(

@@ -87,8 +87,8 @@ def never_began(folder: Path) -> bool:
 def epochs_done(folder: Path) -> int | None:
     """Return how many epochs the checkpoint of a run has behind it, None where none is whole."""
     try:
-        # Mapped, so that tensors are not read.
-        state = torch.load(folder / CHECKPOINT, mmap=True, weights_only=True)
+        # Mapped, so that tensors are not read, wherever they were: a GPU may be in use or missing.
+        state = torch.load(folder / CHECKPOINT, "cpu", mmap=True, weights_only=True)
         return int(state["epoch"])
     except Exception:  # torch.load has no base class for what a damaged file raises
         return None
