@@ -100,6 +100,17 @@ def test_zero_steps_return_the_start_inside_the_range(
 ) -> None:
     expected = (made["images"] + made["noise"][0]).clamp(0, 1)
     assert torch.equal(attack(model, made, steps=0), expected)
+    plain = reference.pgd(
+        model,
+        made["images"],
+        made["labels"],
+        eps=EPS,
+        step_size=STEP,
+        steps=0,
+        start=made["noise"][0],
+        loss=F.cross_entropy,
+    )
+    assert torch.equal(plain, expected)
 
 
 def test_images_of_another_range_are_attacked_in_it(made: dict[str, Tensor]) -> None:
