@@ -38,8 +38,7 @@ def linf_step_torch_(
         nonfinite += grad.isfinite().logical_not().sum()
     per_sample = (-1,) + (1,) * (adv.ndim - 1)
     step_size, eps = step_size.view(per_sample), eps.view(per_sample)
-    # sign() of NaN is 0; the cast comes first because a low precision step would round step_size
-    moved = adv + step_size * grad.sign().to(adv.dtype)
+    moved = adv + step_size * grad.sign()  # sign() of NaN is 0
     moved = torch.minimum(torch.maximum(moved, clean - eps), clean + eps)
     adv.copy_(moved.clamp_(low, high))
 

@@ -152,7 +152,7 @@ class PGD:
 
         Errors: ValueError for images outside [0, 1], negative labels, and what pgd refuses.
         """
-        if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
+        if not bool(((images >= 0) & (images <= 1)).all()):
             low, high = float(images.min()), float(images.max())
             raise ValueError(
                 f"images: pixels reach from {low:.3g} to {high:.3g}; give images in [0, 1] and "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reat_fast import reference
-from reat_fast.attack import PGD, cross_entropy, pgd, with_batch_statistics
+from reat_fast.attack import PGD, cross_entropy, pgd, uniform_noise, with_batch_statistics
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_loss
 
@@ -100,6 +100,57 @@ def test_zero_steps_return_the_start_inside_the_range(
 ) -> None:
     expected = (made["images"] + made["noise"][0]).clamp(0, 1)
     assert torch.equal(attack(model, made, steps=0), expected)
+    plain = reference.pgd(
+        model,
+        made["images"],
+        made["labels"],
+        eps=EPS,
+        step_size=STEP,
+        steps=0,
+        start=made["noise"][0],
+        loss=F.cross_entropy,
+    )
+    assert torch.equal(plain, expected)
+
+
+def test_images_of_another_range_are_attacked_in_it(made: dict[str, Tensor]) -> None:
+    # In float64 no sign turns by the rounding of the change of range, and no pixel by more.
+    model = official.TinyNetwork().eval().double()
+    made = {name: t.double() if t.is_floating_point() else t for name, t in made.items()}
+    for steps in (0, 3):
+        expected = 2 * attack(model, made, steps=steps) - 1
+        found = pgd(
+            lambda images: model((images + 1) / 2),
+            2 * made["images"] - 1,
+            made["labels"],
+            eps=2 * EPS,
+            step_size=2 * STEP,
+            steps=steps,
+            start=2 * made["noise"][0],
+            clip=(-1.0, 1.0),
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+def test_gradients_switched_off_by_the_caller_are_on_in_the_attack(
+    model: nn.Module, made: dict[str, Tensor]
+) -> None:
+    expected = attack(model, made, steps=2)
+    with torch.no_grad():
+        assert torch.equal(attack(model, made, steps=2), expected)
+
+
+def test_the_random_start_is_uniform_in_the_ball_of_each_image() -> None:
+    torch.manual_seed(0)
+    images = torch.zeros(3, 3, 32, 32)
+    unit = uniform_noise(images, 0.5) / 0.5
+    # Five standard errors of the mean and of the mean square of 9,216 numbers in U(-1, 1).
+    assert abs(float(unit.mean())) < 5 * (1 / 3 / 9216) ** 0.5
+    assert abs(float(unit.square().mean()) - 1 / 3) < 5 * (4 / 45 / 9216) ** 0.5
+    assert float(unit.abs().max()) <= 1
+    radii = torch.tensor([0.0, 0.25, 1.0])
+    torch.manual_seed(0)
+    assert torch.equal(uniform_noise(images, radii), unit * radii.view(-1, 1, 1, 1))
 
 
 def test_weights_get_no_gradient_and_modes_stay(made: dict[str, Tensor]) -> None:
@@ -168,6 +219,7 @@ def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
     [
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "images: torch.uint8; divide"),
         ({"images": torch.rand(2, 3, 8, 8) * 255}, "images: pixels reach from"),
+        ({"images": torch.rand(2, 3, 8, 8) - 0.5}, "images: pixels reach from -0."),
         ({"images": torch.full((2, 3, 8, 8), torch.nan)}, "images: pixels reach from nan"),
         ({"labels": torch.tensor([0, -100])}, "labels: -100; must be classes"),
         ({"labels": torch.tensor([0])}, "labels: 1 of them for 2 images"),

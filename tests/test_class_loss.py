@@ -185,6 +185,23 @@ def test_impossible_classes_have_probability_and_gradient_zero(backend: Any, dev
 
 
 @everywhere
+def test_offsets_far_beyond_the_logits_lose_nothing(backend: Any, device: str) -> None:
+    # Sums of whole numbers: exact, and of a size that the exponentials of the logits are not.
+    logits = torch.tensor([[300.0, 0.0, 1.0], [0.0, 1.0, 2.0], [-300.0, 3.0, 1.0]], device=device)
+    labels = torch.tensor([0, 2, 1], device=device)
+    for offset in (-300.0, 300.0):
+        offsets = torch.tensor([offset, 0.0, 2.0], device=device)
+        assert_equals_cross_entropy(logits, labels, {"offsets": offsets}, "mean", backend)
+
+
+@everywhere
+def test_weights_of_low_precision_are_summed_in_float32(backend: Any, device: str) -> None:
+    logits, labels, _ = make_batch(300, 4, torch.float32, device)
+    weights = torch.tensor([0.3, 1.7, 0.9, 1.1], device=device).bfloat16()
+    assert_equals_cross_entropy(logits, labels, {"weights": weights}, "mean", backend)
+
+
+@everywhere
 def test_weights_that_are_zero_take_part_as_in_pytorch(backend: Any, device: str) -> None:
     logits, labels, _ = make_batch(9, 4, torch.float32, device)
     some = torch.tensor([0.0, 2.0, 0.0, 1.0], device=device)
@@ -208,6 +225,10 @@ def test_strided_inputs_are_read_as_they_are_meant(backend: Any, device: str) ->
     wide = torch.full((6, 3), 10**12, device=device)
     wide[:, 1] = labels
     plain = class_loss(logits, labels, backend=backend, **values)
+    for name in ("offsets", "weights"):
+        spread = torch.full((10, 2), float("nan"), device=device)
+        spread[:, 1] = values[name]
+        values[name] = spread[:, 1]
     strided = class_loss(poisoned[2:8, 5:25:2], wide[:, 1], backend=backend, **values)
     assert torch.equal(plain, strided)
 
@@ -235,9 +256,10 @@ def test_nothing_outside_the_logits_is_read_and_a_wrong_label_shows(device: str)
 def test_the_formula_of_the_gradient_is_that_of_autograd(options: str) -> None:
     logits, labels, values = make_batch(11, 6, torch.float64, "cpu", **OPTIONS[options])
     smoothing = values.get("label_smoothing", 0.0)
-    losses, gradient, _ = class_loss_rows_torch(
+    losses, gradient, predictions = class_loss_rows_torch(
         logits, labels, values.get("offsets"), values.get("weights"), smoothing, True
     )
+    assert torch.equal(predictions, logits.argmax(1))  # whatever the offsets
     leaf = logits.clone().requires_grad_()
     exact = exact_loss(leaf, labels, values, "none")
     exact.sum().backward()

@@ -152,6 +152,34 @@ def test_readers_get_what_one_output_would_give_them(
         assert torch.equal(a, b)
 
 
+class _Silent(torch.autograd.Function):
+    """Pass values on, and send no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        return None
+
+
+def test_a_reader_that_sends_no_gradient_back_leaves_none() -> None:
+    given = case({}, True, True)
+    total = _Silent.apply(conv_relu(**given)).sum()  # type: ignore[no-untyped-call]
+    leaves = (given["x"], given["residual"])
+    assert torch.autograd.grad(total, leaves, allow_unused=True) == (None, None)
+
+
+def test_two_gradients_are_summed_in_the_memory_of_the_first() -> None:
+    given = case({}, True, True)
+    outputs = conv_relu_for(2, **given)
+    first, second = (integers(*outputs[0].shape) for _ in outputs)
+    wanted = (first + second) * (outputs[0] > 0)
+    (found,) = torch.autograd.grad(outputs, given["residual"], (first, second))
+    assert torch.equal(found, wanted) and torch.equal(first, wanted)
+
+
 def test_a_second_derivative_is_refused() -> None:
     given = case({}, True, False)
     output = conv_relu(**given)

@@ -56,8 +56,12 @@ def test_only_convolutions_that_gain_by_it_change() -> None:
         nn.Conv2d(4, 8, 7, 2, groups=2),
         nn.Conv2d(1, 8, 3, 2, dilation=2),
         nn.Conv2d(1, 8, 3, 2, padding=1, padding_mode="reflect"),
+        nn.Conv2d(1, 8, 3, (2, 1)),
+        nn.Conv2d(1, 8, 3, 2, padding="valid"),
+        nn.Conv2d(5, 8, 7, 2),
+        nn.Conv2d(4, 8, 7, 2),
     ).requires_grad_(False)
-    assert use_col2im_(network) == [network[0], network[1]]
+    assert use_col2im_(network) == [network[0], network[1], network[-1]]
 
 
 def test_no_gradient_costs_nothing() -> None:

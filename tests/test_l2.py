@@ -122,6 +122,21 @@ def test_each_sample_has_its_step_and_radius(place: Place) -> None:
     assert torch.equal(adv[1], clean[1])  # radius zero
 
 
+@pytest.mark.parametrize("each", ["step", "radius"])
+def test_one_of_step_and_radius_may_be_a_number_for_all(place: Place, each: str) -> None:
+    backend, device = place
+    adv, grad, clean = batch((3, 3, 8, 8), device)
+    own = torch.tensor([0.3, 0.0, 1.0], device=device)
+    step, radius = (own, EPS) if each == "step" else (STEP, own)
+    rows = []
+    for i in range(3):
+        number, length = (float(torch.as_tensor(x).expand(3)[i]) for x in (step, radius))
+        x, g, c = (tensor[i : i + 1] for tensor in (adv, grad, clean))
+        rows.append(by_hand(x, g, c, number, length, (0.0, 1.0)))
+    l2_step_(adv, grad, clean, step, radius, backend=backend)
+    assert (adv.cpu() - torch.cat(rows)).abs().max() <= tolerance(192, 1.0, 1.0)
+
+
 def test_without_gradient_nothing_moves_inside_the_ball(place: Place) -> None:
     backend, device = place
     _, grad, clean = batch((2, 3, 8, 8), device)

@@ -92,6 +92,21 @@ def test_each_sample_has_its_step_and_radius(place: Place) -> None:
     assert torch.equal(adv[1], clean[1])  # radius zero
 
 
+@pytest.mark.parametrize("each", ["step", "radius"])
+def test_one_of_step_and_radius_may_be_a_number_for_all(place: Place, each: str) -> None:
+    backend, device = place
+    adv, grad, clean = batch((3, 3, 8, 8), device)
+    own = torch.tensor([0.02, 0.0, 0.1], device=device)
+    step, radius = (own, EPS) if each == "step" else (STEP, own)
+    steps, radii = (torch.as_tensor(x, device=device).expand(3) for x in (step, radius))
+    rows = [
+        official_step(adv[i : i + 1], grad[i : i + 1], clean[i : i + 1], steps[i], radii[i])  # type: ignore[arg-type]
+        for i in range(3)
+    ]
+    linf_step_(adv, grad, clean, step, radius, backend=backend)
+    assert torch.equal(adv, torch.cat(rows))
+
+
 def test_a_number_a_tensor_and_a_row_of_equal_ones_are_the_same(place: Place) -> None:
     backend, device = place
     results = []
@@ -147,6 +162,7 @@ def test_the_box_may_be_another_one(place: Place) -> None:
 def test_float64_takes_float64_steps(place: Place) -> None:
     backend, device = place
     adv, grad, clean = batch((2, 3, 4, 4), device, torch.float64)
+    grad *= 1e-60  # float32 has no such numbers, and would see no sign
     expected = official_step(adv, grad, clean, STEP, EPS)
     linf_step_(adv, grad, clean, STEP, EPS, backend=backend)
     assert torch.equal(adv, expected)

@@ -539,6 +539,25 @@ def test_one_step_attacks_equal_their_reference(name: Any, step: float, radius: 
     assert farthest > 2 * EPS if name == "n-fgsm" else farthest <= EPS + 1e-12
 
 
+def test_an_attack_maximises_the_loss_of_its_name_summed_over_the_images() -> None:
+    statistics = make_statistics()
+    statistics.next_ae_counts += torch.tensor([30, 1, 20, 0, 9])
+    statistics.end_epoch()
+    made = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 5, generator=made, dtype=torch.float64), torch.arange(6) % 5
+    weights = statistics.weights
+    summed = partial(F.cross_entropy, target=labels, reduction="sum")
+    expected = {
+        "ce": summed(logits),
+        "bsl": summed(logits + torch.tensor(COUNTS, dtype=torch.float64).log()),
+        "rbl": summed(logits, weight=weights.double()),
+        "rbl_offsets": summed(logits + weights.log().double()),
+    }
+    for name, value in expected.items():
+        loss = choose_attack_loss(name, make_network(), statistics, lambda: logits)  # type: ignore[arg-type]
+        torch.testing.assert_close(loss(logits, labels), value, rtol=1e-13, atol=0)
+
+
 def test_starts_have_the_noise_of_their_plan() -> None:
     images = torch.full((64, 3, 8, 8), 0.5)
     torch.manual_seed(1)
@@ -547,6 +566,9 @@ def test_starts_have_the_noise_of_their_plan() -> None:
         noise = plan.draw_start(images) - images
         # 12,288 draws: the deviation of a standard deviation is about 1/157 of it.
         assert float(noise.std()) == pytest.approx(spread, rel=0.04)
+        # As in the official code, PGD's first gradient is taken outside of [0, 1] too.
+        dark = plan.draw_start(torch.zeros(8, 1, 8, 8))
+        assert bool((dark < 0).any()) == (start != "none")
     wide = plan_attack("n-fgsm", eps=EPS, step_size=STEP, steps=1).draw_start(
         torch.zeros(8, 1, 8, 8)
     )

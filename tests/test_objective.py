@@ -101,6 +101,16 @@ def test_counts_below_one_are_taken_as_one() -> None:
     assert torch.equal(*losses)
 
 
+def test_class_sizes_are_not_rounded_to_the_precision_of_the_logits() -> None:
+    made = official.inputs()
+    half = made["logits"].bfloat16()
+    losses = [
+        objective.balanced_softmax_loss(logits, made["labels"], official.COUNTS)
+        for logits in (half, half.float())
+    ]
+    assert losses[0].dtype == torch.float32 and torch.equal(*losses)
+
+
 def test_before_the_first_epoch_the_examples_are_counted_as_the_images() -> None:
     statistics = ClassStatistics(official.COUNTS, torch.device("cpu"))
     expected = torch.from_numpy(reference.rbl_weights(official.COUNTS, official.COUNTS))

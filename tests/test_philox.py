@@ -92,11 +92,20 @@ def test_the_kernel_gives_the_published_words(
         pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
-@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (-1, 3), (2**62 + 12345, 2**31)])
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (-1, 3), (2**62 + 12345, 2**31), (5, -1)])
 def test_the_kernel_draws_the_words_of_pytorch(seed: int, epoch: int, device: str) -> None:
     samples = torch.tensor([0, 1, 49_999, 2**31, 2**32 - 1], device=device)
     expected = philox.random_bits(seed, epoch, samples, philox.START, 32)
     assert torch.equal(words_triton(seed, epoch, samples, philox.START, 0, 8), expected)
+
+
+@pytest.mark.parametrize("batch", [1, philox.SMALL])  # either arithmetic
+def test_of_seed_and_epoch_the_low_bits_count(batch: int) -> None:
+    samples = torch.arange(batch)
+    base = philox.random_bits(-5, 3, samples, philox.START, 4)
+    for seed, epoch in ((2**64 - 5, 3), (-5, 3 - 2**32), (-5, 3 + 2**32)):
+        assert torch.equal(philox.random_bits(seed, epoch, samples, philox.START, 4), base)
+    assert not torch.equal(philox.random_bits(-5 + 2**32, 3, samples, philox.START, 4), base)
 
 
 def test_a_sample_draws_the_same_whatever_the_batch() -> None:
@@ -229,6 +238,14 @@ def test_permutation_depends_on_seed_epoch_and_purpose_only() -> None:
     assert not torch.equal(base, philox.permutation(100, 2, 2))
     assert not torch.equal(base, philox.permutation(100, 1, 3))
     assert not torch.equal(base, philox.permutation(100, 1, 2, purpose=philox.SAMPLER))
+
+
+def test_permutation_goes_by_the_second_word_where_the_first_are_equal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = torch.tensor([[5, 8], [5, 2], [1, FULL], [5, 6]])
+    monkeypatch.setattr(philox, "random_bits", lambda *arguments: words)
+    assert philox.permutation(4, 0, 0).tolist() == [2, 1, 3, 0]
 
 
 def test_permutation_stays_the_same_from_version_to_version() -> None:

@@ -74,6 +74,21 @@ def test_pairwise_tail_is_a_term_per_pair() -> None:
     torch.testing.assert_close(float(found), expected, rtol=1e-12, atol=0)
 
 
+def test_classes_without_images_count_as_classes_of_one() -> None:
+    features = torch.randn(5, 7, dtype=torch.float64)
+    labels, counts = torch.tensor([3, 0, 3, 2, 0]), [8, 4, 0, 0]
+    clamped = [8, 4, 1, 1]
+    for form in ("official", "pairwise"):
+        found, expected = (
+            reference.tail_penalty(features, labels, n, form=form) for n in (counts, clamped)
+        )
+        assert torch.equal(found, expected)
+    losses = [
+        reference.balanced_softmax_loss(features[:, :4], labels, n) for n in (counts, clamped)
+    ]
+    assert torch.equal(*losses)
+
+
 def test_tail_without_tail_classes_is_zero_and_an_unknown_form_is_refused() -> None:
     features = torch.randn(3, 4)
     assert float(reference.tail_penalty(features, torch.tensor([0, 1, 0]), [5, 4, 3, 2])) == 0

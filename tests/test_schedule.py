@@ -27,10 +27,11 @@ def test_onecycle_rises_to_the_peak_and_falls_to_zero() -> None:
     assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0])
 
 
-@pytest.mark.parametrize("warmup", [0.0, 1.0])
-def test_onecycle_without_a_ramp_on_one_side(warmup: float) -> None:
+@pytest.mark.parametrize(("warmup", "first"), [(0.0, 1.0), (1.0, 0.0)])
+def test_onecycle_without_a_ramp_on_one_side(warmup: float, first: float) -> None:
     config = Config(schedule="onecycle", epochs=4, lr=1.0, warmup=warmup)
-    assert learning_rate(config, 2) == pytest.approx(0.5)
+    rates = [learning_rate(config, progress) for progress in (0, 2, 4)]
+    assert rates == pytest.approx([first, 0.5, 0.0])
 
 
 def test_cosine_and_constant() -> None:

@@ -24,8 +24,10 @@ from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.loaders import Batch
 from reat_fast.methods import reference as methods
 from reat_fast.methods.cosine_head import use_cosine_head
+from reat_fast.methods.objectives import Part, make_objective
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
+from reat_fast.objective import ClassStatistics
 from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [40, 24, 12, 7, 4]
@@ -103,6 +105,64 @@ def test_five_steps_equal_five_reference_steps_in_float32() -> None:
     for name in ("stem.conv.weight", "fc.weight"):
         scale = float(plain[name].abs().max())
         torch.testing.assert_close(fused[name], plain[name], rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"lr": 0.25, "momentum": 0.75, "weight_decay": 0.0625},
+        {"lr": 0.25, "momentum": 0.75, "nesterov": True, "weight_decay": 0.0},
+        {"lr": 0.5, "momentum": 0.0},
+    ],
+)
+def test_the_optimizer_is_sgd_with_the_numbers_of_the_configuration(
+    numbers: dict[str, Any],
+) -> None:
+    model = make_model(torch.float64)
+    plain = copy.deepcopy(model)
+    ours = make_optimizer(model, Config(**numbers))
+    theirs = torch.optim.SGD(plain.parameters(), **{"weight_decay": 5e-4, **numbers})
+    for step in range(3):
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            a.grad = torch.full_like(a, 0.5 - step) + a.detach()
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        # A dozen roundings of float64, of numbers below 4.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+CONSTANTS: list[tuple[Any, dict[str, Any]]] = [
+    ("bsl", {"tail": "pairwise", "tail_coefficient": 0.25}),
+    ("bsl", {"label_smoothing": 0.25}),
+    ("trades", {"beta": 2.0}),
+    ("robal", {"margin": 0.5}),
+    ("robal", {"margin_tau": 1.0}),
+    ("robal", {"prior_tau": 0.5}),
+    ("taet", {"second_stage": 0}),
+]
+
+
+@pytest.mark.parametrize(("objective", "constants"), CONSTANTS)
+def test_the_constants_of_an_objective_are_those_of_the_configuration(
+    objective: Any, constants: dict[str, Any]
+) -> None:
+    head = "cosine" if objective == "robal" else "linear"
+    settings: dict[str, Any] = {"tail": "none", **constants}
+    config = Config(objective=objective, head=head, steps=0, **settings)  # type: ignore[arg-type]
+    images, labels = make_batch(torch.float64)
+    model = make_model(torch.float64, head=head)
+    plain = copy.deepcopy(model)
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    outcome = step(images, labels, make_noise(images, 0))
+    statistics = ClassStatistics(COUNTS, torch.device("cpu"), torch.float64)
+    bound = make_objective(objective, plain, statistics, **settings)
+    zero, histogram = torch.tensor(0), torch.zeros(5, dtype=torch.int64)
+    part = Part(images, outcome["images_adv"], labels, len(labels), zero, histogram)
+    _, terms = bound.compute(plain.train().forward_features_logits, part)
+    for name, value in terms.items():
+        torch.testing.assert_close(outcome[name], value.detach(), rtol=1e-12, atol=1e-12)
 
 
 def uint8_batch(gather: bool = True) -> Batch:

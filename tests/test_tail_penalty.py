@@ -238,6 +238,17 @@ def test_one_class_only_tail_and_repeated_classes_equal_the_loop(
 
 @everywhere
 @both_forms
+def test_a_class_of_no_training_images_counts_as_one_of_a_single_one(
+    form: Form, backend: Any, device: str
+) -> None:
+    features, _, counts = make_batch(6, 20, 10, device)
+    counts[8] = 0
+    labels = torch.tensor([8, 9, 8, 0, 8, 2], device=device)
+    assert_equals_loop(features, labels, counts, form, backend)
+
+
+@everywhere
+@both_forms
 def test_equal_features_give_zero_and_huge_features_stay_finite(
     form: Form, backend: Any, device: str
 ) -> None:
@@ -410,8 +421,11 @@ def test_the_gradient_is_computed_only_where_it_is_wanted(
     monkeypatch.setattr(module, "tail_penalty_and_gradient", spy)
     features, labels, counts = make_batch(6, 5, 10)
     without = tail_penalty(features, labels, counts, form=form, backend="triton")
-    wanted = tail_penalty(features.requires_grad_(), labels, counts, form=form, backend="triton")
-    assert asked == [False, True]
+    leaf = features.clone().requires_grad_()
+    with torch.no_grad():
+        tail_penalty(leaf, labels, counts, form=form, backend="triton")
+    wanted = tail_penalty(leaf, labels, counts, form=form, backend="triton")
+    assert asked == [False, False, True]
     assert not without.requires_grad and wanted.requires_grad and wanted.item() == without.item()
 
 

@@ -17,8 +17,12 @@ from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 from reat_fast.models import NAMES, create_model
 from reat_fast.networks.frozen import FrozenNetwork
 
-# Of a batch's 70 images of 8x8, 32 are computed at a time and 6 in the end.
-SHAPES = [(3, 5, 7, 6, 6), (2, 3, 4, 7, 5), (1, 1, 1, 2, 2), (70, 4, 6, 8, 8), (2, 1, 9, 1, 12)]
+# Of a batch's 70 images of 8x8, 32 are computed at a time and 6 in the end; one of 46x46 has more
+# tiles than are meant to be computed at a time.
+SHAPES = [
+    *[(3, 5, 7, 6, 6), (2, 3, 4, 7, 5), (1, 1, 1, 2, 2), (70, 4, 6, 8, 8), (2, 1, 9, 1, 12)],
+    (2, 2, 1, 46, 46),
+]
 
 
 def pair(inputs: int, outputs: int, bias: bool = True) -> tuple[nn.Sequential, nn.Sequential]:
@@ -89,6 +93,7 @@ def test_only_plain_wide_3x3_convolutions_change() -> None:
         nn.Conv2d(narrow, wide, 3, padding=1),
         nn.Conv2d(wide, wide, 3, padding=1, stride=2),
         nn.Conv2d(wide, wide, 3, padding=2, dilation=2),
+        nn.Conv2d(wide, wide, 3, padding=1, dilation=2),
         nn.Conv2d(wide, wide, 3, padding=1, groups=2),
         nn.Conv2d(wide, wide, 3, padding=1, padding_mode="circular"),
         nn.Conv2d(wide, wide, 3, padding="same"),
@@ -101,12 +106,14 @@ def test_only_plain_wide_3x3_convolutions_change() -> None:
     assert list(network.state_dict()) == names
 
 
-def test_images_that_a_tile_hardly_covers_take_conv2d() -> None:
+def test_images_that_a_tile_hardly_covers_and_one_without_a_batch_take_conv2d() -> None:
     plain, quick = pair(4, 3)
     one_pixel = torch.randn(5, 4, 1, 1, dtype=torch.float64)
+    no_batch = torch.randn(4, 8, 8, dtype=torch.float64)
     with mock.patch.object(winograd, "winograd_conv", side_effect=AssertionError):
-        for found, wanted in zip(outcome(quick, one_pixel), outcome(plain, one_pixel), strict=True):
-            assert torch.equal(found, wanted)
+        for x in (one_pixel, no_batch):
+            for found, wanted in zip(outcome(quick, x), outcome(plain, x), strict=True):
+                assert torch.equal(found, wanted)
 
 
 def test_weights_that_ask_for_a_gradient_are_refused() -> None:
