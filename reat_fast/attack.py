@@ -1,4 +1,4 @@
-"""Projected gradient descent in an L-infinity ball: the attack that training and evaluation share.
+"""Projected gradient descent in a ball round each image: what training and evaluation share.
 
 Only the gradient with respect to the images is computed. The images stay in float32 whatever the
 network computes in: a step of 2/255 would be rounded away in bfloat16.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.triton_support import device_number
 
@@ -20,6 +22,10 @@ __all__ = ["PGD", "pgd"]
 
 Classifier = Callable[[Tensor], Tensor]
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
+Norm = Literal["linf", "l2"]
+
+STEPS = {"linf": linf_step_, "l2": l2_step_}
+"""One step of the attack in each norm, in place: along the sign of the gradient, or along it."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,25 +45,30 @@ def pgd(
     loss: AttackLoss | None = None,
     clip: tuple[float, float] = (0.0, 1.0),
     nonfinite: Tensor | None = None,
+    norm: Norm = "linf",
 ) -> Tensor:
-    """Search the L-infinity ball round each image for one that raises the loss.
+    """Search the ball round each image for one that raises the loss.
 
-    images [B, C, H, W] in `clip`; labels int64 [B]. eps and step_size: a number or one per sample,
-    Tensor [B]. start: noise like images that is added before the first step and not clamped then,
-    as in the official REAT code; None draws it from U(-eps, eps). loss(logits, labels) -> scalar
-    that should be a sum over samples; None is cross-entropy. nonfinite: int64 device tensor to
-    which the number of NaN and infinite gradient elements is added.
+    images [B, C, H, W] in `clip`; labels int64 [B]. norm: "linf", or "l2", in which eps and
+    step_size are lengths over a whole image (usual: 128/255 and 15/255). eps and step_size: a
+    number or one per sample, Tensor [B]. start: noise like images that is added before the first
+    step and not clamped then, as in the official REAT code; None draws it evenly from the ball.
+    loss(logits, labels) -> scalar that should be a sum over samples; None is cross-entropy.
+    nonfinite: int64 device tensor to which the number of NaN and infinite gradient elements is
+    added.
     Returns images within eps of the given ones and inside `clip`; the model's mode and its
     gradients are left as they are. Nothing syncs, so images outside `clip` are not found; PGD does.
     Errors: ValueError for images that are not floating-point, labels of another number, a radius,
-    step or number of steps below 0, and under torch.inference_mode, which knows no gradients.
+    step or number of steps below 0, another norm, and under torch.inference_mode, which knows no
+    gradients.
     Source: Madry et al., ICLR 2018; the order of operations is that of the official REAT code.
     """
-    _refuse(images, labels, eps, step_size, steps)
-    noise = uniform_noise(images, eps) if start is None else start
+    _refuse(images, labels, eps, step_size, steps, norm)
+    if start is None:
+        start = uniform_noise(images, eps) if norm == "linf" else l2_noise(images, eps)
     return ascend(
         model,
-        images.detach() + noise,
+        images.detach() + start,
         images.detach(),
         labels,
         eps=eps,
@@ -66,6 +77,7 @@ def pgd(
         loss=cross_entropy if loss is None else loss,
         clip=clip,
         nonfinite=nonfinite,
+        norm=norm,
     )
 
 
@@ -81,6 +93,7 @@ def ascend(
     loss: AttackLoss,
     clip: tuple[float, float] = (0.0, 1.0),
     nonfinite: Tensor | None = None,
+    norm: Norm = "linf",
 ) -> Tensor:
     """Take the steps of pgd from `adv`, noise already added, round `clean`; see pgd."""
     # Once, and not once a step: a number would be written to the device at each of them.
@@ -91,7 +104,7 @@ def ascend(
     for _ in range(steps):
         adv = adv.detach()
         gradient = _input_gradient(model, adv, labels, loss)
-        linf_step_(adv, gradient, clean, step_size, eps, clip=clip, nonfinite=nonfinite)
+        STEPS[norm](adv, gradient, clean, step_size, eps, clip=clip, nonfinite=nonfinite)
     return adv.detach().clamp(*clip)
 
 
@@ -113,7 +126,10 @@ def _refuse(
     eps: float | Tensor,
     step_size: float | Tensor,
     steps: int,
+    norm: str,
 ) -> None:
+    if norm not in STEPS:
+        raise ValueError(f"norm: {norm!r}; give one of {', '.join(STEPS)}")
     if not images.is_floating_point():
         raise ValueError(f"images: {images.dtype}; divide bytes by 255, the attack moves fractions")
     if torch.is_inference_mode_enabled():
@@ -130,7 +146,8 @@ class PGD:
 
     PGD(model, eps=8/255, alpha=2/255, steps=10)(images, labels) returns adversarial images. The
     attack runs in eval mode and every module gets back the mode it had. alpha is the step size;
-    random_start=False begins at the clean images. A model in train mode is one thread's at a time.
+    random_start=False begins at the clean images; norm is that of eps and alpha, see pgd. A model
+    in train mode is one thread's at a time.
     """
 
     def __init__(
@@ -140,12 +157,14 @@ class PGD:
         alpha: float = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
+        norm: Norm = "linf",
     ) -> None:
         self.model = model
         self.eps = eps
         self.alpha = alpha
         self.steps = steps
         self.random_start = random_start
+        self.norm = norm
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return adversarial images [B, C, H, W] for images in [0, 1] and labels [B].
@@ -171,6 +190,7 @@ class PGD:
                 step_size=self.alpha,
                 steps=self.steps,
                 start=None if self.random_start else torch.zeros_like(images),
+                norm=self.norm,
             )
 
 
@@ -207,3 +227,18 @@ def uniform_noise(images: Tensor, eps: float | Tensor) -> Tensor:
     per_image = isinstance(eps, Tensor) and eps.ndim
     radius = eps.to(images.dtype).view(-1, 1, 1, 1) if per_image else eps  # type: ignore[union-attr]
     return (torch.rand_like(images) * 2 - 1) * radius
+
+
+def l2_noise(images: Tensor, eps: float | Tensor) -> Tensor:
+    """Draw evenly from the L2 ball of eps, a number or Tensor [B], by the default generator."""
+    size = images[:1].numel()
+    inside = torch.rand(len(images), dtype=images.dtype, device=images.device)
+    return of_length(torch.randn_like(images), inside ** (1 / max(size, 1)) * eps)
+
+
+def of_length(noise: Tensor, length: float | Tensor) -> Tensor:
+    """Give each row of noise [B, ...] an L2 length, a number or Tensor [B]; 0 stays 0."""
+    lengths = torch.linalg.vector_norm(noise.flatten(1), dim=1)
+    scale = length / lengths.where(lengths > 0, torch.ones_like(lengths))
+    scaled: Tensor = noise * scale.to(noise.dtype).view(-1, *(1,) * (noise.ndim - 1))
+    return scaled

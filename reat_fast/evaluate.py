@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.cli.radius import Radius, fraction_text
+from reat_fast.cli.radius import Radius
 from reat_fast.config import Config, flag, from_json
 from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
+from reat_fast.evaluation.attacks import L2_EPS, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
@@ -104,11 +105,13 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
     attacks: tuple[str, ...] = STANDARD_ATTACKS
-    """clean, fgsm, pgd20, pgd100, cw20, lsa20 (any N), aa (AutoAttack) or aa-package."""
+    """clean, fgsm, pgd20, pgd100, cw20, lsa20, l2pgd20 (any N), aa (AutoAttack) or aa-package."""
     eps: Radius | None = None
     """L-infinity radius, on images in [0, 1]; unset: that of the run, 8/255 of lone weights."""
     step_size: Radius | None = None
     """Step of the PGD, CW and LSA attacks; unset: that of the run, 2/255 of lone weights."""
+    l2_eps: Radius = L2_EPS
+    """L2 radius of l2pgdN, over a whole image; its step is 15/128 of it."""
     restarts: int = 1
     """Random starts of these attacks; an image counts if it withstands them all."""
     precision: Precision | None = None
@@ -147,6 +150,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{flag(name)} {value}: not in [0, 1]")
+        if not 0 <= self.l2_eps <= 1e4:
+            raise ValueError(
+                f"--l2-eps {self.l2_eps}: must be a length, 0 or more; 128/255 is usual"
+            )
         if self.seed is not None:
             Config(seed=self.seed)
         if not self.attacks:
@@ -208,7 +215,10 @@ def _evaluate_run(
         result = evaluate(
             model,
             test,
-            [Attack.from_name(name, told["eps"], told["step_size"]) for name in options.attacks],
+            [
+                Attack.from_name(name, told["eps"], told["step_size"], told["l2_eps"])
+                for name in options.attacks
+            ],
             spec.num_classes,
             eps=told["eps"],
             seed=told["seed"],
@@ -237,6 +247,7 @@ def _conditions(options: Options, config: Config, device: torch.device) -> dict[
     return {
         "eps": config.eps if options.eps is None else options.eps,
         "step_size": config.step_size if options.step_size is None else options.step_size,
+        "l2_eps": options.l2_eps,
         "restarts": options.restarts,
         "precision": options.precision or resolve_precision(config, device),
         "seed": config.seed if options.seed is None else options.seed,
@@ -250,7 +261,7 @@ def _measured_on(result: dict[str, Any], folder: Path, test_images: int) -> str:
     return (
         f"{result['weights']}{'' if epoch is None else f' (epoch {epoch})'} on "
         f"{result['samples']:,} of {test_images:,} test images of {result['dataset']}, "
-        f"eps {fraction_text(result['eps'])}{restarts}"
+        f"{threat_text(result)}{restarts}"
     )
 
 

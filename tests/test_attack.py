@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reat_fast import reference
-from reat_fast.attack import PGD, cross_entropy, pgd, uniform_noise, with_batch_statistics
+from reat_fast.attack import PGD, cross_entropy, l2_noise, pgd, uniform_noise, with_batch_statistics
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_loss
 
@@ -262,3 +262,21 @@ def test_images_of_any_strides_are_attacked_like_their_copies(
         assert torch.equal(found, pgd(model, strided.contiguous(), labels, start=start, steps=2))
     narrow = torch.rand(4, 3, 8, 16)[..., ::2]
     assert pgd(lambda x: x.flatten(1), narrow, torch.arange(4), steps=1).shape == narrow.shape
+
+
+def test_in_l2_the_result_and_its_start_lie_in_the_ball(
+    model: nn.Module, made: dict[str, Tensor]
+) -> None:
+    images, labels = made["images"].double().clamp(0.3, 0.7), made["labels"]
+    model = model.double()
+    radii = torch.linspace(0.1, 1.0, len(images), dtype=torch.float64)
+    torch.manual_seed(0)
+    noise = l2_noise(images, radii).flatten(1).norm(dim=1)
+    assert (noise <= radii).all() and (noise > 0.9 * radii).all()  # so many dimensions: at the edge
+    adv = pgd(model, images, labels, eps=radii, step_size=0.1, steps=10, norm="l2")
+    lengths = (adv - images).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, radii)  # reached by so many steps
+    before = cross_entropy(model(images), labels)
+    assert cross_entropy(model(adv), labels).item() > before.item()
+    with pytest.raises(ValueError, match="^norm: 'l1'; give one of linf, l2$"):
+        pgd(model, images, labels, norm="l1")  # type: ignore[arg-type]

@@ -8,9 +8,10 @@ import torch
 from made_data import made_images
 from torch import Tensor, nn
 
+from reat_fast.attack import PGD
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import evaluate
-from reat_fast.evaluation.attacks import Attack, cw_loss, lsa_loss, margin
+from reat_fast.evaluation.attacks import L2_EPS, Attack, cw_loss, lsa_loss, margin, threat_text
 from reat_fast.evaluation.victim import attacked
 from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
@@ -24,9 +25,33 @@ def test_attacks_by_name() -> None:
     assert Attack.from_name("pgd20", EPS, STEP) == Attack("pgd20", 20, STEP, random_start=True)
     assert Attack.from_name("cw20", EPS, STEP) == Attack("cw20", 20, STEP, True, loss="cw")
     assert Attack.from_name("lsa7", EPS, STEP) == Attack("lsa7", 7, STEP, True, loss="lsa")
-    for name in ("pgd", "pgd0", "pgd-1", "PGD20", "aaa", "cw", "lsa0", "autoattack", "pgd20 "):
+    in_l2 = Attack.from_name("l2pgd20", EPS, STEP, l2_eps=0.5)
+    assert in_l2 == Attack("l2pgd20", 20, 0.5 * 15 / 128, True, l2_eps=0.5)
+    assert (in_l2.norm, in_l2.radius(EPS)) == ("l2", 0.5)
+    for name in (
+        "l2",
+        "l2pgd",
+        "l2cw20",
+        "pgd",
+        "pgd0",
+        "pgd-1",
+        "PGD20",
+        "aaa",
+        "cw",
+        "lsa0",
+        "autoattack",
+        "pgd20 ",
+    ):
         with pytest.raises(ValueError, match=f"unknown attack '{name}'; attacks are clean, fgsm"):
             Attack.from_name(name, EPS, STEP)
+
+
+def test_figures_name_the_ball_of_their_attack() -> None:
+    told = {"eps": 8 / 255, "step_size": 2 / 255, "l2_eps": 0.5, "attacks": {"pgd20": {}}}
+    assert threat_text(told) == "L-infinity eps 8/255, step 2/255"
+    told["attacks"] = {"pgd20": {}, "l2pgd20": {}}
+    assert threat_text(told) == "L-infinity eps 8/255, step 2/255; L2 eps 0.5, step 0.0585938"
+    assert [threat_text(told, name) for name in ("pgd20", "l2pgd20")] == ["eps 8/255", "L2 eps 0.5"]
 
 
 def test_an_attack_says_what_it_costs() -> None:
@@ -129,6 +154,36 @@ def test_the_images_are_those_of_torchattacks(
     # Ours steps by the float32 number nearest to eps, theirs by the double: 4e-9 apart, five times.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-8)
     assert torch.equal(clean, untouched) and not torch.equal(ours, clean)
+
+
+def test_attacks_in_l2_are_a_plain_loop_from_the_edge_of_the_ball(
+    model: nn.Module, image_set: ImageSet
+) -> None:
+    clean, start, labels = clean_and_start(image_set)
+    attack = Attack.from_name("l2pgd5", EPS, STEP)
+    adv = attack.begin(clean, start)
+    lengths = (adv - clean).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, L2_EPS))
+    for _ in range(5):
+        leaf = adv.clone().requires_grad_()
+        total = nn.functional.cross_entropy(model(leaf), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(total, leaf)
+        length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        moved = adv + 15 / 255 * gradient / length
+        adv = (clean + (moved - clean).renorm(2, 0, L2_EPS)).clamp(0, 1)
+    with attacked(model) as victim:
+        ours = attack.perturb(victim, clean, start, labels, EPS)
+    torch.testing.assert_close(ours, adv, rtol=0, atol=1e-6)  # renorm adds 1e-7 to the length
+
+
+def test_the_images_in_l2_are_those_of_torchattacks(model: nn.Module, image_set: ImageSet) -> None:
+    torchattacks = pytest.importorskip("torchattacks")
+    clean, _, labels = clean_and_start(image_set)
+    clean = clean.contiguous()
+    theirs = torchattacks.PGDL2(model, eps=0.5, alpha=0.1, steps=5, random_start=False)
+    ours = PGD(model, eps=0.5, alpha=0.1, steps=5, random_start=False, norm="l2")
+    # The package adds 1e-10 to the length of a gradient.
+    torch.testing.assert_close(ours(clean, labels), theirs(clean, labels), rtol=0, atol=1e-6)
 
 
 def test_cw_is_a_plain_loop_over_the_margin(model: nn.Module, image_set: ImageSet) -> None:

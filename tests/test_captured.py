@@ -120,13 +120,13 @@ def batch(victim: Victim, image_set: ImageSet, rows: Tensor) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("name", ["fgsm", "pgd5", "cw3", "lsa3"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd5", "cw3", "lsa3", "l2pgd4"])
 def test_replayed_steps_equal_eager_ones_bit_for_bit(
     graphs: list[FakeGraph], image_set: ImageSet, name: str, precision: Precision
 ) -> None:
     with attacked(make_model(), precision) as victim:
         first = batch(victim, image_set, torch.arange(SIZE))
-        ascent = CapturedAscent(victim, attack(name).loss, SIZE, first[0])
+        ascent = CapturedAscent(victim, attack(name).loss, SIZE, first[0], attack(name).norm)
         for given in (first, batch(victim, image_set, torch.arange(SIZE) + 11)):
             untouched = [tensor.clone() for tensor in given]
             expected = attack(name).perturb(victim, *given, EPS)
@@ -175,7 +175,7 @@ def test_an_evaluation_from_graphs_is_that_of_the_cpu(
     image_set: ImageSet,
     dtype: torch.dtype,
 ) -> None:
-    names = ("clean", "fgsm", "pgd5", "pgd7", "cw5", "lsa5")
+    names = ("clean", "fgsm", "pgd5", "pgd7", "cw5", "lsa5", "l2pgd5")
 
     def evaluated() -> tuple[dict[str, Any], int, list[int]]:
         seen: list[int] = []
@@ -195,11 +195,11 @@ def test_an_evaluation_from_graphs_is_that_of_the_cpu(
 
     replayed = evaluated()
     # FGSM alone would not be worth a graph: it has four steps.
-    assert len(graphs) == 3 and not any(graph.open for graph in graphs)
+    assert len(graphs) == 4 and not any(graph.open for graph in graphs)
     assert all(graph.replays > 20 for graph in graphs)
     monkeypatch.setattr(captured, "can_capture", lambda device: False)
     assert evaluated() == replayed
-    assert len(graphs) == 3
+    assert len(graphs) == 4
     robust = [replayed[0]["attacks"][name]["overall"] for name in names]
     assert robust[0] == 100 and len(set(robust)) > 3 and min(robust) > 0
 
@@ -241,7 +241,7 @@ def test_what_a_graph_cannot_take_is_refused(graphs: list[FakeGraph], image_set:
             (attack("pgd5"), (clean, start[:3], labels), "starts are"),
             (attack("pgd5"), (clean.to("meta"), start, labels), "on meta"),
             (attack("pgd5"), (clean, start, labels.int()), "labels are torch.int32"),
-            (attack("cw5"), (clean, start, labels), "cw5: steps on the loss pgd were captured"),
+            (attack("cw5"), (clean, start, labels), "cw5: steps on the loss pgd in linf were"),
             (attack("clean"), (clean, start, labels), "clean: steps on the loss pgd"),
         ]
         for chosen, given, message in changes:

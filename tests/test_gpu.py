@@ -213,7 +213,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return losses
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd10", "cw10", "lsa10"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd10", "cw10", "lsa10", "l2pgd10"])
 def test_replayed_attacks_equal_launched_ones(name: str, reproducible: None) -> None:
     with attacked(make_victim().cuda()) as victim:
         images = labelled_images(2 * BATCH)
@@ -221,7 +221,7 @@ def test_replayed_attacks_equal_launched_ones(name: str, reproducible: None) -> 
             tuple(tensor.cuda() for tensor in batch(victim, images, rows))
             for rows in (torch.arange(BATCH), torch.arange(BATCH) + BATCH, torch.arange(5))
         )
-        ascent = CapturedAscent(victim, attack(name).loss, BATCH, whole[0])
+        ascent = CapturedAscent(victim, attack(name).loss, BATCH, whole[0], attack(name).norm)
         for given in (whole, second):
             expected = attack(name).perturb(victim, *given, EPS)
             assert torch.equal(ascent.perturb(attack(name), *given, EPS), expected)

@@ -19,7 +19,9 @@ def fraction(text: str) -> float:
 def fraction_text(value: float) -> str:
     """Write a radius the way the field does: 8/255 where it is one, the plain number elsewhere."""
     levels = value * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-9 else f"{value:g}"
+    if value < 1 and abs(levels - round(levels)) < 1e-9:
+        return f"{round(levels)}/255"
+    return f"{value:g}"
 
 
 Radius = Annotated[

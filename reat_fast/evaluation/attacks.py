@@ -1,47 +1,63 @@
-"""The attacks that the field reports, by name: clean, FGSM, PGD-N, CW-N, LSA-N and AutoAttack.
+"""The attacks that the field reports: clean, FGSM, PGD-N, CW-N, LSA-N, PGD-N in L2 and AutoAttack.
 
-All but AutoAttack are signed gradient ascent with different losses, judged at their last step;
+All but AutoAttack are projected gradient ascent with different losses, judged at their last step;
 AutoAttack, which the names aa and aa-package stand for, has a module of its own.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reat_fast.attack import AttackLoss, ascend, cross_entropy
+from reat_fast.attack import AttackLoss, Norm, ascend, cross_entropy, of_length
+from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.victim import Victim
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 
-NAMES = "clean, fgsm, pgdN, cwN, lsaN (N steps: pgd20, pgd100, cw20, lsa20), aa or aa-package"
+NAMES = (
+    "clean, fgsm, pgdN, cwN, lsaN, l2pgdN (N steps: pgd20, pgd100, cw20, lsa20, l2pgd20), aa or "
+    "aa-package"
+)
 AUTOATTACKS = ("aa", "aa-package")
 CW_CONFIDENCE = 50.0
 LSA_SCALE = 10.0
+L2_EPS = 128 / 255
+"""The L2 radius that the field tests CIFAR-sized images with."""
+L2_STEP = 15 / 128
+"""Step of l2pgdN over its radius: 15/255 of 128/255 (Rice et al., ICML 2020)."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack of an evaluation: steps of signed gradient ascent on a loss, or AutoAttack."""
+    """One attack of an evaluation: steps of gradient ascent on a loss, or AutoAttack."""
 
     name: str
     steps: int
     step_size: float
     random_start: bool
     loss: str = "pgd"
+    l2_eps: float | None = None
+    """Radius of an attack in L2, whose step_size is an L2 length too; None: it is in L-infinity."""
 
     @classmethod
-    def from_name(cls, name: str, eps: float, step_size: float) -> Attack:
+    def from_name(cls, name: str, eps: float, step_size: float, l2_eps: float = L2_EPS) -> Attack:
         """Read an attack by name; eps and step_size in the units of images in [0, 1].
 
         clean: no attack. fgsm: one step of eps from the clean image (Goodfellow et al., 2015).
         pgdN: N steps of step_size on the cross-entropy from a random start (Madry et al., 2018).
         cwN: the same on the margin of Carlini and Wagner (2017). lsaN: the same on scaled logits
-        (Hitaj et al., 2021). aa, aa-package: AutoAttack, ours and that of pyautoattack.
+        (Hitaj et al., 2021). l2pgdN: pgdN along the gradient in the L2 ball of l2_eps, for models
+        trained in L-infinity a threat they have not met. aa, aa-package: AutoAttack, ours and that
+        of pyautoattack.
         Errors: ValueError listing the names.
         """
+        if match := re.fullmatch(r"l2pgd([1-9]\d{0,3})", name):
+            return cls(name, int(match[1]), L2_STEP * l2_eps, random_start=True, l2_eps=l2_eps)
         match = re.fullmatch(r"(pgd|cw|lsa)([1-9]\d{0,3})", name)
         if match:
             return cls(name, int(match[2]), step_size, random_start=True, loss=match[1])
@@ -56,24 +72,63 @@ class Attack:
         """Forward passes that an image costs, the verdict included; AutoAttack counts its own."""
         return self.steps * WITH_GRADIENT + FORWARD
 
+    @property
+    def norm(self) -> Norm:
+        """The norm of the ball that is searched."""
+        return "linf" if self.l2_eps is None else "l2"
+
+    def radius(self, eps: float) -> float:
+        """Return the radius of that ball, where L-infinity has eps."""
+        return eps if self.l2_eps is None else self.l2_eps
+
     def begin(self, clean: Tensor, start: Tensor) -> Tensor:
-        """Return where the first step begins: at `start`, clean plus noise, or at the images."""
-        return start if self.random_start else clean
+        """Return where the first step begins: at `start`, clean plus noise, or at the images.
+
+        In L2 the noise is stretched to the radius: of a ball in so many dimensions nearly all is
+        there.
+        """
+        if not self.random_start:
+            return clean
+        return start if self.l2_eps is None else clean + of_length(start - clean, self.l2_eps)
 
     def perturb(
         self, victim: Victim, clean: Tensor, start: Tensor, labels: Tensor, eps: float
     ) -> Tensor:
-        """Return adversarial images for clean ones [B, C, H, W]; start is clean plus noise."""
+        """Return adversarial images for clean ones [B, C, H, W]; start is clean plus noise.
+
+        eps: the L-infinity radius.
+        """
         return ascend(
             victim,
             self.begin(clean, start).clone(),  # ascend writes into it
             clean,
             labels,
-            eps=eps,
+            eps=self.radius(eps),
             step_size=self.step_size,
             steps=self.steps,
             loss=LOSSES[self.loss],
+            norm=self.norm,
         )
+
+
+def threat_text(evaluation: Mapping[str, Any], attack: str | None = None) -> str:
+    """Say in which ball an attack of an evaluation searched; None: all of them, with their steps.
+
+    evaluation: what evaluation.json holds.
+    """
+    l2_eps = evaluation.get("l2_eps", L2_EPS)
+    if attack is not None:
+        in_l2 = attack.startswith("l2")
+        return (
+            f"L2 eps {fraction_text(l2_eps)}"
+            if in_l2
+            else f"eps {fraction_text(evaluation['eps'])}"
+        )
+    eps, step = (fraction_text(evaluation[name]) for name in ("eps", "step_size"))
+    text = f"L-infinity eps {eps}, step {step}"
+    if any(name.startswith("l2") for name in evaluation["attacks"]):
+        text += f"; L2 eps {fraction_text(l2_eps)}, step {fraction_text(L2_STEP * l2_eps)}"
+    return text
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

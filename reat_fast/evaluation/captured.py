@@ -1,9 +1,9 @@
-"""Signed gradient ascent from a CUDA graph: one step, captured once and replayed for every step.
+"""Gradient ascent from a CUDA graph: one step, captured once and replayed for every step.
 
 Launching the kernels of a step takes longer than running them where the network computes in
 bfloat16. Radius, step size and number of steps are no part of the graph, so that all attacks with
-one loss share it. Images do not meet in an attack: a short batch is filled up with copies of its
-rows, which are cut off again.
+one loss in one norm share it. Images do not meet in an attack: a short batch is filled up with
+copies of its rows, which are cut off again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from reat_fast.attack import ascend
+from reat_fast.attack import Norm, ascend
 from reat_fast.engine.graph import (
     WARM_UP_STEPS,
     attack_stream,
@@ -34,15 +34,17 @@ WORTHWHILE_STEPS = 4 * (WARM_UP_STEPS + 2)
 
 
 class CapturedAscent:
-    """Replay one step of ascent on batches of one shape, for all attacks with one loss.
+    """Replay one step of ascent on batches of one shape, for all attacks with one loss and norm.
 
     loss: a name in attacks.LOSSES. size: images of a whole batch; clean [B, C, H, W]: images of the
     batches to come, on a CUDA device, whose number and values do not matter.
     Errors: RuntimeError for a network that cannot be captured.
     """
 
-    def __init__(self, victim: Victim, loss: str, size: int, clean: Tensor) -> None:
-        self.loss = loss
+    def __init__(
+        self, victim: Victim, loss: str, size: int, clean: Tensor, norm: Norm = "linf"
+    ) -> None:
+        self.loss, self.norm = loss, norm
         self._victim = victim
         shape, strides = (size, *clean.shape[1:]), (clean[0].numel(), *clean.stride()[1:])
         self._clean = clean.new_empty_strided(shape, strides).zero_()
@@ -65,12 +67,16 @@ class CapturedAscent:
         _fill_(self._adv, attack.begin(clean, start))
         _fill_(self._clean, clean)
         _fill_(self._labels, labels)
-        self._eps.fill_(eps)
+        self._eps.fill_(attack.radius(eps))
         self._step_size.fill_(attack.step_size)
         for _ in range(attack.steps):
             self._graph.replay()
             self._victim.count(len(clean) * WITH_GRADIENT)
         return self._outcome[: len(clean)].clone()
+
+    def serves(self, attack: Attack) -> bool:
+        """Say whether the steps of an attack are those that were captured."""
+        return attack.loss == self.loss and attack.norm == self.norm
 
     def close(self) -> None:
         """Free the graph and its memory."""
@@ -98,11 +104,14 @@ class CapturedAscent:
             step_size=self._step_size,
             steps=1,
             loss=LOSSES[self.loss],
+            norm=self.norm,
         )
 
     def _refuse_changes(self, attack: Attack, clean: Tensor, start: Tensor, labels: Tensor) -> None:
-        if attack.loss != self.loss or attack.steps < 1:
-            raise ValueError(f"{attack.name}: steps on the loss {self.loss} were captured")
+        if not self.serves(attack) or attack.steps < 1:
+            raise ValueError(
+                f"{attack.name}: steps on the loss {self.loss} in {self.norm} were captured"
+            )
         for name, given, fixed in (
             ("clean images", clean, self._clean),
             ("starts", start, self._clean),
@@ -121,8 +130,8 @@ class CapturedAscent:
 class Ascents:
     """Take the steps of attacks on one victim, from a graph on a GPU where that is worth it.
 
-    size: images of a whole batch. There is one graph at a time, that of the last loss; leaving the
-    block frees it.
+    size: images of a whole batch. There is one graph at a time, that of the last loss and norm;
+    leaving the block frees it.
     """
 
     def __init__(self, victim: Victim, size: int) -> None:
@@ -164,13 +173,15 @@ class Ascents:
     ) -> CapturedAscent | None:
         if not can_capture(clean.device) or not attack.steps or self._failed:
             return None
-        if self._captured is not None and self._captured.loss == attack.loss:
+        if self._captured is not None and self._captured.serves(attack):
             return self._captured
         if steps_in_all < WORTHWHILE_STEPS:
             return None
         self._close()
         try:
-            self._captured = CapturedAscent(self._victim, attack.loss, self._size, clean)
+            self._captured = CapturedAscent(
+                self._victim, attack.loss, self._size, clean, attack.norm
+            )
         except RuntimeError as error:
             self._failed = True
             torch.cuda.synchronize()  # steps begun in vain write to memory that is freed now

@@ -23,7 +23,7 @@ DECODED = 64
 
 CONDITIONS = (
     *("weights", "weights_sha256", "dataset", "samples", "images_sha256"),
-    *("eps", "step_size", "restarts", "precision", "seed"),
+    *("eps", "step_size", "l2_eps", "restarts", "precision", "seed"),
 )
 """What attacks in one file share; what a file of another version does not hold is not compared."""
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reat_fast.cli.radius import fraction_text
 from reat_fast.config import Config, from_json
+from reat_fast.evaluation.attacks import threat_text
 from reat_fast.evaluation.figures import largest_first
 from reat_fast.evaluation.saved import of_these_weights
 from reat_fast.sources.longtail import by_falling_size
@@ -83,8 +83,7 @@ class RunRecord:
         epoch = "" if self.weights_epoch is None else f" of epoch {self.weights_epoch}"
         return (
             f"{told.get('dataset', self.config.dataset)}, {told['samples']:,} test images, "
-            f"L-infinity eps {fraction_text(told['eps'])}, "
-            f"step {fraction_text(told.get('step_size', self.config.step_size))}, "
+            f"{threat_text({'step_size': self.config.step_size, **told})}, "
             f"{told.get('weights', 'weights')}{epoch}, {told.get('device', 'unknown device')}"
         )
 

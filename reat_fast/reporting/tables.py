@@ -11,6 +11,7 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.config import LOCAL_FIELDS
+from reat_fast.evaluation.attacks import L2_EPS
 from reat_fast.evaluation.figures import MAIN_ATTACK, largest_first
 from reat_fast.reporting.data import PARTS, TAIL80, RunRecord
 from reat_fast.sources.longtail import head_body_tail
@@ -20,7 +21,7 @@ Table = list[list[str]]
 
 PROTOCOL = {
     **{"dataset": None, "samples": None, "images_sha256": None},
-    **{"eps": None, "step_size": None, "restarts": 1},
+    **{"eps": None, "step_size": None, "l2_eps": L2_EPS, "restarts": 1},
 }
 """What two evaluations must have in common for their figures to be averaged, and what they mean
 where they do not say it."""
@@ -84,9 +85,11 @@ def part_of_class(num_classes: int) -> list[str]:
 
 
 def attack_title(name: str) -> str:
-    """Write an attack's name as papers do: pgd20 is PGD-20, aa AutoAttack."""
+    """Write an attack's name as papers do: pgd20 is PGD-20, l2pgd20 L2 PGD-20, aa AutoAttack."""
     known = {"clean": "Clean", "aa": "AutoAttack"}
-    return known.get(name) or re.sub(r"^([A-Z]+)(\d+)$", r"\1-\2", name.upper())
+    return known.get(name) or re.sub(
+        r"^(L2)?([A-Z]+)(\d+)$", lambda m: f"{'L2 ' if m[1] else ''}{m[2]}-{m[3]}", name.upper()
+    )
 
 
 def main_attack(evaluation: dict[str, Any]) -> str:
@@ -184,7 +187,7 @@ def setting_text(name: str, value: object) -> str:
         return "unset"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name in ("eps", "step_size") and isinstance(value, float):
+    if name in ("eps", "step_size", "l2_eps") and isinstance(value, float):
         return fraction_text(value)
     if name == "images_sha256":
         return str(value)[:12]

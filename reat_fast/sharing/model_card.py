@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from reat_fast.cli.radius import fraction_text
+from reat_fast.evaluation.attacks import threat_text
 from reat_fast.reporting.data import PARTS
 from reat_fast.reporting.tables import markdown, markdown_text, mean_text
 
@@ -73,7 +74,7 @@ def _metrics(evaluation: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _title(attack: str, evaluation: dict[str, Any]) -> str:
-    return attack if attack == "clean" else f"{attack}, eps {fraction_text(evaluation['eps'])}"
+    return attack if attack == "clean" else f"{attack}, {threat_text(evaluation, attack)}"
 
 
 def _summary(description: dict[str, Any]) -> str:
@@ -103,8 +104,8 @@ def _accuracy(evaluation: dict[str, Any] | None) -> str:
         rows.append([part, *(mean_text([value]) for value in values)])
     tested = f"{evaluation['samples']:,} test images of {markdown_text(evaluation['dataset'])}"
     return (
-        f"{markdown(rows)}\nIn %, on {tested}; attacks within L-infinity eps "
-        f"{fraction_text(evaluation['eps'])}, step {fraction_text(evaluation['step_size'])}. "
+        f"{markdown(rows)}\nIn %, on {tested}; attacks within "
+        f"{threat_text(evaluation)}. "
         "Balanced is the mean over classes; head, body and tail are the first, middle and last "
         "third of them. A stronger attack than those named may find lower figures."
     )

@@ -11,6 +11,7 @@ from reat_fast import checkpoint
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.evaluation.attacks import L2_EPS
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
 from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_the_end
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
@@ -119,6 +120,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "train_counts": run.splits.counts,
         "eps": config.eps,
         "step_size": config.step_size,
+        "l2_eps": L2_EPS,
         "restarts": 1,
         "precision": precision,
         "seed": config.seed,
