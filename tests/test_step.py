@@ -21,6 +21,7 @@ from reat_fast.config import PRESETS, Config, parse
 from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.distributed import World
 from reat_fast.engine.reference_step import ReferenceStep
+from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.methods import reference as methods
 from reat_fast.methods.cosine_head import use_cosine_head
@@ -278,6 +279,18 @@ def test_statistics_are_those_of_the_official_loop() -> None:
     # The official arithmetic is float32: 1 - beta^a keeps 6e-8 of an a/n that is at least 1/40.
     torch.testing.assert_close(step.statistics.weights, expected, rtol=1e-5, atol=1e-7)
     assert int(step.epoch) == 1
+
+
+@pytest.mark.parametrize("attack", ["pgd", "free"])
+def test_an_epoch_begins_with_nothing_summed(attack: Any) -> None:
+    config = Config(attack=attack, replays=2)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    images, labels = make_batch()
+    step(images * math.nan, labels, make_noise(images, 0))
+    first = step.end_epoch()
+    assert math.isnan(first["loss"]) and first["nonfinite"] > 0 and int(step.epoch) == 1
+    assert not any(step.running_means().values()) and int(step.bad_step) == -1
+    assert step.end_epoch()["nonfinite"] == 0
 
 
 def test_the_reference_step_follows_the_fused_one() -> None:
@@ -571,6 +584,38 @@ def test_a_one_step_attack_of_radii_per_class_is_made_of_multiples_of_each(
         assert distance <= min(noise + step_size, radius) * radii[label] + 1e-7
 
 
+STARTS = [
+    ("pgd", "uniform", "uniform", 1.0),
+    ("pgd", "normal", "normal", 0.001 / Config().eps),
+    ("pgd", "none", "none", 0.0),
+    ("fgsm-rs", "uniform", "uniform", 1.0),
+    ("n-fgsm", "uniform", "uniform", 2.0),
+]
+
+
+@pytest.mark.parametrize(("attack", "start", "noise", "scale"), STARTS)
+def test_the_start_of_a_loaders_batch_is_that_of_the_attack(
+    attack: Any, start: Any, noise: Any, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(attack=attack, start=start, steps=1, seed=3)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    step.epoch.fill_(2)
+    begun = []
+
+    def spy(images: Tensor, labels: Tensor, adv_start: Tensor, **rest: Any) -> Tensor:
+        begun.append(adv_start.clone())
+        return examples(images, labels, adv_start, **rest)
+
+    examples = step.attack.examples
+    monkeypatch.setattr(step.attack, "examples", spy)
+    batch = uint8_batch()
+    step.train_on(batch)
+    _, expected = prepare(batch.images, batch.indices, 3, 2, scale * config.eps, noise=noise)
+    # Only one-step attacks bring it into [0, 1] before the first gradient.
+    assert torch.equal(begun[0], expected if attack == "pgd" else expected.clamp(0, 1))
+    assert start == "none" or bool(((expected < 0) | (expected > 1)).any())
+
+
 def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None:
     config = Config(attack="free", replays=2, lr=0.01, precision="float32", batch_size=8)
     step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
@@ -581,6 +626,19 @@ def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None
     again = step.train_on(uint8_batch())
     assert torch.equal(again["images_adv"], first["images_adv"])
     assert torch.equal(again["logits"], first["logits"])
+
+
+def test_a_step_trains_in_train_mode_whatever_the_mode_before() -> None:
+    images, labels = make_batch()
+    logits = []
+    for training in (True, False):
+        step = TrainStep(
+            model := make_model(), make_optimizer(model, Config()), COUNTS, Config(steps=1)
+        )
+        model.train(training)
+        logits.append(step(images, labels, make_noise(images, 0))["logits"])
+        assert all(module.training for module in model.modules())
+    assert torch.equal(*logits)
 
 
 def test_labels_of_another_number_are_refused() -> None:
