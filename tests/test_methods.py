@@ -436,6 +436,12 @@ def test_the_cosine_head_gives_scaled_cosines_less_the_prior_and_gives_the_cosin
     assert bool((expected.abs() < 1).all())
 
 
+def test_the_cosine_head_takes_a_class_without_images_for_one_of_a_single_one() -> None:
+    head = CosineHead(4, 3)
+    head.compensate_([6, 3, 0], 0.5)
+    torch.testing.assert_close(head.compensation, 0.5 * torch.tensor([0.6, 0.3, 0.1]).log())
+
+
 def test_the_cosine_head_draws_its_weights_as_the_official_code() -> None:
     torch.manual_seed(2)
     weights = CosineHead(64, 100).weight.detach()
@@ -563,7 +569,9 @@ def test_starts_have_the_noise_of_their_plan() -> None:
     torch.manual_seed(1)
     for start, spread in (("uniform", EPS / math.sqrt(3)), ("normal", 0.001), ("none", 0.0)):
         plan = plan_attack("pgd", eps=EPS, step_size=STEP, steps=1, start=start)  # type: ignore[arg-type]
-        noise = plan.draw_start(images) - images
+        begin = plan.draw_start(images)
+        assert begin.data_ptr() != images.data_ptr()  # an attack works in place
+        noise = begin - images
         # 12,288 draws: the deviation of a standard deviation is about 1/157 of it.
         assert float(noise.std()) == pytest.approx(spread, rel=0.04)
         # As in the official code, PGD's first gradient is taken outside of [0, 1] too.
