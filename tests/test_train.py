@@ -19,7 +19,9 @@ from made_run import run
 from torch import Tensor
 
 from reat_fast import checkpoint, train
+from reat_fast.data import make_splits
 from reat_fast.evaluate import evaluate
+from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.data import read_run
 from reat_fast.reporting.probe import probe_run
@@ -314,6 +316,28 @@ def test_an_epoch_is_chosen_once_the_learning_rate_has_fallen(
     assert run(*arguments, "--run-dir", run_dir) == 0
     assert [float(row["eval_robust"]) for row in rows(run_dir)] == found
     assert json.loads((run_dir / "evaluation.json").read_text())["weights_epoch"] == chosen
+
+
+def test_a_run_is_made_of_what_its_flags_say(data: Path, tmp_path: Path) -> None:
+    flags = "--seed 5 --split-seed 7 --held-out 0.2 --sampler progressive --epochs 3 --drop-last"
+    head = "--head cosine --head-scale 7 --post-tau 0.5 --objective ce --tail none"
+    arguments = ["reat", *SMALL, *flags.split(), *head.split(), "--data", str(data)]
+    planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
+    order, splits = planned.order, planned.splits
+    assert (order.sampler, order.seed, order.epochs, order.drop_last) == ("progressive", 5, 3, True)
+    expected = make_splits(planned.dataset, imbalance=0.1, held_out=0.2, seed=7)
+    assert splits.fingerprint == expected.fingerprint
+    count = len(splits.train)
+    assert len(order) == planned.batches == count // 16 > 1
+    assert [planned.images_in(batch) for batch in (0, count // 16)] == [16, count % 16]
+    torch.manual_seed(5)
+    drawn = next(planned.spec.build().parameters())
+    assert torch.equal(next(planned.model.parameters()), drawn)
+    prior = torch.tensor(splits.counts).double() / count
+    classifier = planned.model.fc
+    assert isinstance(classifier, CosineHead) and float(classifier.scale) == 7
+    torch.testing.assert_close(classifier.compensation, (0.5 * prior.log()).float())
+    planned.close()
 
 
 def test_limit_batches_shortens_epochs_and_evaluations(data: Path, tmp_path: Path) -> None:
