@@ -529,6 +529,35 @@ def test_step_sizes_are_checked_when_the_paper_says() -> None:
     assert sorted(apgd._checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
+def test_steps_are_halved_under_the_two_conditions_of_the_paper() -> None:
+    # Of 16 steps 12 have to raise the loss: then it stands after 13; or it was halved just before,
+    # or its best loss is a new one.
+    rises, was_halved = torch.tensor([12, 13, 13, 13]), torch.tensor([True, True, False, False])
+    ones, zeros = torch.ones(4, 1, 1, 1), torch.zeros(4, 1, 1, 1)
+    best_loss, checked_loss = torch.full((4,), 5.0), torch.tensor([5.0, 5.0, 5.0, 4.0])
+    search = apgd._Search(
+        *(torch.arange(4) for _ in range(3)),
+        clean=zeros,
+        adv=zeros,
+        before=zeros,
+        gradient=zeros,
+        loss=torch.zeros(4),
+        best=ones,
+        best_gradient=ones,
+        best_loss=best_loss,
+        step_size=torch.ones(4),
+        rises=rises,
+        was_halved=was_halved,
+        checked_loss=checked_loss,
+    )
+    apgd._halve_steps(search, 16)
+    assert search.step_size.tolist() == [0.5, 1.0, 0.5, 1.0]
+    assert search.was_halved.tolist() == [True, False, True, False]
+    for values in (search.adv, search.gradient, search.loss / 5):
+        assert values.flatten().tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert not search.rises.any() and search.checked_loss.tolist() == [5.0] * 4
+
+
 def test_the_targeted_dlr_loss_by_hand() -> None:
     logits = torch.tensor([[4.0, 1.0, 3.0, 2.0, 0.0]]).double()
     found = apgd.targeted_dlr(logits, torch.tensor([0]), torch.tensor([2]))

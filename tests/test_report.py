@@ -138,6 +138,8 @@ def test_time_is_split_as_a_fake_clock_ran() -> None:
     }
     spent = [row["warm-up"] for row in epoch_times([*rows, resumed])]
     assert spent == [3.0, 0.0, 5.0]  # each process warms up once
+    rounded = {"seconds": 6.999, "training_seconds": 2.0, "warm_up_seconds": 5.0}
+    assert time_split([rounded])["evaluation and saving"] == 0.0
 
 
 def test_the_page_of_a_run_has_the_figures_and_their_conditions(run: Path) -> None:

@@ -21,6 +21,7 @@ from reat_fast.config import PRESETS, Config, parse
 from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.distributed import World
 from reat_fast.engine.reference_step import ReferenceStep
+from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.methods import reference as methods
@@ -164,6 +165,15 @@ def test_the_constants_of_an_objective_are_those_of_the_configuration(
     _, terms = bound.compute(plain.train().forward_features_logits, part)
     for name, value in terms.items():
         torch.testing.assert_close(outcome[name], value.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_rbl_is_attacked_where_it_acts_unless_another_loss_is_named() -> None:
+    found = [
+        resolve_attack_loss(Config(attack_batchnorm=mode, attack_loss=loss))  # type: ignore[arg-type]
+        for mode in ("eval", "train")
+        for loss in ("auto", "rbl", "ce")
+    ]
+    assert found == ["ce", "rbl", "ce", "rbl", "rbl", "ce"]
 
 
 def uint8_batch(gather: bool = True) -> Batch:
