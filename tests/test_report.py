@@ -31,6 +31,7 @@ from reat_fast.reporting.tables import (
     attack_title,
     epoch_times,
     group_runs,
+    main_attack,
     markdown,
     mean_text,
     paper_table,
@@ -109,6 +110,11 @@ def test_attacks_are_named_as_papers_do() -> None:
     names = ["clean", "fgsm", "pgd20", "cw20", "aa", "aa-package"]
     titles = ["Clean", "FGSM", "PGD-20", "CW-20", "AutoAttack", "AA-PACKAGE"]
     assert list(map(attack_title, names)) == titles
+
+
+def test_robustness_is_pgd20_or_else_what_was_attacked_last() -> None:
+    for names, chosen in (("clean pgd20 aa", "pgd20"), ("clean fgsm cw20", "cw20"), ("clean",) * 2):
+        assert main_attack({"attacks": dict.fromkeys(names.split())}) == chosen
 
 
 def test_time_is_split_as_a_fake_clock_ran() -> None:

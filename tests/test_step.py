@@ -626,9 +626,17 @@ def test_the_start_of_a_loaders_batch_is_that_of_the_attack(
     assert start == "none" or bool(((expected < 0) | (expected > 1)).any())
 
 
+def test_pgd_of_radii_per_class_starts_in_the_common_one() -> None:
+    config = Config(radius="class", augment=False, steps=1)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    step.epoch.fill_(40)
+    assert step.attack.noise_scale(torch.arange(5), step.epoch) == config.eps
+
+
 def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None:
     config = Config(attack="free", replays=2, lr=0.01, precision="float32", batch_size=8)
     step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    assert step.plan.noise == "none"  # none is drawn for examples that are not made
     beginning = copy.deepcopy((model.state_dict(), step.optimizer.state_dict(), step.state_dict()))
     first = step.train_on(uint8_batch())
     for part, state in zip((model, step.optimizer, step), beginning, strict=True):
