@@ -388,6 +388,17 @@ def test_bad_input_is_one_line(
         assert named in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_all_that_is_read_of_a_run_goes_from_the_largest_class_to_the_smallest(run: Path) -> None:
+    counts = [100, 10, 400, 50, 200]
+    rewrite(run / "split.json", train_counts=counts)
+    record = read_run(run)
+    assert record.order == [2, 4, 0, 3, 1] and record.counts == [400, 200, 100, 50, 10]
+    assert record.class_names == [EVIL[c] for c in record.order]
+    assert record.ae_counts == [[100, 10, 400, 50, 200], [0, 0, 760, 0, 0]]
+    assert record.evaluation is not None and record.evaluation["train_counts"] == record.counts
+    assert record.evaluation["attacks"]["pgd20"]["per_class"] == [40.0, 20.0, 80.0, None, 60.0]
+
+
 def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
     for name in ("env.json", "split.json", "metrics.csv", "timing.csv", "evaluation.json"):
         (run / name).unlink()

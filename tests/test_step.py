@@ -333,6 +333,16 @@ def test_bfloat16_is_near_float32_and_keeps_float32_images_weights_and_losses() 
     assert not torch.equal(outcomes[1]["loss"], outcomes[0]["loss"])
 
 
+def test_an_attack_on_batch_statistics_computes_in_the_precision_of_the_update() -> None:
+    config = Config(precision="bf16", attack_batchnorm="train", steps=1)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    seen: list[torch.dtype] = []
+    model.fc.register_forward_hook(lambda _, features, logits: seen.append(logits.dtype))
+    images, labels = make_batch()
+    step(images, labels, make_noise(images, 0))
+    assert seen == [torch.bfloat16] * 2
+
+
 def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated() -> None:
     config = Config(ema=0.7, steps=0, lr=0.1)
     model = make_model()
@@ -631,6 +641,21 @@ def test_pgd_of_radii_per_class_starts_in_the_common_one() -> None:
     step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
     step.epoch.fill_(40)
     assert step.attack.noise_scale(torch.arange(5), step.epoch) == config.eps
+
+
+def test_the_parts_of_a_batch_are_attacked_with_radii_of_their_own() -> None:
+    images, labels = make_batch(torch.float64)
+    found = []
+    for accumulate in (1, 3):
+        config = Config(radius="class", radius_warmup=0.0, accumulate=accumulate, steps=2)
+        step = TrainStep(
+            model := make_model(torch.float64), make_optimizer(model, config), COUNTS, config
+        )
+        found.append(step(images, labels, make_noise(images, 0))["images_adv"])
+    # Sums of a few hundred float64 terms in another order; a sign turns where one is zero.
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    reach = (found[0] - images).abs().amax((1, 2, 3))
+    assert float(reach[labels == 4].min()) > 1.5 * float(reach[labels == 0].max())
 
 
 def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None:
