@@ -415,6 +415,20 @@ def test_no_image_counts_as_fooled_that_the_model_itself_gets_right(
     assert torch.equal(standing.robust, right)
 
 
+def test_what_quick_logits_call_right_to_the_end_is_judged_at_its_best(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with attacked(model) as victim:
+        right = ~victim.fooled(*test_set)
+        images, labels = (tensor[right] for tensor in test_set)
+        monkeypatch.setattr(victim, "confirmed", lambda seen, *others: torch.zeros_like(seen))
+        noise = EPS * NOISE[: len(labels)]
+        found = apgd.apgd(
+            victim, images, labels, labels, noise, apgd.cross_entropy, eps=EPS, steps=8
+        )
+        assert victim.fooled(found, labels).any()
+
+
 @contextmanager
 def attacked_as_on_a_gpu(model: nn.Module) -> Iterator[Victim]:
     """Attack with the networks that a GPU gets for bf16, computed by PyTorch's operators."""

@@ -291,6 +291,17 @@ def test_statistics_are_those_of_the_official_loop() -> None:
     assert int(step.epoch) == 1
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"awp": 0.005}, {"accumulate": 3}, {"objective": "trades"}]
+)
+def test_each_example_is_counted_once_by_its_prediction(changes: dict[str, Any]) -> None:
+    config = Config(steps=1, **changes)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    images, labels = make_batch()
+    step(images, labels, make_noise(images, 0))
+    assert int(step.statistics.next_ae_counts.sum()) == len(labels)
+
+
 @pytest.mark.parametrize("attack", ["pgd", "free"])
 def test_an_epoch_begins_with_nothing_summed(attack: Any) -> None:
     config = Config(attack=attack, replays=2)
