@@ -292,7 +292,7 @@ def test_statistics_are_those_of_the_official_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"awp": 0.005}, {"accumulate": 3}, {"objective": "trades"}]
+    "changes", [{}, {"awp": 0.005}, {"accumulate": 3}, {"objective": "trades", "tail": "none"}]
 )
 def test_each_example_is_counted_once_by_its_prediction(changes: dict[str, Any]) -> None:
     config = Config(steps=1, **changes)

@@ -444,6 +444,26 @@ def test_the_expected_time_counts_the_passes_that_are_left(
 
 
 @pytest.mark.parametrize(
+    ("flags", "due"),
+    [
+        ("--eval-every 3 --epochs 8", [2, 5, 7]),
+        ("--eval-every 3 --epochs 8 --evaluation official", list(range(8))),
+        ("--eval-every 3 --epochs 8 --evaluation none", []),
+        ("--eval-every 3 --epochs 8 --held-out 0", []),
+        ("--eval-every 9 --epochs 2", [1]),
+    ],
+)
+def test_every_few_epochs_and_at_the_end_weights_are_evaluated(
+    flags: str, due: list[int], data: Path, tmp_path: Path
+) -> None:
+    arguments = ["reat", *SMALL, *flags.split(), "--data", str(data)]
+    planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
+    epochs = range(planned.config.epochs)
+    assert [epoch for epoch in epochs if selection.evaluation_is_due(planned, epoch)] == due
+    planned.close()
+
+
+@pytest.mark.parametrize(
     ("flags", "settled"),
     [
         ("--schedule multistep --milestones 2 4 --epochs 6", [2, 3, 4, 5]),
