@@ -611,6 +611,12 @@ def test_a_hyperplane_outside_the_box_is_met_at_the_nearest_corner() -> None:
     torch.testing.assert_close(points + step, torch.tensor([[1.0, 0.0, 0.5]]))
 
 
+def test_without_a_gradient_there_is_no_step() -> None:
+    points, nothing = torch.rand(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)
+    offset = torch.tensor([0.0, 1.0, -1.0])
+    assert torch.equal(hyperplane_step(points, nothing, offset), nothing)
+
+
 def test_the_step_to_a_hyperplane_is_the_packages() -> None:
     projections = pytest.importorskip("pyautoattack.fab_projections")
     generator = torch.Generator().manual_seed(1)

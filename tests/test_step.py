@@ -165,6 +165,7 @@ def test_the_constants_of_an_objective_are_those_of_the_configuration(
     _, terms = bound.compute(plain.train().forward_features_logits, part)
     for name, value in terms.items():
         torch.testing.assert_close(outcome[name], value.detach(), rtol=1e-12, atol=1e-12)
+    assert step.running_means()["loss"] == pytest.approx(float(outcome["loss"]), rel=1e-14)
 
 
 def test_rbl_is_attacked_where_it_acts_unless_another_loss_is_named() -> None:
