@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError, ModelSpec, load_model
@@ -60,19 +58,6 @@ def test_channels_last_weights_are_saved_whole(tmp_path: Path) -> None:
     model = SPEC.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     checkpoint.save_weights(tmp_path / "last.safetensors", model, SPEC)
     assert torch.equal(load_model(tmp_path).stem.conv.weight, model.stem.conv.weight)
-
-
-def test_weights_under_each_others_names_are_damage(run_dir: Path) -> None:
-    file = run_dir / "last.safetensors"
-    with safe_open(file, framework="pt") as archive:
-        header = archive.metadata()
-    tensors = load_file(file)
-    first, second = [n for n in tensors if n.endswith(("running_mean", "running_var"))][:2]
-    assert tensors[first].shape == tensors[second].shape
-    tensors[first], tensors[second] = tensors[second], tensors[first]
-    save_file(tensors, file, header)
-    with pytest.raises(CheckpointError, match="damaged, its weights are not those"):
-        load_model(file)
 
 
 class Hostile:

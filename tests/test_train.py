@@ -236,12 +236,18 @@ def test_official_evaluation_looks_at_the_test_set_every_epoch(data: Path, tmp_p
     assert evaluation["attacks"]["pgd20"]["overall"] == float(best["eval_robust"])
 
 
-def test_without_evaluation_the_last_weights_are_tested(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [["--evaluation", "none"], ["--select", "last"]])
+def test_without_evaluation_or_where_asked_the_last_weights_are_tested(
+    flags: list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of two epochs the first is the best.
+    monkeypatch.setattr(selection, "_rank", lambda found: (True, -found["epoch"]))
     run_dir = tmp_path / "run"
-    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--evaluation", "none"]
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 2, "--limit-batches", 1, *flags]
     assert run(*arguments, "--run-dir", run_dir) == 0
-    assert not (run_dir / "best.safetensors").exists()
-    assert json.loads((run_dir / "evaluation.json").read_text())["weights"] == "last.safetensors"
+    assert (run_dir / "best.safetensors").exists() == ("last" in flags)
+    tested = json.loads((run_dir / "evaluation.json").read_text())
+    assert (tested["weights"], tested["weights_epoch"]) == ("last.safetensors", 2)
 
 
 def test_averaged_weights_are_what_is_evaluated_chosen_and_saved(
