@@ -20,6 +20,7 @@ from torch import Tensor
 
 from reat_fast import checkpoint, train
 from reat_fast.data import make_splits
+from reat_fast.engine.distributed import World
 from reat_fast.evaluate import evaluate
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.networks.architectures import Network
@@ -446,6 +447,18 @@ def test_the_expected_time_counts_the_passes_that_are_left(
     arguments = ["reat", *small, "--data", str(data), "--run-dir", str(tmp_path / "run")]
     planned = Run(make_plan(arguments))
     assert selection.expected_seconds(planned) == pytest.approx(passes)
+    planned.close()
+
+
+def test_processes_share_the_training_but_not_the_evaluations(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "seconds_per_step", lambda run: 2.0)
+    arguments = ["reat", *SMALL, "--imbalance", "1", "--epochs", "3", "--data", str(data)]
+    planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
+    alone = selection.expected_seconds(planned)
+    planned.world = World(0, 4)
+    assert alone - selection.expected_seconds(planned) == pytest.approx(3 / 4 * 3 * 144 * 7)
     planned.close()
 
 
