@@ -434,6 +434,7 @@ def test_batchnorms_that_cannot_be_folded_are_named(
         # 144 images with 2 x 2 + 3 passes for 3 epochs, the test's 24 with 1 and 41, 3 evaluations
         # of the 16 held out with 1 and 21.
         ([], 3 * 144 * 7 + 24 * 42 + 3 * 16 * 22),
+        (["--eval-every", "2"], 3 * 144 * 7 + 24 * 42 + 2 * 16 * 22),
         (["--attack", "fgsm-rs"], 3 * 144 * 5 + 24 * 42 + 3 * 16 * 22),
         (["--attack", "free", "--replays", "4"], 3 * 144 * 12 + 24 * 42 + 3 * 16 * 22),
         (["--evaluation", "none", "--limit-batches", "1"], 3 * 16 * 7 + 16 * 42),
