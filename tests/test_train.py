@@ -451,6 +451,20 @@ def test_the_expected_time_counts_the_passes_that_are_left(
     planned.close()
 
 
+def test_a_saved_run_goes_on_with_all_of_its_position(data: Path, tmp_path: Path) -> None:
+    arguments = ["reat", *SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+    first, second = Run(make_plan(arguments)), Run(make_plan(arguments))
+    position = {"epoch": 2, "batch": 3, "lr_scale": 0.25, "best": {"epoch": 1, "robust": 30.0}}
+    for name, value in position.items():
+        setattr(first, name, value)
+    first.folder.mkdir()
+    first.save()
+    second.load_state(checkpoint.load_checkpoint(first.folder / checkpoint.CHECKPOINT))
+    assert {name: getattr(second, name) for name in position} == position
+    first.close()
+    second.close()
+
+
 def test_processes_share_the_training_but_not_the_evaluations(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
