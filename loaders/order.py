@@ -97,9 +97,9 @@ class EpochOrder:
     def _draw(self, epoch: int) -> Tensor:
         """Draw N positions: the first word of each chooses the class, the second the image."""
         share = class_probabilities(self._counts.numpy(), self.sampler, epoch, self.epochs)
-        # In whole 2**-32, so that no device rounds them its own way; the last is above every word.
+        # In whole 2**-32, so that no device rounds them its own way. The last is above every word:
+        # C shares add up to 1 within C * 2**-53.
         limits = torch.from_numpy(np.rint(np.cumsum(share) * 2.0**32).astype(np.int64))
-        limits[int(share.nonzero()[0][-1]) :] = 2**32
         limits, counts, by_class = (
             values.to(self.device) for values in (limits, self._counts, self._by_class)
         )

@@ -221,7 +221,7 @@ def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
         ({"images": torch.rand(2, 3, 8, 8) * 255}, "images: pixels reach from"),
         ({"images": torch.rand(2, 3, 8, 8) - 0.5}, "images: pixels reach from -0."),
         ({"images": torch.full((2, 3, 8, 8), torch.nan)}, "images: pixels reach from nan"),
-        ({"labels": torch.tensor([0, -100])}, "labels: -100; must be classes"),
+        ({"labels": torch.tensor([0, -1])}, "labels: -1; must be classes"),
         ({"labels": torch.tensor([0])}, "labels: 1 of them for 2 images"),
         ({"eps": -1 / 255}, "eps: -0.0039"),
         ({"alpha": torch.nan}, "step_size: nan; must be 0 or more"),

@@ -415,6 +415,20 @@ def test_no_image_counts_as_fooled_that_the_model_itself_gets_right(
     assert torch.equal(standing.robust, right)
 
 
+def test_what_quick_logits_call_right_to_the_end_is_judged_at_its_best(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with attacked(model) as victim:
+        right = ~victim.fooled(*test_set)
+        images, labels = (tensor[right] for tensor in test_set)
+        monkeypatch.setattr(victim, "confirmed", lambda seen, *others: torch.zeros_like(seen))
+        noise = EPS * NOISE[: len(labels)]
+        found = apgd.apgd(
+            victim, images, labels, labels, noise, apgd.cross_entropy, eps=EPS, steps=8
+        )
+        assert victim.fooled(found, labels).any()
+
+
 @contextmanager
 def attacked_as_on_a_gpu(model: nn.Module) -> Iterator[Victim]:
     """Attack with the networks that a GPU gets for bf16, computed by PyTorch's operators."""
@@ -529,6 +543,35 @@ def test_step_sizes_are_checked_when_the_paper_says() -> None:
     assert sorted(apgd._checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
+def test_steps_are_halved_under_the_two_conditions_of_the_paper() -> None:
+    # Of 16 steps 12 have to raise the loss: then it stands after 13; or it was halved just before,
+    # or its best loss is a new one.
+    rises, was_halved = torch.tensor([12, 13, 13, 13]), torch.tensor([True, True, False, False])
+    ones, zeros = torch.ones(4, 1, 1, 1), torch.zeros(4, 1, 1, 1)
+    best_loss, checked_loss = torch.full((4,), 5.0), torch.tensor([5.0, 5.0, 5.0, 4.0])
+    search = apgd._Search(
+        *(torch.arange(4) for _ in range(3)),
+        clean=zeros,
+        adv=zeros,
+        before=zeros,
+        gradient=zeros,
+        loss=torch.zeros(4),
+        best=ones,
+        best_gradient=ones,
+        best_loss=best_loss,
+        step_size=torch.ones(4),
+        rises=rises,
+        was_halved=was_halved,
+        checked_loss=checked_loss,
+    )
+    apgd._halve_steps(search, 16)
+    assert search.step_size.tolist() == [0.5, 1.0, 0.5, 1.0]
+    assert search.was_halved.tolist() == [True, False, True, False]
+    for values in (search.adv, search.gradient, search.loss / 5):
+        assert values.flatten().tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert not search.rises.any() and search.checked_loss.tolist() == [5.0] * 4
+
+
 def test_the_targeted_dlr_loss_by_hand() -> None:
     logits = torch.tensor([[4.0, 1.0, 3.0, 2.0, 0.0]]).double()
     found = apgd.targeted_dlr(logits, torch.tensor([0]), torch.tensor([2]))
@@ -566,6 +609,12 @@ def test_a_hyperplane_outside_the_box_is_met_at_the_nearest_corner() -> None:
     points = torch.tensor([[0.2, 0.9, 0.5]])
     step = hyperplane_step(points, torch.tensor([[1.0, -2.0, 0.0]]), torch.tensor([10.0]))
     torch.testing.assert_close(points + step, torch.tensor([[1.0, 0.0, 0.5]]))
+
+
+def test_without_a_gradient_there_is_no_step() -> None:
+    points, nothing = torch.rand(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)
+    offset = torch.tensor([0.0, 1.0, -1.0])
+    assert torch.equal(hyperplane_step(points, nothing, offset), nothing)
 
 
 def test_the_step_to_a_hyperplane_is_the_packages() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from reat_fast.config import Config
 from reat_fast.engine.distributed import World, split, synchronise_batchnorm_
+from reat_fast.engine.step_update import StepUpdate
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
@@ -119,6 +121,18 @@ def test_all_processes_hold_the_same_bits(
 
 def test_shares_differ_by_at_most_one() -> None:
     assert [split(13, 4), split(2, 3), split(0, 2)] == [[4, 3, 3, 3], [1, 1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("total", [1, 7, 9, 10])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_parts_of_a_process_tile_its_share(rank: int, total: int) -> None:
+    step: Any = SimpleNamespace(_world=World(rank, 3), _config=Config(accumulate=2))
+    parts = list(StepUpdate.parts(step, total))
+    assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(
+        range(split(total, 3)[rank])
+    )
+    assert [rows.stop - rows.start for rows, _ in parts] == [sizes[rank] for _, sizes in parts]
+    assert sum(sum(sizes) for _, sizes in parts) == total and all(any(s) for _, s in parts)
 
 
 def test_a_world_of_one_needs_no_connection() -> None:

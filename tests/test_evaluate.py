@@ -70,6 +70,7 @@ def test_parts_and_table_go_by_the_size_of_the_classes() -> None:
 
 
 def test_the_tail_by_share_is_what_lies_beyond_80_per_cent() -> None:
+    assert tail_by_share([3, 100, 10]) == [0, 2]
     longtail = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]  # CIFAR-10-LT, ratio 50
     assert tail_by_share(longtail) == [4, 5, 6, 7, 8, 9]
     assert tail_by_share([10, 80, 10]) == [0, 2]  # in any order; exactly 80 % is enough

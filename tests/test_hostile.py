@@ -420,7 +420,9 @@ def test_a_checkpoint_of_another_version_is_named(
     assert f"{CHECKPOINT}: nothing to go on from, has no {field}" in only_line(capsys)
 
 
-@pytest.mark.parametrize("content", [b"[" * 50_000, b"[]", b'{"train_counts": 5}', b"\xff", b""])
+@pytest.mark.parametrize(
+    "content", [b"[" * 50_000, b"[]", b"{}", b'{"train_counts": 5}', b"\xff", b""]
+)
 def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "split.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"split\.json: damaged"):

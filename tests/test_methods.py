@@ -391,6 +391,8 @@ def test_taet_on_hand_made_losses() -> None:
     deviation = (0.0 + (1.5 * ln2) ** 2 + (1.5 * ln2) ** 2) / 3
     shares = (1 / 3) ** 2 + (2 / 3) ** 2
     assert float(found) == pytest.approx(0.1 * (1.5 * ln2 + deviation + shares), rel=1e-12)
+    certain = 1000 * torch.eye(3, dtype=torch.float64)[labels]  # no loss in any class
+    assert float(values_of("taet", {"adv": certain, "clean": certain}, labels, epoch=40)) == 0
 
 
 def test_robal_margins_grow_with_the_logarithm_of_the_class_size() -> None:
@@ -411,6 +413,13 @@ def test_class_radii_are_those_of_the_paper_on_cifar10_of_ratio_50() -> None:
     expected = reference.class_radii(counts, 8.0, 0.3)
     assert levels.tolist() == pytest.approx(expected, rel=1e-12)
     assert class_radius_factors(counts, 0.0).tolist() == [1.0] * 10
+
+
+def test_class_radii_take_a_class_without_images_for_one_of_a_single_one() -> None:
+    found, expected = (class_radius_factors([40, 24, least], 0.3) for least in (0, 1))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="same size"):
+        class_radius_factors([1, 0, 1], 0.3)
 
 
 def test_class_radii_grow_in_equal_steps_from_nothing() -> None:
@@ -434,6 +443,12 @@ def test_the_cosine_head_gives_scaled_cosines_less_the_prior_and_gives_the_cosin
     assert isinstance(head, CosineHead)
     torch.testing.assert_close(head.cosines(logits), expected, **EXACT)
     assert bool((expected.abs() < 1).all())
+
+
+def test_the_cosine_head_takes_a_class_without_images_for_one_of_a_single_one() -> None:
+    head = CosineHead(4, 3)
+    head.compensate_([6, 3, 0], 0.5)
+    torch.testing.assert_close(head.compensation, 0.5 * torch.tensor([0.6, 0.3, 0.1]).log())
 
 
 def test_the_cosine_head_draws_its_weights_as_the_official_code() -> None:
@@ -563,7 +578,9 @@ def test_starts_have_the_noise_of_their_plan() -> None:
     torch.manual_seed(1)
     for start, spread in (("uniform", EPS / math.sqrt(3)), ("normal", 0.001), ("none", 0.0)):
         plan = plan_attack("pgd", eps=EPS, step_size=STEP, steps=1, start=start)  # type: ignore[arg-type]
-        noise = plan.draw_start(images) - images
+        begin = plan.draw_start(images)
+        assert begin.data_ptr() != images.data_ptr()  # an attack works in place
+        noise = begin - images
         # 12,288 draws: the deviation of a standard deviation is about 1/157 of it.
         assert float(noise.std()) == pytest.approx(spread, rel=0.04)
         # As in the official code, PGD's first gradient is taken outside of [0, 1] too.

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reat_fast.kernels.philox import permutation
+from reat_fast.loaders import order
 from reat_fast.loaders.order import SAMPLERS, EpochOrder, class_probabilities
 
 COUNTS = np.array([640, 0, 320, 40])  # long-tailed, with a class that has no image
@@ -85,6 +86,16 @@ def test_within_a_class_every_image_is_equally_likely() -> None:
     times = torch.bincount(shown, minlength=60).double()
     # Chi-squared with 59 degrees of freedom: mean 59, deviation sqrt(2 * 59) = 10.9; 5 of them.
     assert abs(((times - 400) ** 2 / 400).sum().item() - 59) < 5 * 10.9
+
+
+def test_words_at_the_limits_of_classes_choose_the_class_that_begins_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half, last = 2**31, 2**32 - 1
+    words = torch.tensor([[0, 0], [half - 1, last], [half, 0], [last, last]])
+    monkeypatch.setattr(order, "random_bits", lambda *arguments: words)
+    labels = torch.tensor([1, 1, 2, 2])  # class 0 has no images
+    assert EpochOrder(labels, 2, sampler="class-balanced").indices(0).tolist() == [0, 1, 2, 3]
 
 
 def test_progressive_goes_from_instance_to_class_balanced() -> None:

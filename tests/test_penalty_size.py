@@ -25,11 +25,12 @@ def made() -> tuple[Network, Tensor, Tensor]:
     return network, images, torch.tensor([0, 4, 1, 0, 2, 4])
 
 
+@pytest.mark.parametrize("counts", [COUNTS, [4, 20, 2, 9, 6]], ids=["by size", "as they come"])
 @pytest.mark.parametrize("form", ["official", "pairwise"])
-def test_the_share_is_that_of_the_loop_reference(form: Form) -> None:
+def test_the_share_is_that_of_the_loop_reference(form: Form, counts: list[int]) -> None:
     network, images, labels = made()
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    statistics = ClassStatistics(COUNTS, images.device)
+    statistics = ClassStatistics(counts, images.device)
     share = tail_gradient_share(
         network, images, labels, statistics, form=form, coefficient=0.5, batch_size=3, steps=2
     )
@@ -40,8 +41,8 @@ def test_the_share_is_that_of_the_loop_reference(form: Form) -> None:
     for rows in (slice(3), slice(3, 6)):
         adv = pgd(network, images[rows], labels[rows], steps=2, start=torch.zeros(3, 3, 16, 16))
         features = network.forward_features(adv).detach().requires_grad_()
-        tail = 0.5 * reference.tail_penalty(features, labels[rows], COUNTS, form=form)
-        loss = reference.balanced_softmax_loss(network.fc(features), labels[rows], COUNTS)
+        tail = 0.5 * reference.tail_penalty(features, labels[rows], counts, form=form)
+        loss = reference.balanced_softmax_loss(network.fc(features), labels[rows], counts)
         for name, value in (("tail", tail), ("softmax", loss)):
             lengths[name] += float(torch.autograd.grad(value, features)[0].norm())
     assert share == pytest.approx(lengths["tail"] / lengths["softmax"], rel=1e-6)

@@ -31,6 +31,7 @@ from reat_fast.reporting.tables import (
     attack_title,
     epoch_times,
     group_runs,
+    main_attack,
     markdown,
     mean_text,
     paper_table,
@@ -118,6 +119,11 @@ def test_attacks_are_named_as_papers_do() -> None:
     assert list(map(attack_title, names)) == titles
 
 
+def test_robustness_is_pgd20_or_else_what_was_attacked_last() -> None:
+    for names, chosen in (("clean pgd20 aa", "pgd20"), ("clean fgsm cw20", "cw20"), ("clean",) * 2):
+        assert main_attack({"attacks": dict.fromkeys(names.split())}) == chosen
+
+
 def test_time_is_split_as_a_fake_clock_ran() -> None:
     now = [0.0]
     clock = TrainingClock(total_steps=4, clock=lambda: now[0])
@@ -145,6 +151,8 @@ def test_time_is_split_as_a_fake_clock_ran() -> None:
     }
     spent = [row["warm-up"] for row in epoch_times([*rows, resumed])]
     assert spent == [3.0, 0.0, 5.0]  # each process warms up once
+    rounded = {"seconds": 6.999, "training_seconds": 2.0, "warm_up_seconds": 5.0}
+    assert time_split([rounded])["evaluation and saving"] == 0.0
 
 
 def test_the_page_of_a_run_has_the_figures_and_their_conditions(run: Path) -> None:
@@ -385,6 +393,17 @@ def test_bad_input_is_one_line(
         assert command(*arguments) == 2
         error = capsys.readouterr().err
         assert named in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_all_that_is_read_of_a_run_goes_from_the_largest_class_to_the_smallest(run: Path) -> None:
+    counts = [100, 10, 400, 50, 200]
+    rewrite(run / "split.json", train_counts=counts)
+    record = read_run(run)
+    assert record.order == [2, 4, 0, 3, 1] and record.counts == [400, 200, 100, 50, 10]
+    assert record.class_names == [EVIL[c] for c in record.order]
+    assert record.ae_counts == [[100, 10, 400, 50, 200], [0, 0, 760, 0, 0]]
+    assert record.evaluation is not None and record.evaluation["train_counts"] == record.counts
+    assert record.evaluation["attacks"]["pgd20"]["per_class"] == [40.0, 20.0, 80.0, None, 60.0]
 
 
 def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -318,8 +319,12 @@ def test_rollback_gives_up_where_it_does_not_help(
 ) -> None:
     nan_at.extend(range(12, 1000))
     arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", tmp_path / "run"]
-    assert run(*arguments, "--on-nonfinite", "rollback") == 1
-    assert "the loss is not finite in epoch 2, step 1" in capsys.readouterr().err
+    loud = [argument for argument in arguments if argument != "--quiet"]
+    assert run(*loud, "--on-nonfinite", "rollback") == 1
+    shown = capsys.readouterr()
+    assert "the loss is not finite in epoch 2, step 1" in shown.err
+    tried = re.findall(r"with the learning rate times (\S+)", shown.out)
+    assert [float(factor) for factor in tried] == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
     assert 1 / faults.SMALLEST_SCALE == 32
 
 

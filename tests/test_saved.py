@@ -15,6 +15,7 @@ from reat_fast.evaluation.saved import (
     CONDITIONS,
     images_sha256,
     joined,
+    known_epoch,
     weights_sha256,
     write_at_the_end,
     write_beside_others,
@@ -33,16 +34,27 @@ def content(file: Path) -> dict[str, Any]:
 
 
 def test_attacks_of_the_same_conditions_are_gathered(tmp_path: Path) -> None:
-    file, _ = write_beside_others(tmp_path, result({"clean": 70.0, "aa": 30.0}, weights_epoch=7))
-    again, whole = write_beside_others(tmp_path, result({"clean": 71.0, "cw20": 40.0}))
+    file, _ = write_beside_others(
+        tmp_path, result({"clean": 70.0, "aa": 30.0}, weights_epoch=7, device="one")
+    )
+    later = result({"clean": 71.0, "cw20": 40.0}, device="another")
+    again, whole = write_beside_others(tmp_path, later)
     assert again == file == tmp_path / "evaluation.json"
     assert whole == content(file)
     overall = {name: figures["overall"] for name, figures in whole["attacks"].items()}
     assert overall == {"clean": 71.0, "aa": 30.0, "cw20": 40.0}
+    assert whole["device"] == "another"
+    assert known_epoch(tmp_path, "weights_sha256") == 7
+    assert known_epoch(tmp_path, "of other weights") is None
     assert whole["weights_epoch"] == 7 and whole["seconds"] == 5.0 and whole["warnings"] == ["w"]
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+# By hand: a condition that is forgotten there would be forgotten here.
+SEPARATE = ["weights", "weights_sha256", "dataset", "samples", "images_sha256"]
+SEPARATE += ["eps", "step_size", "restarts", "precision", "seed"]
+
+
+@pytest.mark.parametrize("condition", SEPARATE)
 def test_another_condition_gets_a_file_of_its_own_and_finds_it_again(
     condition: str, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from reat_fast.config import PRESETS, Config, parse
 from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.distributed import World
 from reat_fast.engine.reference_step import ReferenceStep
+from reat_fast.engine.step_attack import resolve_attack_loss
+from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.methods import reference as methods
 from reat_fast.methods.cosine_head import use_cosine_head
@@ -163,6 +165,16 @@ def test_the_constants_of_an_objective_are_those_of_the_configuration(
     _, terms = bound.compute(plain.train().forward_features_logits, part)
     for name, value in terms.items():
         torch.testing.assert_close(outcome[name], value.detach(), rtol=1e-12, atol=1e-12)
+    assert step.running_means()["loss"] == pytest.approx(float(outcome["loss"]), rel=1e-14)
+
+
+def test_rbl_is_attacked_where_it_acts_unless_another_loss_is_named() -> None:
+    found = [
+        resolve_attack_loss(Config(attack_batchnorm=mode, attack_loss=loss))  # type: ignore[arg-type]
+        for mode in ("eval", "train")
+        for loss in ("auto", "rbl", "ce")
+    ]
+    assert found == ["ce", "rbl", "ce", "rbl", "rbl", "ce"]
 
 
 def uint8_batch(gather: bool = True) -> Batch:
@@ -280,6 +292,29 @@ def test_statistics_are_those_of_the_official_loop() -> None:
     assert int(step.epoch) == 1
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"awp": 0.005}, {"accumulate": 3}, {"objective": "trades", "tail": "none"}]
+)
+def test_each_example_is_counted_once_by_its_prediction(changes: dict[str, Any]) -> None:
+    config = Config(steps=1, **changes)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    images, labels = make_batch()
+    step(images, labels, make_noise(images, 0))
+    assert int(step.statistics.next_ae_counts.sum()) == len(labels)
+
+
+@pytest.mark.parametrize("attack", ["pgd", "free"])
+def test_an_epoch_begins_with_nothing_summed(attack: Any) -> None:
+    config = Config(attack=attack, replays=2)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    images, labels = make_batch()
+    step(images * math.nan, labels, make_noise(images, 0))
+    first = step.end_epoch()
+    assert math.isnan(first["loss"]) and first["nonfinite"] > 0 and int(step.epoch) == 1
+    assert not any(step.running_means().values()) and int(step.bad_step) == -1
+    assert step.end_epoch()["nonfinite"] == 0
+
+
 def test_the_reference_step_follows_the_fused_one() -> None:
     outcomes = []
     for make in (TrainStep, ReferenceStep):
@@ -308,6 +343,16 @@ def test_bfloat16_is_near_float32_and_keeps_float32_images_weights_and_losses() 
     # A bfloat16 has 8 bits: a dozen roundings of 2^-9 each along the network, and another attack.
     torch.testing.assert_close(outcomes[1]["loss"], outcomes[0]["loss"], rtol=0.03, atol=0)
     assert not torch.equal(outcomes[1]["loss"], outcomes[0]["loss"])
+
+
+def test_an_attack_on_batch_statistics_computes_in_the_precision_of_the_update() -> None:
+    config = Config(precision="bf16", attack_batchnorm="train", steps=1)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    seen: list[torch.dtype] = []
+    model.fc.register_forward_hook(lambda _, features, logits: seen.append(logits.dtype))
+    images, labels = make_batch()
+    step(images, labels, make_noise(images, 0))
+    assert seen == [torch.bfloat16] * 2
 
 
 def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated() -> None:
@@ -571,9 +616,64 @@ def test_a_one_step_attack_of_radii_per_class_is_made_of_multiples_of_each(
         assert distance <= min(noise + step_size, radius) * radii[label] + 1e-7
 
 
+STARTS = [
+    ("pgd", "uniform", "uniform", 1.0),
+    ("pgd", "normal", "normal", 0.001 / Config().eps),
+    ("pgd", "none", "none", 0.0),
+    ("fgsm-rs", "uniform", "uniform", 1.0),
+    ("n-fgsm", "uniform", "uniform", 2.0),
+]
+
+
+@pytest.mark.parametrize(("attack", "start", "noise", "scale"), STARTS)
+def test_the_start_of_a_loaders_batch_is_that_of_the_attack(
+    attack: Any, start: Any, noise: Any, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(attack=attack, start=start, steps=1, seed=3)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    step.epoch.fill_(2)
+    begun = []
+
+    def spy(images: Tensor, labels: Tensor, adv_start: Tensor, **rest: Any) -> Tensor:
+        begun.append(adv_start.clone())
+        return examples(images, labels, adv_start, **rest)
+
+    examples = step.attack.examples
+    monkeypatch.setattr(step.attack, "examples", spy)
+    batch = uint8_batch()
+    step.train_on(batch)
+    _, expected = prepare(batch.images, batch.indices, 3, 2, scale * config.eps, noise=noise)
+    # Only one-step attacks bring it into [0, 1] before the first gradient.
+    assert torch.equal(begun[0], expected if attack == "pgd" else expected.clamp(0, 1))
+    assert start == "none" or bool(((expected < 0) | (expected > 1)).any())
+
+
+def test_pgd_of_radii_per_class_starts_in_the_common_one() -> None:
+    config = Config(radius="class", augment=False, steps=1)
+    step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    step.epoch.fill_(40)
+    assert step.attack.noise_scale(torch.arange(5), step.epoch) == config.eps
+
+
+def test_the_parts_of_a_batch_are_attacked_with_radii_of_their_own() -> None:
+    images, labels = make_batch(torch.float64)
+    found = []
+    for accumulate in (1, 3):
+        config = Config(radius="class", radius_warmup=0.0, accumulate=accumulate, steps=2)
+        step = TrainStep(
+            model := make_model(torch.float64), make_optimizer(model, config), COUNTS, config
+        )
+        found.append(step(images, labels, make_noise(images, 0))["images_adv"])
+    # Sums of a few hundred float64 terms in another order; a sign turns where one is zero.
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    reach = (found[0] - images).abs().amax((1, 2, 3))
+    assert float(reach[labels == 4].min()) > 1.5 * float(reach[labels == 0].max())
+
+
 def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None:
     config = Config(attack="free", replays=2, lr=0.01, precision="float32", batch_size=8)
     step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+    assert step.plan.noise == "none"  # none is drawn for examples that are not made
     beginning = copy.deepcopy((model.state_dict(), step.optimizer.state_dict(), step.state_dict()))
     first = step.train_on(uint8_batch())
     for part, state in zip((model, step.optimizer, step), beginning, strict=True):
@@ -581,6 +681,19 @@ def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None
     again = step.train_on(uint8_batch())
     assert torch.equal(again["images_adv"], first["images_adv"])
     assert torch.equal(again["logits"], first["logits"])
+
+
+def test_a_step_trains_in_train_mode_whatever_the_mode_before() -> None:
+    images, labels = make_batch()
+    logits = []
+    for training in (True, False):
+        step = TrainStep(
+            model := make_model(), make_optimizer(model, Config()), COUNTS, Config(steps=1)
+        )
+        model.train(training)
+        logits.append(step(images, labels, make_noise(images, 0))["logits"])
+        assert all(module.training for module in model.modules())
+    assert torch.equal(*logits)
 
 
 def test_labels_of_another_number_are_refused() -> None:

@@ -19,7 +19,10 @@ from made_run import run
 from torch import Tensor
 
 from reat_fast import checkpoint, train
+from reat_fast.data import make_splits
+from reat_fast.engine.distributed import World
 from reat_fast.evaluate import evaluate
+from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.data import read_run
 from reat_fast.reporting.probe import probe_run
@@ -234,12 +237,18 @@ def test_official_evaluation_looks_at_the_test_set_every_epoch(data: Path, tmp_p
     assert evaluation["attacks"]["pgd20"]["overall"] == float(best["eval_robust"])
 
 
-def test_without_evaluation_the_last_weights_are_tested(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [["--evaluation", "none"], ["--select", "last"]])
+def test_without_evaluation_or_where_asked_the_last_weights_are_tested(
+    flags: list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of two epochs the first is the best.
+    monkeypatch.setattr(selection, "_rank", lambda found: (True, -found["epoch"]))
     run_dir = tmp_path / "run"
-    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--evaluation", "none"]
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 2, "--limit-batches", 1, *flags]
     assert run(*arguments, "--run-dir", run_dir) == 0
-    assert not (run_dir / "best.safetensors").exists()
-    assert json.loads((run_dir / "evaluation.json").read_text())["weights"] == "last.safetensors"
+    assert (run_dir / "best.safetensors").exists() == ("last" in flags)
+    tested = json.loads((run_dir / "evaluation.json").read_text())
+    assert (tested["weights"], tested["weights_epoch"]) == ("last.safetensors", 2)
 
 
 def test_averaged_weights_are_what_is_evaluated_chosen_and_saved(
@@ -314,6 +323,28 @@ def test_an_epoch_is_chosen_once_the_learning_rate_has_fallen(
     assert run(*arguments, "--run-dir", run_dir) == 0
     assert [float(row["eval_robust"]) for row in rows(run_dir)] == found
     assert json.loads((run_dir / "evaluation.json").read_text())["weights_epoch"] == chosen
+
+
+def test_a_run_is_made_of_what_its_flags_say(data: Path, tmp_path: Path) -> None:
+    flags = "--seed 5 --split-seed 7 --held-out 0.2 --sampler progressive --epochs 3 --drop-last"
+    head = "--head cosine --head-scale 7 --post-tau 0.5 --objective ce --tail none"
+    arguments = ["reat", *SMALL, *flags.split(), *head.split(), "--data", str(data)]
+    planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
+    order, splits = planned.order, planned.splits
+    assert (order.sampler, order.seed, order.epochs, order.drop_last) == ("progressive", 5, 3, True)
+    expected = make_splits(planned.dataset, imbalance=0.1, held_out=0.2, seed=7)
+    assert splits.fingerprint == expected.fingerprint
+    count = len(splits.train)
+    assert len(order) == planned.batches == count // 16 > 1
+    assert [planned.images_in(batch) for batch in (0, count // 16)] == [16, count % 16]
+    torch.manual_seed(5)
+    drawn = next(planned.spec.build().parameters())
+    assert torch.equal(next(planned.model.parameters()), drawn)
+    prior = torch.tensor(splits.counts).double() / count
+    classifier = planned.model.fc
+    assert isinstance(classifier, CosineHead) and float(classifier.scale) == 7
+    torch.testing.assert_close(classifier.compensation, (0.5 * prior.log()).float())
+    planned.close()
 
 
 def test_limit_batches_shortens_epochs_and_evaluations(data: Path, tmp_path: Path) -> None:
@@ -403,6 +434,7 @@ def test_batchnorms_that_cannot_be_folded_are_named(
         # 144 images with 2 x 2 + 3 passes for 3 epochs, the test's 24 with 1 and 41, 3 evaluations
         # of the 16 held out with 1 and 21.
         ([], 3 * 144 * 7 + 24 * 42 + 3 * 16 * 22),
+        (["--eval-every", "2"], 3 * 144 * 7 + 24 * 42 + 2 * 16 * 22),
         (["--attack", "fgsm-rs"], 3 * 144 * 5 + 24 * 42 + 3 * 16 * 22),
         (["--attack", "free", "--replays", "4"], 3 * 144 * 12 + 24 * 42 + 3 * 16 * 22),
         (["--evaluation", "none", "--limit-batches", "1"], 3 * 16 * 7 + 16 * 42),
@@ -416,6 +448,52 @@ def test_the_expected_time_counts_the_passes_that_are_left(
     arguments = ["reat", *small, "--data", str(data), "--run-dir", str(tmp_path / "run")]
     planned = Run(make_plan(arguments))
     assert selection.expected_seconds(planned) == pytest.approx(passes)
+    planned.close()
+
+
+def test_a_saved_run_goes_on_with_all_of_its_position(data: Path, tmp_path: Path) -> None:
+    arguments = ["reat", *SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+    first, second = Run(make_plan(arguments)), Run(make_plan(arguments))
+    position = {"epoch": 2, "batch": 3, "lr_scale": 0.25, "best": {"epoch": 1, "robust": 30.0}}
+    for name, value in position.items():
+        setattr(first, name, value)
+    first.folder.mkdir()
+    first.save()
+    second.load_state(checkpoint.load_checkpoint(first.folder / checkpoint.CHECKPOINT))
+    assert {name: getattr(second, name) for name in position} == position
+    first.close()
+    second.close()
+
+
+def test_processes_share_the_training_but_not_the_evaluations(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "seconds_per_step", lambda run: 2.0)
+    arguments = ["reat", *SMALL, "--imbalance", "1", "--epochs", "3", "--data", str(data)]
+    planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
+    alone = selection.expected_seconds(planned)
+    planned.world = World(0, 4)
+    assert alone - selection.expected_seconds(planned) == pytest.approx(3 / 4 * 3 * 144 * 7)
+    planned.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "due"),
+    [
+        ("--eval-every 3 --epochs 8", [2, 5, 7]),
+        ("--eval-every 3 --epochs 8 --evaluation official", list(range(8))),
+        ("--eval-every 3 --epochs 8 --evaluation none", []),
+        ("--eval-every 3 --epochs 8 --held-out 0", []),
+        ("--eval-every 9 --epochs 2", [1]),
+    ],
+)
+def test_every_few_epochs_and_at_the_end_weights_are_evaluated(
+    flags: str, due: list[int], data: Path, tmp_path: Path
+) -> None:
+    arguments = ["reat", *SMALL, *flags.split(), "--data", str(data)]
+    planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
+    epochs = range(planned.config.epochs)
+    assert [epoch for epoch in epochs if selection.evaluation_is_due(planned, epoch)] == due
     planned.close()
 
 
