@@ -54,6 +54,8 @@ def pgd(
     Source: Madry et al., ICLR 2018; the order of operations is that of the official REAT code.
     """
     _refuse(images, labels, eps, step_size, steps)
+    if isinstance(eps, Tensor):
+        eps = device_number(eps, images, "eps")  # before noise is drawn, which any radius fails in
     noise = uniform_noise(images, eps) if start is None else start
     return ascend(
         model,
