@@ -523,8 +523,10 @@ def test_free_training_goes_back_to_a_state_from_before_its_first_step() -> None
     assert torch.equal(again["logits"], first["logits"])
 
 
-def test_labels_of_another_number_are_refused() -> None:
+def test_bytes_and_labels_of_another_number_are_refused() -> None:
     model = make_model()
     step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config())
+    with pytest.raises(ValueError, match="images: torch.uint8; divide bytes by 255"):
+        step(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 5)
     with pytest.raises(ValueError, match="labels: 4 of them for 8 images"):
         step(torch.rand(8, 3, 8, 8), torch.arange(4))
