@@ -328,6 +328,18 @@ def test_a_place_that_takes_no_file_is_named_before_the_search(
     assert [file.name for file in out.parent.iterdir()] == ["out.json"]
 
 
+def test_a_file_that_is_no_evaluation_is_never_replaced(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "metrics.csv"
+    out.write_text("epoch,loss\n")
+    assert command(run_dir, "--attacks", "clean", "--out", out) == 2
+    assert f"--out {out}: holds something else than an evaluation" in capsys.readouterr().err
+    assert out.read_text() == "epoch,loss\n"
+    out.write_text("")  # as mktemp makes one
+    assert command(run_dir, "--attacks", "clean", "--out", out, "--quiet") == 0
+
+
 def test_the_state_of_a_search_stays_until_its_result_is_written(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
