@@ -76,6 +76,10 @@ def _one_line(box: str) -> str:
     if "╭" not in box:
         sections.pop(0)  # the title, which a drawn box carries in its frame
     text = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", sections[0])
+    # What is wrong by each type of a value that may also be None says less than the value.
+    text = re.sub(
+        r"no type matching (.+?) could be instantiated from \[(.*?)\]\..*", r"\2 is no \1", text
+    )
     near = re.findall(r"(--[\w-]+)", sections[1]) if "Perhaps" in box else []
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     return f"{text}{hint} (--help lists every flag)"
