@@ -64,6 +64,8 @@ def pgd(
     Source: Madry et al., ICLR 2018; the order of operations is that of the official REAT code.
     """
     _refuse(images, labels, eps, step_size, steps, norm)
+    if isinstance(eps, Tensor):
+        eps = device_number(eps, images, "eps")  # before noise is drawn, which any radius fails in
     if start is None:
         start = uniform_noise(images, eps) if norm == "linf" else l2_noise(images, eps)
     return ascend(

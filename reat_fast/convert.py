@@ -90,6 +90,8 @@ def main(arguments: list[str]) -> int:
     options = parse_flags(Options, arguments, "python -m reat_fast.convert")
     target = options.to.resolve()
     _refuse_to_replace(target, options.force)
+    if options.data is not None and options.data.resolve() == target:
+        raise DataError(f"--to {target}: is the source itself; name another place")
     dataset = load_dataset(options.source, options.data, options.image_size, options.skip_bad)
     for note in dataset.notes:
         print(note, file=sys.stderr)

@@ -31,6 +31,7 @@ from reat_fast.evaluation.saved import (
     images_sha256,
     joined,
     known_epoch,
+    refuse_other,
     weights_sha256,
     write,
     write_beside_others,
@@ -169,6 +170,8 @@ def main(arguments: list[str]) -> int:
     folder = options.run if options.run.is_dir() else options.run.parent
     place = options.out or folder / EVALUATION
     refuse_unwritable(place)
+    if options.out is not None:
+        refuse_other(options.out)
     device = choose_device(options.device)
     began = time.perf_counter()
     state = SearchState(place.parent)

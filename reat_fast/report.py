@@ -19,7 +19,7 @@ from reat_fast.reporting.probe import Probe, probe_run
 from reat_fast.reporting.style import write_png
 from reat_fast.reporting.tables import markdown
 from reat_fast.sources.formats import DataError
-from reat_fast.storage.whole_files import write_text
+from reat_fast.storage.whole_files import refuse_unwritable, write_text
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,16 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     options = parse_flags(Options, arguments, "python -m reat_fast.report")
     runs = [read_run(folder) for folder in options.runs]
-    if len(runs) == 1:
+    alone = len(runs) == 1
+    out = options.out or (runs[0].folder / "report.html" if alone else Path("report.html"))
+    refuse_unwritable(out)
+    if out.with_suffix("").is_file():
+        raise ValueError(f"--out {out}: {out.with_suffix('')} is a file; pictures go into a folder")
+    if alone:
         probe, missing = _probe(runs[0], options)
         report = run_report(runs[0], probe, missing)
-        out = options.out or runs[0].folder / "report.html"
     else:
         report = compared_report(runs)
-        out = options.out or Path("report.html")
     folder = write_report(report, out)
     print(f"{out} written; {len(report.pictures)} pictures and table.md in {folder}")
     return 0

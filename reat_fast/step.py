@@ -170,8 +170,10 @@ class TrainStep:
         start: noise like images, or None for what the attack draws, U(-eps, eps) in REAT.
         Returns images_adv [B, C, H, W], logits [B, K] before the update, the loss and its terms
         (scalars; bsl and tail in REAT), all detached. Leaves the model in train mode.
-        Errors: ValueError for labels of another number.
+        Errors: ValueError for images that are not floating-point and labels of another number.
         """
+        if not images.is_floating_point():
+            raise ValueError(f"images: {images.dtype}; divide bytes by 255")
         if len(labels) != len(images):
             raise ValueError(f"labels: {len(labels)} of them for {len(images)} images")
         scale = self.attack.noise_scale(labels, self.epoch)

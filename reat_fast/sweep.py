@@ -28,7 +28,7 @@ from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.attacks import Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
-from reat_fast.storage.whole_files import write_text
+from reat_fast.storage.whole_files import refuse_unwritable, write_text
 from reat_fast.training.sweep_runs import SweepRun, make_runs, read_lines
 
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -165,6 +165,8 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     options = parse_flags(Options, arguments, "python -m reat_fast.sweep")
     out = options.out or Path("sweeps") / options.presets.stem
+    if out.is_file():
+        raise ValueError(f"--out {out}: is a file; name a folder")
     runs = make_runs(
         read_lines(options.presets),
         options.seeds,
@@ -177,6 +179,7 @@ def main(arguments: list[str]) -> int:
         for run in runs:
             print(f"{run.state:8}  python -m reat_fast.train {shlex.join(run.arguments)}")
         return 0
+    refuse_unwritable(out / "summary.md")
     try:
         codes = run_all(runs, out, options.all_attacks)
     except KeyboardInterrupt:

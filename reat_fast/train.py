@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 
 import torch
 
@@ -40,9 +41,12 @@ def main(arguments: list[str]) -> int:
         if world.main:
             raise
         return 2  # all processes were given the same; one says so
-    with StopRequest(world) as stop:
+    stop = StopRequest(world)
+    with ExitStack() as noticing:
         try:
             with world.joined(plan.device):
+                # Not before: SIGTERM has to end a process that waits for one that refused to start.
+                noticing.enter_context(stop)
                 return run_plan(plan, stop)
         except Stopped as stopped:
             if world.main:

@@ -42,6 +42,7 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--eps", "-1/255"], "--eps -0.0039"),
         (["--eps", "nan"], "--eps nan"),
         (["--eps", "8/0"], "'8/0' is neither a number nor a fraction"),
+        (["--largest", "many"], "--largest: 'many' is no INT (--help"),
         (["--eps", "eight"], "'eight' is neither a number nor a fraction"),
         (["--steps", "-1"], "--steps -1: must be 0 or more"),
         (["--epochs", "0"], "--epochs 0: must be at least 1"),

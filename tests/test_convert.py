@@ -444,3 +444,13 @@ def test_no_damage_to_the_description_gives_anything_but_an_error(
         file.write_bytes(damaged)
         refused += refused_or_valid(lambda: load_dataset("beton", tmp_path / "set"))
     assert refused > 50
+
+
+def test_a_conversion_never_takes_the_place_of_its_source(
+    capsys: pytest.CaptureFixture[str], source: list[str]
+) -> None:
+    file = Path(source[-1])
+    kept = file.read_bytes()
+    message = f"--to {file}: is the source itself; name another place"
+    assert error_of(capsys, *source, "--to", file, "--imbalance", 0.5, "--force") == message
+    assert file.read_bytes() == kept

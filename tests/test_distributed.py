@@ -22,6 +22,7 @@ from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.step import TrainStep, make_optimizer
+from reat_fast.training.plan import make_plan
 
 COUNTS = [40, 24, 12, 7, 4]
 CONFIG = Config(lr=0.125, steps=3)
@@ -180,3 +181,13 @@ def test_parts_of_a_batch_add_up_where_batchnorm_does_not_look_across(accumulate
         results.append({**outcome, **model.state_dict()})
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_more_processes_than_gpus_are_refused_also_by_the_process_that_speaks(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--nproc-per-node 3: this machine has 2 CUDA devices"):
+        make_plan(["quickstart"], World(rank, 3, rank, 3))

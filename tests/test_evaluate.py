@@ -334,6 +334,18 @@ def test_a_place_that_takes_no_file_is_named_before_the_search(
     assert [file.name for file in out.parent.iterdir()] == ["out.json"]
 
 
+def test_a_file_that_is_no_evaluation_is_never_replaced(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "metrics.csv"
+    out.write_text("epoch,loss\n")
+    assert command(run_dir, "--attacks", "clean", "--out", out) == 2
+    assert f"--out {out}: holds something else than an evaluation" in capsys.readouterr().err
+    assert out.read_text() == "epoch,loss\n"
+    out.write_text("")  # as mktemp makes one
+    assert command(run_dir, "--attacks", "clean", "--out", out, "--quiet") == 0
+
+
 def test_the_state_of_a_search_stays_until_its_result_is_written(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,13 +403,17 @@ def test_the_table_says_what_it_was_measured_on(
     data = ["--dataset", "npz", "--data", run_dir.parent / "made.npz"]
     tested = json.loads((run_dir / "evaluation.json").read_text())["weights"]
     for place, flags, shown in (
-        (run_dir, [], f"{tested} (epoch 1) on 30 of 30 test images of npz, eps 8/255\n"),
+        (run_dir, [],
+         f"{tested} (epoch 1) on 30 of 30 test images of npz, L-infinity eps 8/255, step 2/255\n"),
         (tmp_path / "alone.safetensors", data, "alone.safetensors on 30 of 30 test images"),
         (run_dir, ["--subset", 10, "--restarts", 2, "--eps", "4/255"],
-         "(epoch 1) on 10 of 30 test images of npz, eps 4/255, 2 restarts\n"),
+         "on 10 of 30 test images of npz, L-infinity eps 4/255, step 2/255, 2 restarts\n"),
+        (run_dir, ["--subset", 10, "--attacks", "l2pgd1"],
+         "step 2/255; L2 eps 128/255, step 15/255\n"),
     ):  # fmt: skip
         out = tmp_path / "out.json"
-        assert command(place, *flags, "--attacks", "clean", "--out", out) == 0
+        attacks = [] if "--attacks" in flags else ["--attacks", "clean"]
+        assert command(place, *flags, *attacks, "--out", out) == 0
         assert shown in capsys.readouterr().out
 
 

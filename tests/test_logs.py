@@ -187,6 +187,13 @@ def read_tensorboard(run_dir: Path) -> Any:
     return events
 
 
+def test_a_folder_with_a_space_is_shown_as_a_shell_takes_it(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    log = MetricLog(["tensorboard"], tmp_path / "my runs" / "run", CONFIG, "reat")
+    log.close()
+    assert log.where == [f"TensorBoard: tensorboard --logdir '{tmp_path / 'my runs'}'"]
+
+
 def test_tensorboard_shows_every_figure_once_also_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     log = MetricLog(["tensorboard"], tmp_path, CONFIG, "reat", attack="pgd10")

@@ -406,6 +406,20 @@ def test_all_that_is_read_of_a_run_goes_from_the_largest_class_to_the_smallest(r
     assert record.evaluation["attacks"]["pgd20"]["per_class"] == [40.0, 20.0, 80.0, None, 60.0]
 
 
+def test_a_page_that_cannot_be_written_is_named_before_the_model_is_attacked(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "_probe", pytest.fail)
+    (run / "report").touch()
+    for out, message in [
+        (run / "config.json" / "page.html", "page.html: cannot be written (File exists)"),
+        (run / "report.html", f"{run / 'report'} is a file; pictures go into a folder"),
+    ]:
+        assert command(run, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
     for name in ("env.json", "split.json", "metrics.csv", "timing.csv", "evaluation.json"):
         (run / name).unlink()

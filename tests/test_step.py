@@ -696,8 +696,10 @@ def test_a_step_trains_in_train_mode_whatever_the_mode_before() -> None:
     assert torch.equal(*logits)
 
 
-def test_labels_of_another_number_are_refused() -> None:
+def test_bytes_and_labels_of_another_number_are_refused() -> None:
     model = make_model()
     step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config())
+    with pytest.raises(ValueError, match="images: torch.uint8; divide bytes by 255"):
+        step(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 5)
     with pytest.raises(ValueError, match="labels: 4 of them for 8 images"):
         step(torch.rand(8, 3, 8, 8), torch.arange(4))

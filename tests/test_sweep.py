@@ -531,3 +531,17 @@ def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
     assert len(lines) > 4
     for name, cost in costs.items():
         assert cost == pytest.approx(costs["at-bsl"], rel=0.02), name
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = tmp_path / "out" / "summary.md"
+    summary.mkdir(parents=True)
+    for out, message in [
+        (presets, f"--out {presets}: is a file; name a folder"),
+        (summary.parent, f"{summary}: cannot be written (is a folder; name a file)"),
+    ]:
+        assert command(presets, "--out", out) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert trainer.commands == []

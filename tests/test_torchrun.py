@@ -118,3 +118,11 @@ def test_restarts_need_a_named_folder(data: Path, tmp_path: Path) -> None:
         _, error = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "torchrun --max-restarts: name the folder with --run-dir" in error
+
+
+def test_a_refused_start_ends_the_waiting_process_at_once(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "somebody-elses").touch()
+    with torchrun(*SMALL, "--data", data, "--run-dir", tmp_path) as job:
+        _, error = job.communicate(timeout=120)
+    assert f"error: --run-dir {tmp_path}: already holds files" in error
+    assert "Unable to shutdown process" not in error  # torchrun kills after 30 s

@@ -79,6 +79,12 @@ def _one_line(box: str) -> str:
     if ours:  # a check of the dataclass, which says itself what to do
         return text
     text = text.removeprefix("Error parsing ")
+    # What is wrong by each type of a value that may also be None says less than the value.
+    text = re.sub(
+        r"no type matching (?:\{None\}\|)?(.+?) could be instantiated from \[(.*?)\]\..*",
+        r"\2 is no \1",
+        text,
+    )
     near = re.findall(r"(--[\w-]+)", sections[1]) if "Perhaps" in box else []
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     return f"{text}{hint} (--help lists every flag)"

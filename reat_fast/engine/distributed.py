@@ -31,11 +31,13 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes of the job on this machine."""
 
     @classmethod
     def from_environment(cls) -> World:
         """Read what torchrun tells its processes; a process by itself is a world of one."""
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         return cls(*(int(os.environ.get(name, value)) for name, value in alone.items()))
 
     @property

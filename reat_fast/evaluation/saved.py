@@ -142,6 +142,13 @@ def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:
         return None  # damaged, or not one of ours
 
 
+def refuse_other(file: Path) -> None:
+    """Raise ValueError where a file to write is there and holds something else."""
+    empty = file.is_file() and not file.stat().st_size
+    if file.exists() and not empty and "attacks" not in _read(file):
+        raise ValueError(f"--out {file}: holds something else than an evaluation; name a new file")
+
+
 def write(file: Path, result: dict[str, Any]) -> None:
     """Write an evaluation as JSON, whole or not at all."""
     write_text(file, json.dumps(result, indent=2) + "\n")

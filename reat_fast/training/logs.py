@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ class TensorBoard:
         # A resumed run writes its history again: TensorBoard then hides what older files hold.
         purge_step = 0 if any(run_dir.glob("events.out.tfevents.*")) else None
         self._writer = _package("tensorboard").SummaryWriter(str(run_dir), purge_step=purge_step)
-        self.where = f"TensorBoard: tensorboard --logdir {run_dir.parent}"
+        self.where = f"TensorBoard: tensorboard --logdir {shlex.quote(str(run_dir.parent))}"
         text = json.dumps(dict(config), indent=4, default=str)
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.split("\n")), 0)
 
@@ -199,8 +200,8 @@ class WeightsAndBiases:
                 "the figures on this machine with WANDB_MODE=offline"
             ) from None
         self._first_step = self._run.step
-        folder = Path(self._run.dir).parent
-        self.where = f"W&B: {f'wandb sync {folder}' if self._run.offline else self._run.url}"
+        sync = f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+        self.where = f"W&B: {sync if self._run.offline else self._run.url}"
 
     def write(self, step: int, scalars: Scalars, bars: Bars) -> None:
         """Write scalars, and values per class as a histogram with one bar a class."""

@@ -99,4 +99,10 @@ def _device(config: Config, world: World) -> torch.device:
         return device
     if device.index is not None:
         raise ValueError(f"--device {config.device}: each process takes its own GPU; leave it out")
+    found = torch.cuda.device_count()
+    if world.local_size > found:  # all of them say so: the first, which speaks, has a GPU
+        raise ValueError(
+            f"torchrun --nproc-per-node {world.local_size}: this machine has {found} CUDA devices; "
+            "start one process for each"
+        )
     return choose_device(f"cuda:{world.local_rank}")
