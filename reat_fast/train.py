@@ -38,9 +38,9 @@ def main(arguments: list[str]) -> int:
     try:
         plan = make_plan(arguments, world)
     except (ValueError, OSError):
-        if world.main:
+        if world.local_rank == 0:
             raise
-        return 2  # all processes were given the same; one says so
+        return 2  # all processes of a machine were given the same; one says so
     stop = StopRequest(world)
     with ExitStack() as noticing:
         try:

@@ -249,6 +249,21 @@ def test_other_list_faults_are_named(tmp_path: Path) -> None:
         load_dataset("list", tmp_path, image_size=6)
 
 
+def test_a_name_that_leads_to_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    folder = next((tmp_path / "test").iterdir())
+    (folder / "lost.PNG").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=rf"{folder}: lost.PNG leads to no file; put it there or"):
+        load_dataset("folder", tmp_path, image_size=6)
+
+
+def test_an_image_too_thin_to_be_resized_is_named(tmp_path: Path) -> None:
+    Image.new("L", (1, 60_000)).save(tmp_path / "thin.png")
+    images = FileImages([tmp_path / "thin.png"], 224)
+    with pytest.raises(DataError, match=r"thin.png: cannot be read \(1x60000 pixels are too thin"):
+        images.read(np.array([0]))
+
+
 def test_a_list_may_begin_with_the_mark_of_windows_editors(tmp_path: Path) -> None:
     write_lists(tmp_path)
     plain = load_dataset("list", str(tmp_path), image_size=6)

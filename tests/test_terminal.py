@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,3 +48,18 @@ def test_the_commands_write_no_escape_sequence(
             run_command(main, ["--help"])
         shown = capsys.readouterr()
         assert "--batch-size" in shown.out and "\x1b" not in shown.out + shown.err
+
+
+def test_a_command_whose_reader_has_enough_ends_in_silence() -> None:
+    script = (
+        "import sys; from reat_fast.cli.command import run_command\n"
+        "def main(arguments):\n    print('line\\n' * 100_000, flush=True)\n    return 0\n"
+        "sys.exit(run_command(main, []))"
+    )
+    command = [sys.executable, "-c", script]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        process.wait()
+        assert process.stderr.read() == "" and process.returncode == 128 + signal.SIGPIPE

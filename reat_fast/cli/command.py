@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -21,6 +23,9 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; errors of the user become one line on stderr and exit code 2."""
     try:
         return main(arguments)
+    except BrokenPipeError:  # who reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its end says so again
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
+MOST_PIXELS = 2**28  # of a resized image, before it is cut: under 1 GiB
 BLOCK = 16  # images that a thread decodes at a time
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel
 
@@ -130,6 +131,8 @@ class FileImages(LazyImages):
         short = min(width, height)
         if short != size:
             width, height = (int(size * side / short) for side in (width, height))
+            if width * height > MOST_PIXELS:  # of which a square of size x size would be left
+                raise ValueError(f"{image.width}x{image.height} pixels are too thin to be resized")
             image = image.resize((width, height), resample=2)  # 2: bilinear, of PIL.Image
         left, top = round((width - size) / 2), round((height - size) / 2)
         cut = image.crop((left, top, left + size, top + size))

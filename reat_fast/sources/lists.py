@@ -6,6 +6,7 @@ images may do without and are then held in memory.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from reat_fast.cli.terminal import one_line
 from reat_fast.sources.formats import PARTS, Array, DataError, Source, reading
 from reat_fast.sources.lazy import FileImages, decoding, find_damaged, require_pillow
 
+SUFFIXES = (".png", ".jpg", ".jpeg")
 NAMED = 10  # files that a message names at most
 NO_SIZE = (
     "dataset list needs --image-size N, the pixels a side that images are resized and cut to, 224 "
@@ -153,11 +155,15 @@ def _class_files(folder: Path) -> list[Path]:
 
 def _image_files(folder: Path) -> list[Path]:
     with reading(folder, "add it, with the images of its class"):
-        names = sorted(file.name for file in folder.iterdir() if file.name[0] != ".")
-    names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg"))]
-    if not names:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = [e for e in entries if e.name.lower().endswith(SUFFIXES) and e.name[0] != "."]
+    if not entries:
         raise DataError(f"{folder}: no .png, .jpg or .jpeg inside; add some or remove it")
-    return [folder / name for name in names]
+    if lost := [entry.name for entry in entries if not entry.is_file()]:
+        raise DataError(
+            f"{folder}: {_some(lost)} leads to no file; put it there or remove the name"
+        )
+    return [folder / entry.name for entry in entries]
 
 
 def _decode(files: list[Path]) -> tuple[dict[int, Array], dict[int, str]]:
