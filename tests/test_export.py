@@ -175,6 +175,19 @@ def test_the_card_has_every_figure_with_its_attack_and_escapes_names(
     assert "# license: yours to choose" in card
 
 
+def test_the_card_names_the_ball_of_an_attack_in_l2(run_dir: Path, tmp_path: Path) -> None:
+    file = run_dir / "evaluation.json"
+    told = json.loads(file.read_text())
+    told["attacks"]["l2pgd20"] = told["attacks"]["pgd20"]
+    file.write_text(json.dumps({**told, "l2_eps": 0.5, "restarts": 3}))
+    assert command(run_dir, "--to", tmp_path / "to", "--format", "hub") == 0
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert "attacks within L-infinity eps 8/255, step 2/255; L2 eps 0.5, step 0.0585938." in card
+    assert '"l2pgd20, L2 eps 0.5, overall, in %"' in card
+    measured = json.loads((tmp_path / "to" / "config.json").read_text())["evaluation"]
+    assert measured["l2_eps"] == 0.5 and measured["restarts"] == 3
+
+
 def test_the_front_matter_is_read_by_the_hub_library(run_dir: Path, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="needs huggingface-hub")
     assert command(run_dir, "--to", tmp_path / "to", "--format", "hub") == 0
