@@ -7,6 +7,7 @@ uint8 crosses processes.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,9 @@ def _left_to_the_run() -> Iterator[None]:
     signals stay so in a child. And torch's handler for the end of a child raises wherever the main
     thread is just then, in a step or in a save; the next read finds a dead worker as well.
     """
+    if sys.platform == "win32":  # which has neither
+        yield
+        return
     of_children = signal.getsignal(signal.SIGCHLD)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:

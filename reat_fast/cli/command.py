@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,7 +24,7 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
         return main(arguments)
     except BrokenPipeError:  # who reads the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its end says so again
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
