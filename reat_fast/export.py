@@ -43,6 +43,7 @@ MEASURED = (
     "samples",
     "eps",
     "step_size",
+    "l2_eps",
     "seed",
     "weights_epoch",
     "per_class_samples",

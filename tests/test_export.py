@@ -146,6 +146,18 @@ def test_figures_are_looked_for_in_all_evaluations_of_a_run(run_dir: Path, tmp_p
     assert description(tmp_path / "to")["evaluation"]["samples"] == 12
 
 
+def test_the_card_tells_the_l2_radius_that_was_measured(run_dir: Path, tmp_path: Path) -> None:
+    file = run_dir / "evaluation.json"
+    measured = json.loads(file.read_text())
+    changes = {"l2_eps": 0.25, "attacks": {**measured["attacks"], "l2pgd20": FIGURES}}
+    file.write_text(json.dumps(measured | changes))
+    assert command(run_dir, "--to", tmp_path / "to", "--format", "hub") == 0
+    card = (tmp_path / "to" / "README.md").read_text("utf-8")
+    assert '"l2pgd20, L2 eps 0.25, overall, in %"' in card
+    assert '"pgd20, eps 8/255, overall, in %"' in card
+    assert "L-infinity eps 8/255, step 2/255; L2 eps 0.25, step" in card
+
+
 def test_a_run_that_selects_its_last_weights_is_exported_with_them(run_dir: Path) -> None:
     (run_dir / "config.json").write_text(to_json(Config(select="last")))
     assert checkpoint.find_weights(run_dir).name == "last.safetensors"
