@@ -6,11 +6,14 @@ uint8 crosses processes.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +113,7 @@ def _left_to_the_run() -> Iterator[None]:
         yield
         return
     of_children = signal.getsignal(signal.SIGCHLD)
+    others = multiprocessing.active_children()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -117,6 +121,14 @@ def _left_to_the_run() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, of_children)
+        started = [child for child in multiprocessing.active_children() if child not in others]
+        if started:  # Python ends by SIGTERM what nobody closed, and would wait for ever
+            atexit.register(_kill, started)
+
+
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 class _Batches(Dataset["Tensor | str"]):

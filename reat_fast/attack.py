@@ -65,7 +65,7 @@ def pgd(
     """
     _refuse(images, labels, eps, step_size, steps, norm)
     if isinstance(eps, Tensor):
-        eps = device_number(eps, images, "eps")  # before noise is drawn, which any radius fails in
+        eps = device_number(eps, images, "eps")  # else one of another shape fails in the noise
     if start is None:
         start = uniform_noise(images, eps) if norm == "linf" else l2_noise(images, eps)
     return ascend(
@@ -98,9 +98,9 @@ def ascend(
     norm: Norm = "linf",
 ) -> Tensor:
     """Take the steps of pgd from `adv`, noise already added, round `clean`; see pgd."""
-    # Once, and not once a step: a number would be written to the device at each of them.
     if not (adv.is_contiguous() or adv.is_contiguous(memory_format=torch.channels_last)):
         adv = adv.contiguous()  # of rotated images, say: a step reads each as one run of memory
+    # Once, and not once a step: a number would be written to the device at each of them.
     step_size = device_number(step_size, clean, "step_size")
     eps = device_number(eps, clean, "eps")
     for _ in range(steps):

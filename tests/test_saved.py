@@ -51,7 +51,7 @@ def test_attacks_of_the_same_conditions_are_gathered(tmp_path: Path) -> None:
 
 # By hand: a condition that is forgotten there would be forgotten here.
 SEPARATE = ["weights", "weights_sha256", "dataset", "samples", "images_sha256"]
-SEPARATE += ["eps", "step_size", "restarts", "precision", "seed"]
+SEPARATE += ["eps", "step_size", "l2_eps", "restarts", "precision", "seed"]
 
 
 @pytest.mark.parametrize("condition", SEPARATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -50,16 +51,25 @@ def test_the_commands_write_no_escape_sequence(
         assert "--batch-size" in shown.out and "\x1b" not in shown.out + shown.err
 
 
-def test_a_command_whose_reader_has_enough_ends_in_silence() -> None:
-    script = (
-        "import sys; from reat_fast.cli.command import run_command\n"
-        "def main(arguments):\n    print('line\\n' * 100_000, flush=True)\n    return 0\n"
-        "sys.exit(run_command(main, []))"
-    )
-    command = [sys.executable, "-c", script]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
-        assert process.stdout.readline() == "line\n"
+COMMAND = (
+    "import sys; from reat_fast.cli.command import run_command\n"
+    "def main(arguments):\n    {body}\n    return 0\n"
+    "sys.exit(run_command(main, []))"
+)
+
+
+@pytest.mark.parametrize("body", ["print('line\\n' * 100_000)", "input(); print('a line')"])
+def test_a_command_whose_reader_has_enough_ends_in_silence(body: str) -> None:
+    command = [sys.executable, "-c", COMMAND.format(body=body)]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, text=True, env=buffered, **pipes) as process:  # type: ignore[call-overload]
         process.stdout.close()
-        process.wait()
-        assert process.stderr.read() == "" and process.returncode == 128 + signal.SIGPIPE
+        _, error = process.communicate("\n", timeout=100)
+    assert error == "" and process.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_pipe_that_breaks_is_named() -> None:
+    command = [sys.executable, "-c", COMMAND.format(body="raise BrokenPipeError(32, 'a log')")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2 and ended.stderr == "error: [Errno 32] a log\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +111,23 @@ def test_workers_live_on_where_a_signal_meets_the_whole_group(number: int) -> No
     read += batches
     assert sum(len(batch.labels) for batch in read) == 400
     loader.close()
+
+
+def test_a_program_ends_though_nobody_closed_the_loader() -> None:
+    script = (
+        "from test_workers import make\n"
+        "batches = make().epoch(0)\n"
+        "next(batches)\n"
+        "raise RuntimeError('of the program')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert ended.returncode == 1 and ended.stderr.endswith("RuntimeError: of the program\n")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

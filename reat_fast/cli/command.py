@@ -6,9 +6,10 @@ import contextlib
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 import tyro
@@ -21,11 +22,13 @@ Flags = TypeVar("Flags")
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; errors of the user become one line on stderr and exit code 2."""
     try:
-        return main(arguments)
-    except BrokenPipeError:  # who reads the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its end says so again
-        return 141  # 128 + SIGPIPE
+        code = main(arguments)
+        sys.stdout.flush()  # what fails at the end of the program itself is no error of ours
+        return code
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its end says so
+            return 141  # 128 + SIGPIPE
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
@@ -43,6 +46,13 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _has_no_reader(output: TextIO) -> bool:
+    """Say whether who read the output, such as head, has enough; other pipes break too."""
+    poll = select.poll()
+    poll.register(output.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,7 +79,7 @@ def parse_flags(
     except SystemExit as stop:
         if stop.code:
             raise ValueError(_one_line(shown.getvalue())) from None
-        print(printed.getvalue(), end="")
+        print(printed.getvalue(), end="", flush=True)
         raise
 
 

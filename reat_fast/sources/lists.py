@@ -156,7 +156,8 @@ def _class_files(folder: Path) -> list[Path]:
 def _image_files(folder: Path) -> list[Path]:
     with reading(folder, "add it, with the images of its class"):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    entries = [e for e in entries if e.name.lower().endswith(SUFFIXES) and e.name[0] != "."]
+    shown = [entry for entry in entries if entry.name[0] != "."]
+    entries = [entry for entry in shown if entry.name.lower().endswith(SUFFIXES)]
     if not entries:
         raise DataError(f"{folder}: no .png, .jpg or .jpeg inside; add some or remove it")
     if lost := [entry.name for entry in entries if not entry.is_file()]:
