@@ -79,7 +79,7 @@ def new_run_dir(run_dir: Path | None, preset: str) -> Path:
     """
     if run_dir is None:
         numbered = (Path("runs") / f"{preset}-{number}" for number in itertools.count(1))
-        return next(folder for folder in numbered if not folder.exists())
+        return next(folder for folder in numbered if not os.path.lexists(folder))  # also links
     if run_dir.exists() and not run_dir.is_dir():
         raise CheckpointError(f"--run-dir {run_dir}: is a file; name a folder")
     if run_dir.is_dir() and any(run_dir.iterdir()):

@@ -130,6 +130,8 @@ def test_a_folder_that_another_run_took_meanwhile_is_passed_over(
     made = [make_folder(folder, numbered="reat") for folder in chosen]
     assert made == [Path("runs/reat-1"), Path("runs/reat-2"), Path("runs/reat-3")]
     assert make_folder(made[0]) == made[0]
+    Path("runs/reat-4").symlink_to("of a disk that is gone")
+    assert make_folder(chosen[0], numbered="reat") == Path("runs/reat-5")
 
 
 def test_a_device_that_is_not_there_is_not_blamed_on_the_file(run_dir: Path) -> None:
