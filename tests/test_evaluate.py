@@ -81,21 +81,25 @@ def test_the_tail_by_share_is_what_lies_beyond_80_per_cent() -> None:
     assert figures([1], [4], [7])["tail80"] is None
 
 
-def test_a_run_on_image_files_is_evaluated_on_the_pixels_it_was_tested_on(tmp_path: Path) -> None:
+def made_files(folder: Path) -> list[str]:
+    """Write a set of image files of which one test image is damaged; return training flags."""
     made = np.random.RandomState(0)
     for split, number in (("train", 12), ("test", 3)):
         for label in range(2):
-            folder = tmp_path / "data" / split / f"class{label}"
-            folder.mkdir(parents=True)
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
             for k in range(number):
                 pixels = made.randint(0, 256, (12 + k % 2, 20, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{k}.png")
-    (tmp_path / "data/test/class1/2.png").write_bytes(b"no image")
-    run = tmp_path / "run"
-    data = ["--dataset", "folder", "--data", str(tmp_path / "data"), "--imbalance-profile", "as-is"]
-    reading = ["--image-size", "8", "--skip-bad"]
+                Image.fromarray(pixels).save(place / f"{k}.png")
+    (folder / "test/class1/2.png").write_bytes(b"no image")
+    data = ["--dataset", "folder", "--data", str(folder), "--imbalance-profile", "as-is"]
     small = ["--model", "resnet8", "--width", "8", "--epochs", "1", "--batch-size", "8"]
-    arguments = ["reat", *data, *reading, *small, "--select", "last", "--run-dir", str(run)]
+    return ["reat", *data, "--image-size", "8", *small, "--select", "last"]
+
+
+def test_a_run_on_image_files_is_evaluated_on_the_pixels_it_was_tested_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*made_files(tmp_path / "data"), "--skip-bad", "--run-dir", str(run)]
     assert run_command(train.main, arguments) == 0
     tested = json.loads((run / "evaluation.json").read_text())
     for size in ([], ["--image-size", "8"]):
@@ -103,13 +107,26 @@ def test_a_run_on_image_files_is_evaluated_on_the_pixels_it_was_tested_on(tmp_pa
         found = json.loads((tmp_path / "out").read_text())
         assert found["samples"] == tested["samples"] == 5
         assert found["attacks"] == tested["attacks"]
-    (tmp_path / "data/test/class0/1.png").write_bytes(b"damaged since")
-    (tmp_path / "data/train/class0/1.png").write_bytes(b"damaged since")
-    out = ["--out", str(tmp_path / "later"), "--skip-bad"]
-    assert run_command(evaluate.main, [str(run), *out]) == 0
-    assert json.loads((tmp_path / "later").read_text())["samples"] == 4
     other = ["--dataset", "npz", "--data", str(made_npz(tmp_path / "other.npz", classes=2))]
     assert run_command(evaluate.main, [str(run), *other, "--attacks", "clean", "--quiet"]) == 0
+
+
+def test_a_test_image_that_shows_its_damage_after_training_may_be_left_out_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.json"
+    arguments = [*made_files(tmp_path / "data"), "--quiet", "--run-dir", str(run)]
+    evaluation = [str(run), "--quiet", "--out", str(out)]
+    for main, asked in ((train.main, arguments), (evaluate.main, evaluation)):
+        assert run_command(main, asked) == 2
+        assert "class1/2.png: cannot be read" in capsys.readouterr().err
+    assert run_command(evaluate.main, [*evaluation, "--skip-bad"]) == 0
+    assert run_command(train.main, ["--resume", str(run), "--skip-bad"]) == 0
+    for file in (out, run / "evaluation.json"):
+        assert json.loads(file.read_text())["samples"] == 5
+    # What is damaged of the training images since hinders no evaluation either.
+    (tmp_path / "data/train/class0/1.png").write_bytes(b"damaged since")
+    assert run_command(evaluate.main, [*evaluation, "--skip-bad"]) == 0
 
 
 @pytest.fixture
