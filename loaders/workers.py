@@ -119,7 +119,7 @@ def _left_to_the_run() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if threading.current_thread() is threading.main_thread():
+        if of_children is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, of_children)
         started = [child for child in multiprocessing.active_children() if child not in others]
         if started:  # Python ends by SIGTERM what nobody closed, and would wait for ever

@@ -120,7 +120,10 @@ def test_attacks_are_named_as_papers_do() -> None:
 
 
 def test_robustness_is_pgd20_or_else_what_was_attacked_last() -> None:
-    for names, chosen in (("clean pgd20 aa", "pgd20"), ("clean fgsm cw20", "cw20"), ("clean",) * 2):
+    for names, chosen in (
+        *(("clean pgd20 aa", "pgd20"), ("clean fgsm cw20", "cw20"), ("clean",) * 2),
+        *(("clean aa l2pgd20", "aa"), ("l2pgd20 clean", "l2pgd20")),
+    ):
         assert main_attack({"attacks": dict.fromkeys(names.split())}) == chosen
 
 

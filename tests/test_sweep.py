@@ -465,6 +465,13 @@ def test_a_run_of_few_batches_gets_its_attacks_on_the_images_of_its_test(
     assert found["samples"] == 16 and set(found["attacks"]) == {"clean", "pgd20", "fgsm"}
     assert not (file.parent / "evaluation-2.json").exists()
 
+    assert command(presets, "--out", out, "--attacks", "fgsm", "l2pgd1") == 0
+    assert "| 8/255; L2 eps 128/255 |" in (out / "summary.md").read_text()
+
+    file.write_text(json.dumps({**found, "l2_eps": 0.25}))
+    assert command(presets, "--out", out, "--attacks", "fgsm", "cw1") == 0
+    assert set(json.loads(file.read_text())["attacks"]) == {"clean", "pgd20", "fgsm", "cw1"}
+
     file.write_text(json.dumps({**found, "samples": 3}))
     assert command(presets, "--out", out, "--attacks", "fgsm", "cw2") == 1
     error = capsys.readouterr().err

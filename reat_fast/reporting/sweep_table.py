@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast.cli.radius import fraction_text
+from reat_fast.evaluation.attacks import threat_text
 from reat_fast.reporting.tables import (
     PROTOCOL,
     attack_title,
@@ -114,13 +115,16 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
     cells = [head]
     for row in rows:
         eps = row.conditions.get("eps")
+        radius = "–" if eps is None else fraction_text(eps)
+        if eps is not None and any(attack.startswith("l2") for attack in row.attacks):
+            radius += f"; {threat_text(row.conditions, 'l2')}"
         cells.append(
             [
                 row.name,
                 f"{row.finished} of {row.planned}",
                 markdown_text(str(row.conditions.get("dataset", "–"))),
                 str(row.conditions.get("samples", "–")),
-                "–" if eps is None else fraction_text(eps),
+                radius,
                 *(_cell(row, column) for column in columns),
                 mean_text(row.values["seconds"], digits=0),
             ]

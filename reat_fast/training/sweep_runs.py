@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast import checkpoint
-from reat_fast.config import Config, changes, from_json, parse
+from reat_fast.config import Config, changes, flag, from_json, parse
 from reat_fast.data import DataError, find_dataset
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
@@ -126,6 +126,9 @@ class SweepRun:
         precision = self.precision or there.get("precision")
         if precision is not None:
             flags += ["--precision", precision]
+        for name in ("l2_eps", "restarts"):
+            if name in there:
+                flags += [flag(name), str(there[name])]
         if self.figures.name != EVALUATION:
             flags += ["--out", str(self.figures)]
         return [str(self.folder), "--attacks", *attacks, *radius, *flags]
