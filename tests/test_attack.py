@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reat_fast import reference
-from reat_fast.attack import PGD, cross_entropy, l2_noise, pgd, uniform_noise, with_batch_statistics
+from reat_fast.attack import (
+    PGD,
+    cross_entropy,
+    l2_noise,
+    of_length,
+    pgd,
+    uniform_noise,
+    with_batch_statistics,
+)
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_loss
 
@@ -281,3 +289,21 @@ def test_in_l2_the_result_and_its_start_lie_in_the_ball(
     assert cross_entropy(model(adv), labels).item() > before.item()
     with pytest.raises(ValueError, match="^norm: 'l1'; give one of linf, l2$"):
         pgd(model, images, labels, norm="l1")  # type: ignore[arg-type]
+
+
+def test_the_start_that_pgd_draws_fills_the_ball_of_its_norm(model: nn.Module) -> None:
+    images, labels = torch.full((4000, 1, 1, 3), 0.5), torch.zeros(4000, dtype=torch.int64)
+    torch.manual_seed(0)
+    in_l2 = pgd(model, images, labels, eps=0.3, steps=0, norm="l2") - images
+    share = in_l2.flatten(1).norm(dim=1) / 0.3
+    # Of a ball in three dimensions the share r holds r^3; 5 sigma of 4000 draws are 0.04.
+    for radius in (0.3, 0.5, 0.8):
+        assert abs((share < radius).float().mean().item() - radius**3) < 0.04
+    in_linf = pgd(model, images, labels, eps=0.3, steps=0) - images
+    corners = (in_linf.abs() > 0.2).flatten(1).all(1).float().mean().item()
+    assert abs(corners - 1 / 27) < 0.02 and in_linf.abs().max() <= 0.3 + 1e-6
+
+
+def test_no_noise_has_no_direction_and_no_image_no_ball() -> None:
+    assert torch.equal(of_length(torch.zeros(2, 3), 1.0), torch.zeros(2, 3))
+    assert l2_noise(torch.zeros(0, 3, 4, 4), 1.0).shape == (0, 3, 4, 4)

@@ -161,8 +161,9 @@ def test_attacks_in_l2_are_a_plain_loop_from_the_edge_of_the_ball(
 ) -> None:
     clean, start, labels = clean_and_start(image_set)
     attack = Attack.from_name("l2pgd5", EPS, STEP)
-    adv = attack.begin(clean, start)
+    adv, noise = attack.begin(clean, start), (start - clean).flatten(1)
     lengths = (adv - clean).flatten(1).norm(dim=1)
+    assert (nn.functional.cosine_similarity((adv - clean).flatten(1), noise) > 0.999).all()
     torch.testing.assert_close(lengths, torch.full_like(lengths, L2_EPS))
     for _ in range(5):
         leaf = adv.clone().requires_grad_()

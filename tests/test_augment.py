@@ -10,7 +10,15 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from reat_fast.engine.augment import AUTOAUGMENT, PolicyName, _drawn, _policy, _table, apply_policy
+from reat_fast.engine.augment import (
+    AUTOAUGMENT,
+    PolicyName,
+    _drawn,
+    _magnitude,
+    _policy,
+    _table,
+    apply_policy,
+)
 from reat_fast.kernels import philox
 from reat_fast.kernels.augment import OPERATIONS, Numbers, numbers, operate
 from reat_fast.kernels.prepare import prepare
@@ -172,6 +180,14 @@ def test_a_policy_does_what_torchvision_does_to_each_image(
     for image, index in zip(found, indices.tolist(), strict=True):
         steps = drawn_by_hand(policy, index, 11, 4, num_ops, magnitude, *sizes(images))
         assert torch.equal(image, done_by_pillow(images[index], steps)), (index, steps)
+
+
+@pytest.mark.parametrize("bins", [10, 31])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_place_has_the_magnitude_of_torchvision(name: str, bins: int) -> None:
+    for place in range(bins):
+        expected = magnitude_of(name, place, bins, 19, 40)
+        assert _magnitude(name, place, bins, 19, 40) == expected
 
 
 def test_the_policy_of_autoaugment_is_the_published_one() -> None:

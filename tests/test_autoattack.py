@@ -19,6 +19,7 @@ from reat_fast.evaluation.fab import fab, hyperplane_step
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.square import _squares, square
 from reat_fast.evaluation.victim import Victim, attacked, filled_up
+from reat_fast.kernels import philox
 
 EPS = 0.1
 CLASSES = 6
@@ -615,6 +616,75 @@ def test_without_a_gradient_there_is_no_step() -> None:
     points, nothing = torch.rand(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)
     offset = torch.tensor([0.0, 1.0, -1.0])
     assert torch.equal(hyperplane_step(points, nothing, offset), nothing)
+
+
+def test_a_step_may_take_as_many_turns_as_there_are_bounds() -> None:
+    rooms, weights = 2.0 ** -torch.arange(20).double(), 4.0 ** torch.arange(20).double()
+    step = hyperplane_step(1 - rooms[None], weights[None], weights.sum()[None] - 0.125)
+    torch.testing.assert_close(step, torch.cat([rooms.new_tensor([0.875]), rooms[1:]])[None])
+
+
+class Chosen:
+    """Stand in for a victim: logits by a function, and no image is ever fooled."""
+
+    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+        self.logits = logits
+        self.tried: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.tried.append(images.detach())
+        return self.logits(images)
+
+    gradient = Victim.gradient
+
+    def confirmed(self, fooled: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros_like(fooled)
+
+
+def test_fab_stays_where_there_is_no_gradient() -> None:
+    victim = Chosen(lambda images: images.flatten(1)[:, :2] * 0 + torch.tensor([1.0, 0.0]))
+    images, labels = torch.rand(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64)
+    fab(victim, images, labels, labels + 1, eps=EPS, steps=3)  # type: ignore[arg-type]
+    assert all(torch.allclose(tried, images) for tried in victim.tried)
+
+
+def test_square_tries_what_its_counters_say() -> None:
+    batch, channels, height, width, seed = 3, 3, 5, 8, 7
+    torch.manual_seed(0)
+    images = torch.rand(batch, channels, height, width, dtype=torch.float64)
+    weights = torch.randn(images[0].shape, dtype=torch.float64)
+    samples, labels = torch.tensor([4, 0, 9]), torch.zeros(batch, dtype=torch.int64)
+
+    def logits(images: Tensor) -> Tensor:
+        lead = 100 + (images * weights).sin().flatten(1).sum(1)
+        return torch.stack([lead, torch.zeros_like(lead)], 1)
+
+    def words(epoch: int, count: int) -> Tensor:
+        return philox.random_bits(seed, epoch, samples, philox.EVALUATION, count)
+
+    victim, eps = Chosen(logits), 0.4  # some bounds are those of the box
+    square(victim, images, labels, samples, eps=eps, seed=seed, queries=220)  # type: ignore[arg-type]
+    low, high = (images - eps).clamp_min(0), (images + eps).clamp_max(1)
+    up = philox.bernoulli(words(1000, channels * width), 0.5).view(batch, channels, 1, width)
+    best = torch.where(up, high, low)
+    assert torch.equal(victim.tried[0], best)
+    least = logits(best)[:, 0]
+    for query in range(220):
+        halvings = (query > 10) + (query > 50) + (query > 200)
+        side = min(max(round((0.8 / 2**halvings * height * width) ** 0.5), 1), height)
+        drawn = words(1001 + query // 100, 400).view(batch, 100, 4)[:, query % 100]
+        expected = best.clone()
+        for k in range(batch):
+            top = int(philox.integers(drawn[k, 0], height - side + 1))
+            left = int(philox.integers(drawn[k, 1], width - side + 1))
+            place = slice(top, top + side), slice(left, left + side)
+            for channel in range(channels):
+                ends = high if int(drawn[k, 2]) >> channel & 1 else low
+                expected[(k, channel, *place)] = ends[(k, channel, *place)]
+        assert torch.equal(victim.tried[1 + query], expected)
+        margins = logits(expected)[:, 0]
+        better = margins < least
+        best[better], least[better] = expected[better], margins[better]
 
 
 def test_the_step_to_a_hyperplane_is_the_packages() -> None:
