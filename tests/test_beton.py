@@ -258,6 +258,8 @@ def test_quasi_random_mixes_windows_of_the_file(
     assert not np.array_equal(first, np.sort(first))
     inside = np.array(first)[pages == pages[0]]
     assert np.count_nonzero(np.diff(inside) < 0) > len(inside) / 4  # and mixed inside
+    starts = read_beton(path).images.starts
+    assert len({starts[epoch(number)[0]] // PAGE for number in range(6)}) > 1  # other pages first
 
 
 @pytest.mark.parametrize("cache", [True, False])
