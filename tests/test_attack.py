@@ -42,14 +42,16 @@ def attack(model: nn.Module, made: dict[str, Tensor], **options: object) -> Tens
     return pgd(model, made["images"], made["labels"], **settings)  # type: ignore[arg-type]
 
 
-def plain_pgd(model: nn.Module, made: dict[str, Tensor], loss: reference.AttackLoss) -> Tensor:
+def plain_pgd(
+    model: nn.Module, made: dict[str, Tensor], loss: reference.AttackLoss, steps: int = 10
+) -> Tensor:
     return reference.pgd(
         model,
         made["images"],
         made["labels"],
         eps=EPS,
         step_size=STEP,
-        steps=10,
+        steps=steps,
         start=made["noise"][0],
         loss=loss,
     )
@@ -108,16 +110,7 @@ def test_zero_steps_return_the_start_inside_the_range(
 ) -> None:
     expected = (made["images"] + made["noise"][0]).clamp(0, 1)
     assert torch.equal(attack(model, made, steps=0), expected)
-    plain = reference.pgd(
-        model,
-        made["images"],
-        made["labels"],
-        eps=EPS,
-        step_size=STEP,
-        steps=0,
-        start=made["noise"][0],
-        loss=F.cross_entropy,
-    )
+    plain = plain_pgd(model, made, F.cross_entropy, steps=0)
     assert torch.equal(plain, expected)
 
 

@@ -117,13 +117,10 @@ def threat_text(evaluation: Mapping[str, Any], attack: str | None = None) -> str
     evaluation: what evaluation.json holds.
     """
     l2_eps = evaluation.get("l2_eps", L2_EPS)
+    if attack is not None and attack.startswith("l2"):
+        return f"L2 eps {fraction_text(l2_eps)}"
     if attack is not None:
-        in_l2 = attack.startswith("l2")
-        return (
-            f"L2 eps {fraction_text(l2_eps)}"
-            if in_l2
-            else f"eps {fraction_text(evaluation['eps'])}"
-        )
+        return f"eps {fraction_text(evaluation['eps'])}"
     eps, step = (fraction_text(evaluation[name]) for name in ("eps", "step_size"))
     text = f"L-infinity eps {eps}, step {step}"
     if any(name.startswith("l2") for name in evaluation["attacks"]):
