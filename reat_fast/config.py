@@ -169,7 +169,8 @@ class Config:
     evaluation: Literal["held-out", "official", "none"] = "held-out"
     """Chooses the best epoch: PGD-10 on held-out images, or (official) PGD-20 on the test set."""
     eval_every: int = 5
-    """Epochs between two evaluations on the held-out images."""
+    """Epochs between two evaluations on the held-out images, a fifth of them once the learning rate
+    has fallen and the best epoch is looked for."""
     select: Literal["best", "last"] = "best"
     """Which weights are evaluated on the test set at the end: last, or best, those of the largest
     robust accuracy on the held-out images since the learning rate fell to half its peak or less."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from contextlib import ExitStack
 
 import torch
@@ -81,7 +80,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 
 
 def train(run: Run, stop: StopRequest | None = None) -> None:
-    """Run what is left, saving after each epoch and every --save-minutes."""
+    """Run what is left, saving as often as is affordable; see take_steps and Run.finish_epoch."""
     stop = stop or StopRequest()
     steps = (run.config.epochs - run.epoch) * run.batches - run.batch
     clock = TrainingClock(steps)
@@ -102,7 +101,7 @@ def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRe
     epoch = run.epoch
     run.epoch_time.begin(clock)
     take_steps(run, clock, progress, stop)
-    if selection.evaluation_is_due(run, epoch):
+    if selection.evaluation_is_due(run, epoch) and run.save_pace.affordable():
         save(run)  # an evaluation takes long enough to be interrupted
     lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
     refuse_nonfinite(run)
@@ -131,11 +130,10 @@ def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRe
 
 
 def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopRequest) -> None:
-    """Take the steps of the running epoch from where the run stands.
+    """Take the steps of the running epoch from where the run stands, saving each --save-minutes.
 
     Errors: Stopped, with everything saved, where the run was asked to end.
     """
-    saved = time.perf_counter()
     clock.resume()
     batches = run.loader.epoch(run.epoch, run.batch)
     while run.batch < run.batches:
@@ -153,9 +151,8 @@ def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopReq
         if stop.agreed(run.epoch * run.batches + run.batch):
             save(run)
             raise stop.stopped()
-        if time.perf_counter() - saved > 60 * run.config.save_minutes:
+        if run.save_pace.age > 60 * run.config.save_minutes:
             save(run)
-            saved = time.perf_counter()
 
 
 def save(run: Run) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from reat_fast.cli.terminal import duration
 from reat_fast.training.progress import Progress, TrainingClock
+from reat_fast.training.save_pace import SavePace
 
 
 class FakeClock:
@@ -88,3 +89,28 @@ def test_a_terminal_gets_a_bar_with_the_same_figures(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().err
     assert "epoch 1/1" in shown
     assert "loss 0.5000  adv 99.0 %  8 images/s  left 0 s" in shown
+
+
+def test_a_run_saves_so_often_that_saving_takes_a_twentieth_of_its_time() -> None:
+    now = FakeClock()
+    pace = SavePace(clock=now)
+    assert pace.affordable()  # nothing is known yet
+    with pace.saving():
+        now.seconds += 0.5
+    assert pace.age == 0
+    now.seconds += 9.9
+    assert not pace.affordable()
+    now.seconds += 0.2
+    assert pace.affordable() and pace.age == pytest.approx(10.1)
+    with pace.saving():
+        now.seconds += 0.1  # which is cheap on any account
+    assert pace.affordable()
+
+
+def test_a_save_that_fails_is_not_taken_for_one() -> None:
+    now = FakeClock()
+    pace = SavePace(clock=now)
+    with pytest.raises(OSError), pace.saving():
+        now.seconds += 5
+        raise OSError
+    assert pace.age == 5 and pace.affordable()

@@ -537,3 +537,9 @@ def test_the_weights_epoch_is_told_only_where_it_is_known(run: Path) -> None:
         record = read_run(run)
         assert record.weights_epoch == epoch
         assert ("of epoch" in record.protocol) == (epoch is not None)
+    rows = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    (run / "metrics.csv").write_text("".join(rows[:-1]))  # of a run under way they may be older
+    (run / "evaluation.json").write_text(
+        json.dumps({**evaluation, **known, "weights": "last.safetensors"})
+    )
+    assert read_run(run).weights_epoch is None

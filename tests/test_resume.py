@@ -26,6 +26,7 @@ from reat_fast.env import environment
 from reat_fast.training import faults, selection
 from reat_fast.training import run as run_module
 from reat_fast.training.run import Run
+from reat_fast.training.save_pace import SavePace
 from reat_fast.training.stopping import Stopped, StopRequest
 
 
@@ -38,11 +39,45 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def saved_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save after each epoch, however slow the disk is just now."""
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: True)
+
+
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run_once(data, folder) == 0
     return folder
+
+
+def test_where_saving_costs_too_much_a_run_goes_on_from_further_back(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, finish_epoch = tmp_path / "run", Run.finish_epoch
+
+    def broken_off(self: Run, *rows: dict[str, Any]) -> None:
+        finish_epoch(self, *rows)
+        if self.epoch == 2:
+            raise SystemExit(137)
+
+    def saved() -> tuple[int, bool]:
+        epoch = checkpoint.load_checkpoint(folder / CHECKPOINT)["epoch"]
+        return epoch, (folder / "last.safetensors").exists()
+
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+    with monkeypatch.context() as patched:
+        patched.setattr(SavePace, "affordable", lambda pace: False)
+        with patched.context() as broken:
+            broken.setattr(Run, "finish_epoch", broken_off)
+            with pytest.raises(SystemExit):
+                run(*arguments)
+        assert saved() == (0, False)
+        assert len((folder / "metrics.csv").read_text().splitlines()) == 3
+        assert run("--resume", folder) == 0
+    assert saved() == (3, True)  # the last epoch is saved in any case
+    assert differences(whole, folder) == []
 
 
 @pytest.mark.slow
@@ -231,6 +266,7 @@ def nan_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_good_checkpoint(
     data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +282,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_good_checkpoint(
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_an_update_that_overflows_in_the_last_step_is_not_saved(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +338,7 @@ def test_a_fault_of_free_training_names_the_batch_and_not_the_update(
     assert "the loss is not finite in epoch 1, step 3:" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_rollback_goes_on_from_the_last_checkpoint_at_half_the_rate(
     data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +352,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_at_half_the_rate(
     assert rates == [0.05, 0.025, 0.025]
 
 
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_rollback_gives_up_where_it_does_not_help(
     data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:

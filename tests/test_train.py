@@ -434,7 +434,7 @@ def test_batchnorms_that_cannot_be_folded_are_named(
         # 144 images with 2 x 2 + 3 passes for 3 epochs, the test's 24 with 1 and 41, 3 evaluations
         # of the 16 held out with 1 and 21.
         ([], 3 * 144 * 7 + 24 * 42 + 3 * 16 * 22),
-        (["--eval-every", "2"], 3 * 144 * 7 + 24 * 42 + 2 * 16 * 22),
+        (["--eval-every", "2", "--select", "last"], 3 * 144 * 7 + 24 * 42 + 2 * 16 * 22),
         (["--attack", "fgsm-rs"], 3 * 144 * 5 + 24 * 42 + 3 * 16 * 22),
         (["--attack", "free", "--replays", "4"], 3 * 144 * 12 + 24 * 42 + 3 * 16 * 22),
         (["--evaluation", "none", "--limit-batches", "1"], 3 * 16 * 7 + 16 * 42),
@@ -480,7 +480,11 @@ def test_processes_share_the_training_but_not_the_evaluations(
 @pytest.mark.parametrize(
     ("flags", "due"),
     [
-        ("--eval-every 3 --epochs 8", [2, 5, 7]),
+        ("--eval-every 3 --epochs 8 --select last", [2, 5, 7]),
+        # Where the best epoch is looked for a fifth, once the learning rate has fallen: at 5 here.
+        ("--eval-every 3 --epochs 8", [2, 5, 6, 7]),
+        ("--eval-every 3 --epochs 8 --schedule constant", [2, 5, 7]),
+        ("--eval-every 10 --epochs 9 --schedule multistep --milestones 3", [3, 5, 7, 8]),
         ("--eval-every 3 --epochs 8 --evaluation official", list(range(8))),
         ("--eval-every 3 --epochs 8 --evaluation none", []),
         ("--eval-every 3 --epochs 8 --held-out 0", []),

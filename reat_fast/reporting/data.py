@@ -62,8 +62,8 @@ class RunRecord:
         if "weights_epoch" in evaluation:
             return int(evaluation["weights_epoch"])
         of_last = evaluation.get("weights") == "last.safetensors"
-        if of_last and "weights_sha256" in evaluation and self.metrics:
-            return len(self.metrics)
+        if of_last and "weights_sha256" in evaluation and len(self.metrics) == self.config.epochs:
+            return self.config.epochs  # of a run under way they can be some epochs old
         return None
 
     @property

@@ -30,6 +30,7 @@ from reat_fast.training.logs import MetricLog
 from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_table
+from reat_fast.training.save_pace import SavePace
 
 
 class Run:
@@ -81,6 +82,7 @@ class Run:
         self.timing: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
         self.epoch_time = EpochTime()
+        self.save_pace = SavePace()
         self.pace: float | None = None
         """Seconds that a step of the attack takes per image, once measured."""
         described = environment()
@@ -191,7 +193,10 @@ class Run:
             self._lock.release()
 
     def finish_epoch(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-        """Go on to the next epoch: add a row to the tables, write them, weights and checkpoint."""
+        """Go on to the next epoch: add a row to the tables, and write them.
+
+        Weights and checkpoint too, after the last epoch and whenever that is affordable.
+        """
         self.epoch, self.batch, self.epoch_time = self.epoch + 1, 0, EpochTime()
         predicted = self.step.statistics.ae_counts.tolist()
         self.metrics.append({**metrics, "ae_counts": " ".join(map(str, predicted))})
@@ -199,16 +204,21 @@ class Run:
         if self.world.main:
             write_table(self.folder / "metrics.csv", self.metrics)
             write_table(self.folder / "timing.csv", self.timing)
-            network = self.step.evaluated_network()
-            checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
         if self.log is not None:
             self.log.epoch(self.metrics[-1], timing)
-        self.save()
+        if self.world.main and (self.epoch == self.config.epochs or self.save_pace.affordable()):
+            with self.save_pace.saving():
+                network = self.step.evaluated_network()
+                checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
+                self._save_checkpoint()
 
     def save(self) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs."""
-        if not self.world.main:
-            return
+        if self.world.main:
+            with self.save_pace.saving():
+                self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
         state = {
             "preset": self.plan.preset,
             "code": self.code,

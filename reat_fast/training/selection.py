@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 from reat_fast import checkpoint
+from reat_fast.config import Config
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
@@ -21,6 +22,9 @@ from reat_fast.training.gauge import seconds_per_step
 from reat_fast.training.run import Run
 from reat_fast.training.schedule import learning_rate
 
+OFTENER = 5
+"""How many times as many epochs are evaluated once the learning rate has fallen."""
+
 Tick = Callable[[int], object]
 """Called with the number of images after each batch of an evaluation; may raise to end it."""
 
@@ -30,7 +34,7 @@ def evaluation_is_due(run: Run, epoch: int) -> bool:
     config = run.config
     if config.evaluation == "none" or not len(_candidates(run)):
         return False
-    return epoch + 1 == config.epochs or (epoch + 1) % _every(run) == 0
+    return epoch + 1 == config.epochs or (epoch + 1) % _every(run, epoch) == 0
 
 
 def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, Any]:
@@ -79,9 +83,17 @@ def is_settled(run: Run, epoch: int) -> bool:
     """
     if run.config.evaluation == "official":
         return False
-    steps = (epoch + 1) * run.batches
-    rates = [learning_rate(run.config, step / run.batches) for step in range(steps)]
-    return rates[-1] * run.lr_scale <= max(rates) / 2 < max(rates)
+    return _settled(run.config, run.batches, run.lr_scale)[epoch]
+
+
+@functools.lru_cache(maxsize=1)
+def _settled(config: Config, batches: int, scale: float) -> list[bool]:
+    peak, found = 0.0, []
+    for epoch in range(config.epochs):
+        rates = [learning_rate(config, epoch + batch / batches) for batch in range(batches)]
+        peak = max(peak, *rates)
+        found.append(rates[-1] * scale <= peak / 2 < peak)
+    return found
 
 
 def _rank(found: dict[str, float]) -> tuple[bool, float]:
@@ -144,7 +156,7 @@ def expected_seconds(run: Run) -> float:
     passes += len(run.limited(run.splits.test)) * _passes(run, *STANDARD_ATTACKS)
     if config.evaluation != "none":
         name, _ = SELECTION[config.evaluation]
-        evaluations = math.ceil(epochs / _every(run))
+        evaluations = sum(evaluation_is_due(run, k) for k in range(run.epoch, config.epochs))
         passes += evaluations * len(_selection_set(run)) * _passes(run, "clean", name)
     if run.pace is None:
         run.pace = seconds_per_step(run)
@@ -160,8 +172,13 @@ def _passes(run: Run, *names: str) -> int:
     return sum(attack.passes for attack in _attacks(run, *names))
 
 
-def _every(run: Run) -> int:
-    return 1 if run.config.evaluation == "official" else run.config.eval_every
+def _every(run: Run, epoch: int) -> int:
+    """Return how many epochs apart evaluations are: fewer where the best epoch is looked for."""
+    config = run.config
+    if config.evaluation == "official":
+        return 1
+    oftener = config.select == "best" and is_settled(run, epoch)
+    return max(1, config.eval_every // OFTENER) if oftener else config.eval_every
 
 
 def _candidates(run: Run) -> ImageSet:
