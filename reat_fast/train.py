@@ -102,7 +102,7 @@ def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRe
     run.epoch_time.begin(clock)
     take_steps(run, clock, progress, stop)
     if selection.evaluation_is_due(run, epoch) and run.save_pace.affordable():
-        save(run)  # an evaluation takes long enough to be interrupted
+        save(run, clock)  # an evaluation takes long enough to be interrupted
     lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
     refuse_nonfinite(run)
     refuse_nonfinite_weights(run)
@@ -149,17 +149,19 @@ def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopReq
         clock.step(run.images_in(run.batch - 1))
         progress.step(run.epoch + 1, means if progress.due() else None)
         if stop.agreed(run.epoch * run.batches + run.batch):
-            save(run)
+            save(run, clock)
             raise stop.stopped()
         if run.save_pace.age > 60 * run.config.save_minutes:
-            save(run)
+            save(run, clock)
 
 
-def save(run: Run) -> None:
+def save(run: Run, clock: TrainingClock) -> None:
     """Save where the run stands; a state that is not finite never takes the place of a good one."""
     refuse_nonfinite(run)
     refuse_nonfinite_weights(run)
+    clock.catch_up()  # these waited for the device
     run.save()
+    clock.resume()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from reat_fast import train
 from reat_fast.cli.terminal import duration
 from reat_fast.training.progress import Progress, TrainingClock
 from reat_fast.training.save_pace import SavePace
@@ -114,3 +115,28 @@ def test_a_save_that_fails_is_not_taken_for_one() -> None:
         now.seconds += 5
         raise OSError
     assert pace.age == 5 and pace.affordable()
+
+
+def test_saving_counts_neither_as_training_nor_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = FakeClock()
+    clock = TrainingClock(total_steps=3, clock=now)
+    for seconds in (30, 2):
+        now.seconds += seconds
+        clock.step(100)
+
+    class Saved:
+        def save(self) -> None:
+            now.seconds += 50
+
+    def waits(run: object) -> None:
+        now.seconds += 0.5  # the device still has something to do
+
+    monkeypatch.setattr(train, "refuse_nonfinite", waits)
+    monkeypatch.setattr(train, "refuse_nonfinite_weights", lambda run: None)
+    train.save(Saved(), clock)  # type: ignore[arg-type]
+    now.seconds += 0.25
+    clock.waited()
+    now.seconds += 1
+    clock.step(100)
+    assert clock.training_seconds == pytest.approx(2 + 0.5 + 1.25)
+    assert clock.waiting_seconds == pytest.approx(0.25)
