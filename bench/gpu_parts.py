@@ -1,8 +1,8 @@
 """The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
 
 A call has at most 10 minutes and there are three, so the first holds what decides most. Estimates
-are seconds on one H100, those of verify, step and evaluation near what they took there, the others
-guesses; those of a call fit its 9.5 minutes together, limits need not.
+are seconds on one H100, those of verify, step, evaluation, trainings and attacks near what they
+took there, the others guesses; those of a call fit its 9.5 minutes together, limits need not.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _first_call(options: Options) -> Iterator[Part]:
     # A file whose imports are missing leaves the others.
     tests = ["-m", "gpu", "tests", "--durations=5", "--continue-on-collection-errors"]
     beside = ["-n", "6"] if installed("xdist") else []
-    yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 100)
+    yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 120)
     # The last rung begun at 120 s may compile for a minute, and then all are timed.
     yield Part("step", [*STEP, *_official(options), "--seconds", "120"], 240, 105)
     yield from _without_official(options, "official step", 1)
@@ -102,14 +102,14 @@ def _first_call(options: Options) -> Iterator[Part]:
     evaluation = ["--repeats", "2", "--precisions", "bf16", "--batch-size", "1000", "--keep"]
     yield Part("evaluation", ["-m", "bench.bench_evaluation", *evaluation], 90, 20)
     yield _training(options, "reat", 1, seconds=240, estimate=150)
-    yield _attacks(options, "reat", 1, [], seconds=300, estimate=125)
+    yield _attacks(options, "reat", 1, ["--subset", "5000"], seconds=240, estimate=95)
 
 
 def _second_call(options: Options) -> Iterator[Part]:
     # At equal cost: 100 epochs of 23 forward passes an image.
     some = ["--subset", "2000"]
     for preset in ("at-bsl", "reat-plus"):
-        yield _training(options, preset, 2, seconds=270, estimate=165)
+        yield _training(options, preset, 2, seconds=270, estimate=190)
         yield _attacks(options, preset, 2, some, seconds=120, estimate=45)
     epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
     yield Part("epoch", epoch, 150, 80, 2)
@@ -119,6 +119,9 @@ def _second_call(options: Options) -> Iterator[Part]:
 def _third_call(options: Options) -> Iterator[Part]:
     convolutions = ["-m", "bench.bench_convolutions", "--keep"]
     yield Part("convolutions", convolutions, 150, 80, 3)
+    masked = ["-m", "bench.bench_masked_gradients", "--plans", "4", "--seconds", "20", "--keep"]
+    lacks = "" if installed("cudnn") else "no nvidia-cudnn-frontend"
+    yield Part("masked", masked, 60, 30, 3, lacks)
     sanitizer = compute_sanitizer()
     yield Part(
         "sanitizer",
@@ -132,8 +135,8 @@ def _third_call(options: Options) -> Iterator[Part]:
     )
     timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}", "--keep"]
     yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 70, 3)
-    wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "90", "--rungs", *WIDE]
-    yield Part("step-wrn", [*STEP, *wide], 150, 90, 3)
+    wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "80", "--rungs", *WIDE]
+    yield Part("step-wrn", [*STEP, *wide], 150, 85, 3)
     yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120, 40, 3)
     autotune = [*STEP, "--max-autotune", "--rungs", *WHOLE]
     yield Part("step-autotune", autotune, 400, 200, 3)
