@@ -101,16 +101,16 @@ def _first_call(options: Options) -> Iterator[Part]:
     # Not in true float32: the part epoch has that.
     evaluation = ["--repeats", "2", "--precisions", "bf16", "--batch-size", "1000", "--keep"]
     yield Part("evaluation", ["-m", "bench.bench_evaluation", *evaluation], 90, 20)
-    yield _training(options, "reat", 1, seconds=240, estimate=150)
+    yield _training(options, "reat", 1, seconds=240, estimate=165)
     yield _attacks(options, "reat", 1, ["--subset", "5000"], seconds=240, estimate=95)
 
 
 def _second_call(options: Options) -> Iterator[Part]:
     # At equal cost: 100 epochs of 23 forward passes an image.
     some = ["--subset", "2000"]
-    for preset in ("at-bsl", "reat-plus"):
-        yield _training(options, preset, 2, seconds=270, estimate=190)
-        yield _attacks(options, preset, 2, some, seconds=120, estimate=45)
+    for preset, estimate in (("at-bsl", 200), ("reat-plus", 210)):
+        yield _training(options, preset, 2, seconds=270, estimate=estimate)
+        yield _attacks(options, preset, 2, some, seconds=120, estimate=40)
     epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
     yield Part("epoch", epoch, 150, 80, 2)
     yield from _without_official(options, "official epoch", 2)

@@ -465,6 +465,17 @@ def test_a_saved_run_goes_on_with_all_of_its_position(data: Path, tmp_path: Path
     second.close()
 
 
+def test_the_time_since_the_last_save_is_that_of_all_processes(data: Path, tmp_path: Path) -> None:
+    # Else those that write nothing would find it late and wait for their device at every step.
+    arguments = ["reat", *SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+    planned = Run(make_plan(arguments))
+    planned.world = World(1, 2)
+    before = planned.save_pace.age
+    planned.save()
+    assert planned.save_pace.age < before and not (tmp_path / "run").exists()
+    planned.close()
+
+
 def test_processes_share_the_training_but_not_the_evaluations(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,17 +206,21 @@ class Run:
             write_table(self.folder / "timing.csv", self.timing)
         if self.log is not None:
             self.log.epoch(self.metrics[-1], timing)
-        if self.world.main and (self.epoch == self.config.epochs or self.save_pace.affordable()):
-            with self.save_pace.saving():
+        if self.epoch == self.config.epochs or self.save_pace.affordable():
+            self.save(weights=True)
+
+    def save(self, *, weights: bool = False) -> None:
+        """Write the checkpoint: everything that a run resumed at this very step needs.
+
+        weights: the network by itself too, as after an epoch. The main process alone writes.
+        """
+        with self.save_pace.saving():
+            if not self.world.main:
+                return
+            if weights:
                 network = self.step.evaluated_network()
                 checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
-                self._save_checkpoint()
-
-    def save(self) -> None:
-        """Write the checkpoint: everything that a run resumed at this very step needs."""
-        if self.world.main:
-            with self.save_pace.saving():
-                self._save_checkpoint()
+            self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
         state = {
