@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from reat_fast.cli.terminal import Parser, one_line
+from reat_fast.cli.terminal import Parser, one_line, printed
 from reat_fast.sources import download, formats, lists
 from reat_fast.sources.beton_folder import read as read_beton_folder
 from reat_fast.sources.formats import DataError as DataError
@@ -262,4 +262,4 @@ def _obtain(name: str, to: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(printed(main))

@@ -10,13 +10,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from reat_fast.cli.terminal import Parser
+from reat_fast.cli.terminal import Parser, printed
 
 EXTRAS = (
     "ffcv",
@@ -183,4 +184,4 @@ def _gpus(smi: Mapping[str, Mapping[str, str]]) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(printed(main))

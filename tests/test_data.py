@@ -172,6 +172,10 @@ def test_indices_name_the_class_that_is_too_small_and_labels_without_count() -> 
         longtail_indices(np.array([0, 1, 2]), [1, 1])
     with pytest.raises(DataError, match="seed must be in"):
         longtail_indices(np.array([0, 1]), [1, 1], seed=-1)
+    for odd in (0.5, np.nan):
+        with pytest.raises(DataError, match="labels must be whole numbers"):
+            longtail_indices(np.array([0.0, 1.0, odd]), [1, 1])
+    assert longtail_indices(np.array([0.0, 1.0]), [1, 1]).tolist() == [0, 1]
 
 
 @given(

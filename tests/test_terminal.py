@@ -58,15 +58,28 @@ COMMAND = (
 )
 
 
-@pytest.mark.parametrize("body", ["print('line\\n' * 100_000)", "input(); print('a line')"])
-def test_a_command_whose_reader_has_enough_ends_in_silence(body: str) -> None:
-    command = [sys.executable, "-c", COMMAND.format(body=body)]
+def silent_end(command: list[str]) -> int:
+    """Start a program whose output nobody reads, and return its exit code."""
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(command, text=True, env=buffered, **pipes) as process:  # type: ignore[call-overload]
         process.stdout.close()
         _, error = process.communicate("\n", timeout=100)
-    assert error == "" and process.returncode == 128 + signal.SIGPIPE
+    assert error == ""
+    code: int = process.returncode
+    return code
+
+
+@pytest.mark.parametrize("body", ["print('line\\n' * 100_000)", "input(); print('a line')"])
+def test_a_command_whose_reader_has_enough_ends_in_silence(body: str) -> None:
+    command = [sys.executable, "-c", COMMAND.format(body=body)]
+    assert silent_end(command) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("arguments", [["env"], ["env", "--json"], ["data", "--list"]])
+def test_so_do_the_small_commands(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", f"reat_fast.{arguments[0]}", *arguments[1:]]
+    assert silent_end(command) == 128 + signal.SIGPIPE
 
 
 def test_another_pipe_that_breaks_is_named() -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
-import select
 import sys
 from collections.abc import Callable
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 import torch
 import tyro
 
-from reat_fast.cli.terminal import one_line
+from reat_fast.cli.terminal import READER_GONE, one_line, reader_has_gone
 
 Flags = TypeVar("Flags")
 
@@ -26,9 +24,8 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
         sys.stdout.flush()  # what fails at the end of the program itself is no error of ours
         return code
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its end says so
-            return 141  # 128 + SIGPIPE
+        if isinstance(error, OSError) and reader_has_gone(error):
+            return READER_GONE
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
@@ -46,13 +43,6 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-
-
-def _has_no_reader(output: TextIO) -> bool:
-    """Say whether who read the output, such as head, has enough; other pipes break too."""
-    poll = select.poll()
-    poll.register(output.fileno(), 0)
-    return bool(poll.poll(0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

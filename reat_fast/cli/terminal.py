@@ -1,9 +1,15 @@
-"""Words for a terminal: texts and errors made fit for it, seconds as people say them, flags."""
+"""What a terminal gets: texts and errors fit for it, seconds as people say them, flags, an end."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+READER_GONE = 141  # 128 + SIGPIPE
 
 
 def one_line(text: object) -> str:
@@ -35,3 +41,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the line and end the program with exit code 2."""
         self.exit(2, f"error: {one_line(message)} (--help lists every flag)\n")
+
+
+def reader_has_gone(error: OSError) -> bool:
+    """Say whether an error means that who read the output, such as head, has enough of it.
+
+    The program can then end: nothing that is still to be written is an error any more.
+    """
+    if not isinstance(error, BrokenPipeError):  # and other pipes break too
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def printed(main: Callable[[], object]) -> int:
+    """Run a command that only prints; returns its exit code."""
+    try:
+        main()
+        sys.stdout.flush()
+    except OSError as error:
+        if not reader_has_gone(error):
+            raise
+        return READER_GONE
+    return 0

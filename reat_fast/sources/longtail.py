@@ -50,6 +50,8 @@ def longtail_indices(labels: npt.ArrayLike, counts: Sequence[int], seed: int = 0
     code, itself from LDAM). Raises DataError where a class has fewer images than asked.
     """
     labels = np.asarray(labels)
+    if labels.size and not np.array_equal(labels, np.floor(labels)):
+        raise DataError("labels must be whole numbers: 0 is the first class")
     if labels.size and not 0 <= labels.min() <= labels.max() < len(counts):
         found = f"{labels.min()}..{labels.max()}"
         raise DataError(f"labels go {found}, counts has {len(counts)} classes")
