@@ -329,6 +329,26 @@ def test_the_seconds_of_an_epoch_are_those_of_all_processes_that_worked_on_it(
     assert float(first["training_seconds"]) >= 6 * 0.25
 
 
+def test_the_seconds_of_a_save_are_in_the_table(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint = checkpoint.save_checkpoint
+
+    def slow(folder: Path, state: dict[str, Any]) -> None:
+        if state["epoch"] == 1 and state["batch"] == 0:
+            time.sleep(2)
+        save_checkpoint(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    arguments = [*SMALL, "--data", data, "--evaluation", "none", "--save-minutes", "60"]
+    assert run(*arguments, "--run-dir", tmp_path / "run") == 0
+    with (tmp_path / "run" / "timing.csv").open(newline="") as table:
+        beside = [
+            float(row["seconds"]) - float(row["training_seconds"]) for row in csv.DictReader(table)
+        ]
+    assert beside[1] >= 2 > beside[2]  # after the first epoch, so in the row of the second
+
+
 def test_a_fault_of_free_training_names_the_batch_and_not_the_update(
     data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -208,6 +208,8 @@ class Run:
             self.log.epoch(self.metrics[-1], timing)
         if self.epoch == self.config.epochs or self.save_pace.affordable():
             self.save(weights=True)
+            # Its row is written, so the epoch to come has the seconds, as those of no training.
+            self.epoch_time = EpochTime({**self.epoch_time.spent(), "seconds": self.save_pace.took})
 
     def save(self, *, weights: bool = False) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs.

@@ -19,7 +19,8 @@ class SavePace:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._saved = clock()
-        self._took = 0.0
+        self.took = 0.0
+        """Seconds of the last save."""
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -27,7 +28,7 @@ class SavePace:
         began = self._clock()
         yield
         self._saved = self._clock()
-        self._took = self._saved - began
+        self.took = self._saved - began
 
     @property
     def age(self) -> float:
@@ -36,4 +37,4 @@ class SavePace:
 
     def affordable(self) -> bool:
         """Say whether a save like the last one would keep to its share of the time since then."""
-        return self._took <= max(CHEAP, SHARE * self.age)
+        return self.took <= max(CHEAP, SHARE * self.age)
