@@ -1,8 +1,9 @@
 """The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
 
 A call has at most 10 minutes and there are three, so the first holds what decides most. Estimates
-are seconds on one H100, those of verify, step, evaluation, trainings and attacks near what they
-took there, the others guesses; those of a call fit its 9.5 minutes together, limits need not.
+are seconds on one H100: of verify, step and evaluation near what they took there, of trainings and
+attacks reckoned from others of their kind, the rest guesses. Those of a call fit its 9.5 minutes
+together, limits need not.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class Config:
     deterministic: bool = False
     """Use only algorithms that give the same bits each time, at some cost in speed."""
     save_minutes: float = 10.0
-    """Save within an epoch too, whenever so many minutes have passed."""
+    """Save within an epoch too, whenever the last save is so many minutes old."""
     profile: bool = False
     """Report after each epoch how long the step waited for data."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -97,7 +97,7 @@ def train(run: Run, stop: StopRequest | None = None) -> None:
 
 
 def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRequest) -> None:
-    """Take the steps that are left of an epoch, evaluate where it is due, and save."""
+    """Take the steps that are left of an epoch, evaluate where due, save where affordable."""
     epoch = run.epoch
     run.epoch_time.begin(clock)
     take_steps(run, clock, progress, stop)
@@ -239,7 +239,7 @@ def test(run: Run, stop: StopRequest) -> None:
 
 
 def _tick(stop: StopRequest) -> selection.Tick:
-    """Let an evaluation end where the run was asked to; the checkpoint before it is there."""
+    """Let an evaluation end where the run was asked to; a checkpoint from before is there."""
 
     def tick(_: int) -> None:
         if stop.asked:

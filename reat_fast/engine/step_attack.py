@@ -33,8 +33,8 @@ def resolve_attack_loss(config: Config) -> AttackLossName:
 def resolve_form(config: Config, device: torch.device) -> Form:
     """Say how the attacked network computes when the configuration leaves it open.
 
-    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.3 ms, compiled 15.5, cudnn 15.6,
-    which starts without compiling (python -m bench.bench_step). docs/performance.md has cpu.
+    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.3, which starts
+    without compiling (python -m bench.bench_step). docs/performance.md has compiled and cpu.
     """
     if config.attack_form != "auto":
         return config.attack_form
