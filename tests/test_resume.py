@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
 import re
 import signal
@@ -78,6 +79,36 @@ def test_where_saving_costs_too_much_a_run_goes_on_from_further_back(
         assert run("--resume", folder) == 0
     assert saved() == (3, True)  # the last epoch is saved in any case
     assert differences(whole, folder) == []
+
+
+def test_the_best_weights_are_those_that_are_told_where_a_run_goes_back(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, finish_epoch, evaluate = tmp_path / "run", Run.finish_epoch, selection.evaluate
+    figures = [20.0, 30.0, 10.0, 10.0]  # a GPU need not give the second epoch its bits again
+    kept: list[bytes] = []
+
+    def evaluated(*arguments: Any, **named: Any) -> dict[str, Any]:
+        result = evaluate(*arguments, **named)
+        if "pgd10" in result["attacks"]:
+            result["attacks"]["pgd10"].update(overall=figures[0], balanced=figures.pop(0))
+        return result
+
+    def broken_off(self: Run, *rows: dict[str, Any]) -> None:
+        finish_epoch(self, *rows)
+        if self.epoch == 2:
+            raise SystemExit(137)
+        kept.append((folder / "best.safetensors").read_bytes())
+
+    monkeypatch.setattr(selection, "evaluate", evaluated)
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: not kept)
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(Run, "finish_epoch", broken_off)
+        run(*arguments, "--schedule", "constant")
+    assert run("--resume", folder) == 0 and not figures
+    assert json.loads((folder / "evaluation.json").read_text())["weights_epoch"] == 1
+    assert [(folder / "best.safetensors").read_bytes()] == kept
 
 
 @pytest.mark.slow

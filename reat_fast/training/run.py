@@ -81,6 +81,7 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
+        self._unsaved_best: bytes | None = None
         self.epoch_time = EpochTime()
         self.save_pace = SavePace()
         self.pace: float | None = None
@@ -209,6 +210,14 @@ class Run:
         if self.epoch == self.config.epochs or self.save_pace.affordable():
             self.save(weights=True)
 
+    def keep_best(self, found: dict[str, float]) -> None:
+        """Take the weights as they are for the best so far; found: what a checkpoint says of them.
+
+        They are written when it is: where a run goes back to its checkpoint, neither is newer.
+        """
+        self.best = found
+        self._unsaved_best = checkpoint.packed_weights(self.step.evaluated_network(), self.spec)
+
     def save(self, *, weights: bool = False) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs.
 
@@ -220,6 +229,9 @@ class Run:
             if weights:
                 network = self.step.evaluated_network()
                 checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
+            if self._unsaved_best is not None:
+                checkpoint.write_weights(self.folder / "best.safetensors", self._unsaved_best)
+                self._unsaved_best = None
             self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
@@ -264,6 +276,7 @@ class Run:
         self.changed_code = ", ".join(f"{n} {b} -> {now}" for n, b, now in changes if b != now)
         for name in ("epoch", "batch", "lr_scale", "metrics", "timing", "best"):
             setattr(self, name, state[name])
+        self._unsaved_best = None
         self.epoch_time = EpochTime(state.get("spent"))  # which older runs did not save
 
 
