@@ -179,17 +179,22 @@ def test_a_run_stopped_between_two_steps_goes_on_at_the_next(
     assert differences(whole, folder) == []
 
 
+@pytest.mark.parametrize("affordable", [True, False])
 def test_a_run_stopped_in_an_evaluation_goes_on_with_it(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, affordable: bool
 ) -> None:
     folder = tmp_path / "run"
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: affordable)
 
     def interrupted(*_: object, **__: object) -> None:
         raise Stopped(143)
 
     with monkeypatch.context() as patched:
         patched.setattr(selection, "evaluate", interrupted)
-        assert run(*SMALL, "--data", data, "--run-dir", folder) == 143
+        arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+        assert run(*arguments) == 143
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == (0, 8)
     assert run("--resume", folder) == 0
     assert differences(whole, folder) == []
 
