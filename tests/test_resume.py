@@ -26,6 +26,7 @@ from reat_fast.engine.distributed import World
 from reat_fast.env import environment
 from reat_fast.training import faults, selection
 from reat_fast.training import run as run_module
+from reat_fast.training.logs import MetricLog
 from reat_fast.training.run import Run
 from reat_fast.training.save_pace import SavePace
 from reat_fast.training.stopping import Stopped, StopRequest
@@ -374,18 +375,31 @@ def test_a_fault_of_free_training_names_the_batch_and_not_the_update(
     assert "the loss is not finite in epoch 1, step 3:" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("saved_each_epoch")
-def test_rollback_goes_on_from_the_last_checkpoint_at_half_the_rate(
-    data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("affordable", [True, False])
+def test_rollback_goes_on_from_the_last_epoch_at_half_the_rate(
+    data: Path,
+    tmp_path: Path,
+    nan_at: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    affordable: bool,
 ) -> None:
-    folder = tmp_path / "run"
-    nan_at.append(12)
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: affordable)
+    folder, logged, epoch = tmp_path / "run", [], MetricLog.epoch
+
+    def noting(self: MetricLog, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        logged.append(metrics["epoch"])
+        epoch(self, metrics, timing)
+
+    monkeypatch.setattr(MetricLog, "epoch", noting)
+    nan_at.append(20)
     arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
     quiet = [argument for argument in arguments if argument != "--quiet"]
     assert run(*quiet, "--schedule", "constant", "--on-nonfinite", "rollback") == 0
     assert "with the learning rate times 0.5" in capsys.readouterr().out
     rates = [row["lr"] for row in checkpoint.load_checkpoint(folder / CHECKPOINT)["metrics"]]
-    assert rates == [0.05, 0.025, 0.025]
+    assert rates == [0.05, 0.05, 0.025]
+    assert logged == [1, 2, 3]  # logs take no step twice
 
 
 @pytest.mark.usefixtures("saved_each_epoch")

@@ -196,7 +196,8 @@ class Run:
     def finish_epoch(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         """Go on to the next epoch: add a row to the tables, and write them.
 
-        Weights and checkpoint too, after the last epoch and whenever that is affordable.
+        Weights and checkpoint too, after the last epoch and whenever that is affordable; after each
+        where a fault goes back to them, or it would be the disk that says how far.
         """
         self.epoch, self.batch, self.epoch_time = self.epoch + 1, 0, EpochTime()
         predicted = self.step.statistics.ae_counts.tolist()
@@ -207,7 +208,8 @@ class Run:
             write_table(self.folder / "timing.csv", self.timing)
         if self.log is not None:
             self.log.epoch(self.metrics[-1], timing)
-        if self.epoch == self.config.epochs or self.save_pace.affordable():
+        needed = self.epoch == self.config.epochs or self.config.on_nonfinite == "rollback"
+        if needed or self.save_pace.affordable():
             self.save(weights=True)
 
     def keep_best(self, found: dict[str, float]) -> None:
