@@ -82,6 +82,33 @@ def test_where_saving_costs_too_much_a_run_goes_on_from_further_back(
     assert differences(whole, folder) == []
 
 
+def test_what_is_saved_before_an_evaluation_are_the_last_weights_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where evaluations are short, a save before each leaves none affordable after it.
+    folder, finish_epoch = tmp_path / "run", Run.finish_epoch
+    dear: list[bool] = []
+
+    def broken_off(self: Run, *rows: dict[str, Any]) -> None:
+        dear.append(True)
+        finish_epoch(self, *rows)
+        dear.clear()
+        if self.epoch == 2:
+            raise SystemExit(137)
+
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: not dear)
+    monkeypatch.setattr(Run, "finish_epoch", broken_off)
+    with pytest.raises(SystemExit):
+        run(*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder)
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == (1, 8)
+    saved, last = (
+        checkpoint.load_model(folder / name).state_dict()
+        for name in (CHECKPOINT, "last.safetensors")
+    )
+    assert all(torch.equal(saved[name], last[name]) for name in last)
+
+
 def test_the_best_weights_are_those_that_are_told_where_a_run_goes_back(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

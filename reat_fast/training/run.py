@@ -210,7 +210,7 @@ class Run:
             self.log.epoch(self.metrics[-1], timing)
         needed = self.epoch == self.config.epochs or self.config.on_nonfinite == "rollback"
         if needed or self.save_pace.affordable():
-            self.save(weights=True)
+            self.save()
 
     def keep_best(self, found: dict[str, float]) -> None:
         """Take the weights as they are for the best so far; found: what a checkpoint says of them.
@@ -220,15 +220,17 @@ class Run:
         self.best = found
         self._unsaved_best = checkpoint.packed_weights(self.step.evaluated_network(), self.spec)
 
-    def save(self, *, weights: bool = False) -> None:
+    def save(self) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs.
 
-        weights: the network by itself too, as after an epoch. The main process alone writes.
+        At the end of an epoch, evaluated or not, the network by itself too. The main process alone
+        writes.
         """
+        at_end = self.batch == self.batches or (self.batch == 0 and self.epoch > 0)
         with self.save_pace.saving():
             if not self.world.main:
                 return
-            if weights:
+            if at_end:
                 network = self.step.evaluated_network()
                 checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
             if self._unsaved_best is not None:
