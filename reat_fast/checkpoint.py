@@ -218,8 +218,8 @@ def load_model_and_spec(
     if file.suffix == ".pt":
         state = load_checkpoint(file)
         if (state.get("epoch"), state.get("batch")) == (0, 0):
-            cure = f"go on with --resume {file.parent}"
-            raise CheckpointError(f"{file}: has not been trained yet; {cure}")
+            cure = f"let its run save again, or go on with --resume {file.parent}"
+            raise CheckpointError(f"{file}: is of before the first step; {cure}")
         spec, tensors = _spec(state["model_spec"], file), state["model"] | _averages(state)
     else:
         spec, tensors = _read_weights(file)
