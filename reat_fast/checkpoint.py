@@ -172,10 +172,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def save_weights(path: Path, model: Network, spec: ModelSpec) -> None:
     """Write weights as safetensors, with what is needed to build the network in the header."""
+    write_weights(path, packed_weights(model, spec))
+
+
+def write_weights(path: Path, packed: bytes) -> None:
+    """Write what packed_weights returned."""
+    whole_files.write_atomically(path, lambda partial: partial.write_bytes(packed))
+
+
+def packed_weights(model: Network, spec: ModelSpec) -> bytes:
+    """Return the content of the file that save_weights writes."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     # One entry: safetensors writes several in a random order, and equal weights are equal files.
     header = {"reat_fast": json.dumps({**asdict(spec), "sha256": _digest(tensors)})}
-    whole_files.write_atomically(path, lambda partial: partial.write_bytes(save(tensors, header)))
+    return save(tensors, header)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -208,8 +218,8 @@ def load_model_and_spec(
     if file.suffix == ".pt":
         state = load_checkpoint(file)
         if (state.get("epoch"), state.get("batch")) == (0, 0):
-            cure = f"go on with --resume {file.parent}"
-            raise CheckpointError(f"{file}: has not been trained yet; {cure}")
+            cure = f"let its run save again, or go on with --resume {file.parent}"
+            raise CheckpointError(f"{file}: is of before the first step; {cure}")
         spec, tensors = _spec(state["model_spec"], file), state["model"] | _averages(state)
     else:
         spec, tensors = _read_weights(file)

@@ -178,7 +178,8 @@ class Config:
     """Images per batch of an evaluation."""
 
     on_nonfinite: Literal["stop", "rollback"] = "stop"
-    """A loss that is not finite: end the run, or go back to the last checkpoint at half the lr."""
+    """A loss that is not finite: end the run, or go back to the last checkpoint at half the lr,
+    for which each epoch is saved, whatever that costs."""
     deterministic: bool = False
     """Use only algorithms that give the same bits each time, at some cost in speed."""
     save_minutes: float = 10.0

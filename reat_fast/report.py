@@ -75,7 +75,7 @@ def _probe(run: RunRecord, options: Options) -> tuple[Probe | None, str]:
     if not any((run.folder / name).is_file() for name in WEIGHTS):
         return None, (
             f"No weights in the folder ({', '.join(WEIGHTS)}), so confusion, images and features "
-            "are missing; training saves weights between epochs, at the latest after the last."
+            "are missing; training saves them after an epoch, as often as it can afford."
         )
     device = choose_device(options.device)
     if device.type == "cpu":

@@ -106,9 +106,13 @@ def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRe
     lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
     refuse_nonfinite(run)
     refuse_nonfinite_weights(run)
+    clock.catch_up()  # these waited for the device
+    try:
+        evaluation = selection.evaluate_epoch(run, epoch, _tick(stop))
+    except Stopped:
+        save(run, clock)
+        raise
     means = run.step.end_epoch()
-    clock.catch_up()
-    evaluation = selection.evaluate_epoch(run, epoch, _tick(stop))
     spent = run.epoch_time.spent()
     training = spent["training"]
     waiting = 100 * spent["waiting"] / training if training else 0.0
@@ -239,7 +243,7 @@ def test(run: Run, stop: StopRequest) -> None:
 
 
 def _tick(stop: StopRequest) -> selection.Tick:
-    """Let an evaluation end where the run was asked to; a checkpoint from before is there."""
+    """Let an evaluation end where the run was asked to."""
 
     def tick(_: int) -> None:
         if stop.asked:

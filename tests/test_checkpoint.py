@@ -42,7 +42,7 @@ def test_a_run_before_its_first_step_has_no_model(tmp_path: Path) -> None:
     state = {"model": SPEC.build().state_dict(), "model_spec": dict(vars(SPEC)), "epoch": 0}
     checkpoint.save_checkpoint(tmp_path, {**state, "batch": 0})
     for path in (tmp_path, checkpoint.find_weights(tmp_path)):
-        with pytest.raises(CheckpointError, match=f"not been trained yet; .* --resume {tmp_path}$"):
+        with pytest.raises(CheckpointError, match=f"the first step; .* --resume {tmp_path}$"):
             load_model(path)
     checkpoint.save_checkpoint(tmp_path, {**state, "batch": 1})
     assert isinstance(load_model(tmp_path), torch.nn.Module)

@@ -523,7 +523,10 @@ def test_a_run_before_its_first_step_is_not_evaluated(
     checkpoint.save_checkpoint(tmp_path, {**state, "epoch": 0, "batch": 0})
     shutil.copy(run_dir / "config.json", tmp_path)
     assert command(tmp_path, "--attacks", "clean") == 2
-    assert "has not been trained yet; go on with --resume" in capsys.readouterr().err
+    assert (
+        "is of before the first step; let its run save again, or go on with --resume"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_missing_package_says_how_to_get_it(

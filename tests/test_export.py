@@ -160,7 +160,10 @@ def test_a_run_before_its_first_step_is_not_exported(
     state = {"model": SPEC.build().state_dict(), "model_spec": dict(vars(SPEC))}
     checkpoint.save_checkpoint(tmp_path, {**state, "epoch": 0, "batch": 0})
     assert command(tmp_path, "--to", tmp_path / "to", "--image-size", 8) == 2
-    assert "has not been trained yet; go on with --resume" in capsys.readouterr().err
+    assert (
+        "is of before the first step; let its run save again, or go on with --resume"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_card_has_every_figure_with_its_attack_and_escapes_names(

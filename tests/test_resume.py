@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from reat_fast.engine.distributed import World
 from reat_fast.env import environment
 from reat_fast.training import faults, selection
 from reat_fast.training import run as run_module
+from reat_fast.training.logs import MetricLog
 from reat_fast.training.run import Run
 from reat_fast.training.save_pace import SavePace
 from reat_fast.training.stopping import Stopped, StopRequest
@@ -78,6 +80,63 @@ def test_where_saving_costs_too_much_a_run_goes_on_from_further_back(
         assert run("--resume", folder) == 0
     assert saved() == (3, True)  # the last epoch is saved in any case
     assert differences(whole, folder) == []
+
+
+def test_what_is_saved_before_an_evaluation_are_the_last_weights_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where evaluations are short, a save before each leaves none affordable after it.
+    folder, finish_epoch = tmp_path / "run", Run.finish_epoch
+    dear: list[bool] = []
+
+    def broken_off(self: Run, *rows: dict[str, Any]) -> None:
+        dear.append(True)
+        finish_epoch(self, *rows)
+        dear.clear()
+        if self.epoch == 2:
+            raise SystemExit(137)
+
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: not dear)
+    monkeypatch.setattr(Run, "finish_epoch", broken_off)
+    with pytest.raises(SystemExit):
+        run(*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder)
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == (1, 8)
+    saved, last = (
+        checkpoint.load_model(folder / name).state_dict()
+        for name in (CHECKPOINT, "last.safetensors")
+    )
+    assert all(torch.equal(saved[name], last[name]) for name in last)
+
+
+def test_the_best_weights_are_those_that_are_told_where_a_run_goes_back(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, finish_epoch, evaluate = tmp_path / "run", Run.finish_epoch, selection.evaluate
+    figures = [20.0, 30.0, 10.0, 10.0]  # a GPU need not give the second epoch its bits again
+    kept: list[bytes] = []
+
+    def evaluated(*arguments: Any, **named: Any) -> dict[str, Any]:
+        result = evaluate(*arguments, **named)
+        if "pgd10" in result["attacks"]:
+            result["attacks"]["pgd10"].update(overall=figures[0], balanced=figures.pop(0))
+        return result
+
+    def broken_off(self: Run, *rows: dict[str, Any]) -> None:
+        finish_epoch(self, *rows)
+        if self.epoch == 2:
+            raise SystemExit(137)
+        kept.append((folder / "best.safetensors").read_bytes())
+
+    monkeypatch.setattr(selection, "evaluate", evaluated)
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: not kept)
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(Run, "finish_epoch", broken_off)
+        run(*arguments, "--schedule", "constant")
+    assert run("--resume", folder) == 0 and not figures
+    assert json.loads((folder / "evaluation.json").read_text())["weights_epoch"] == 1
+    assert [(folder / "best.safetensors").read_bytes()] == kept
 
 
 @pytest.mark.slow
@@ -148,17 +207,22 @@ def test_a_run_stopped_between_two_steps_goes_on_at_the_next(
     assert differences(whole, folder) == []
 
 
+@pytest.mark.parametrize("affordable", [True, False])
 def test_a_run_stopped_in_an_evaluation_goes_on_with_it(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, affordable: bool
 ) -> None:
     folder = tmp_path / "run"
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: affordable)
 
     def interrupted(*_: object, **__: object) -> None:
         raise Stopped(143)
 
     with monkeypatch.context() as patched:
         patched.setattr(selection, "evaluate", interrupted)
-        assert run(*SMALL, "--data", data, "--run-dir", folder) == 143
+        arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
+        assert run(*arguments) == 143
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    assert (state["epoch"], state["batch"]) == (0, 8)
     assert run("--resume", folder) == 0
     assert differences(whole, folder) == []
 
@@ -358,18 +422,31 @@ def test_a_fault_of_free_training_names_the_batch_and_not_the_update(
     assert "the loss is not finite in epoch 1, step 3:" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("saved_each_epoch")
-def test_rollback_goes_on_from_the_last_checkpoint_at_half_the_rate(
-    data: Path, tmp_path: Path, nan_at: list[int], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("affordable", [True, False])
+def test_rollback_goes_on_from_the_last_epoch_at_half_the_rate(
+    data: Path,
+    tmp_path: Path,
+    nan_at: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    affordable: bool,
 ) -> None:
-    folder = tmp_path / "run"
-    nan_at.append(12)
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: affordable)
+    folder, logged, epoch = tmp_path / "run", [], MetricLog.epoch
+
+    def noting(self: MetricLog, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        logged.append(metrics["epoch"])
+        epoch(self, metrics, timing)
+
+    monkeypatch.setattr(MetricLog, "epoch", noting)
+    nan_at.append(20)
     arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
     quiet = [argument for argument in arguments if argument != "--quiet"]
     assert run(*quiet, "--schedule", "constant", "--on-nonfinite", "rollback") == 0
     assert "with the learning rate times 0.5" in capsys.readouterr().out
     rates = [row["lr"] for row in checkpoint.load_checkpoint(folder / CHECKPOINT)["metrics"]]
-    assert rates == [0.05, 0.025, 0.025]
+    assert rates == [0.05, 0.05, 0.025]
+    assert logged == [1, 2, 3]  # logs take no step twice
 
 
 @pytest.mark.usefixtures("saved_each_epoch")

@@ -81,6 +81,7 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
+        self._unsaved_best: bytes | None = None
         self.epoch_time = EpochTime()
         self.save_pace = SavePace()
         self.pace: float | None = None
@@ -195,7 +196,8 @@ class Run:
     def finish_epoch(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         """Go on to the next epoch: add a row to the tables, and write them.
 
-        Weights and checkpoint too, after the last epoch and whenever that is affordable.
+        Weights and checkpoint too, after the last epoch and whenever that is affordable; after each
+        where a fault goes back to them, or it would be the disk that says how far.
         """
         self.epoch, self.batch, self.epoch_time = self.epoch + 1, 0, EpochTime()
         predicted = self.step.statistics.ae_counts.tolist()
@@ -206,22 +208,36 @@ class Run:
             write_table(self.folder / "timing.csv", self.timing)
         if self.log is not None:
             self.log.epoch(self.metrics[-1], timing)
-        if self.epoch == self.config.epochs or self.save_pace.affordable():
-            self.save(weights=True)
+        needed = self.epoch == self.config.epochs or self.config.on_nonfinite == "rollback"
+        if needed or self.save_pace.affordable():
+            self.save()
             # Its row is written, so the epoch to come has the seconds, as those of no training.
             self.epoch_time = EpochTime({**self.epoch_time.spent(), "seconds": self.save_pace.took})
 
-    def save(self, *, weights: bool = False) -> None:
+    def keep_best(self, found: dict[str, float]) -> None:
+        """Take the weights as they are for the best so far; found: what a checkpoint says of them.
+
+        They are written when it is: where a run goes back to its checkpoint, neither is newer.
+        """
+        self.best = found
+        self._unsaved_best = checkpoint.packed_weights(self.step.evaluated_network(), self.spec)
+
+    def save(self) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs.
 
-        weights: the network by itself too, as after an epoch. The main process alone writes.
+        At the end of an epoch, evaluated or not, the network by itself too. The main process alone
+        writes.
         """
+        at_end = self.batch == self.batches or (self.batch == 0 and self.epoch > 0)
         with self.save_pace.saving():
             if not self.world.main:
                 return
-            if weights:
+            if at_end:
                 network = self.step.evaluated_network()
                 checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
+            if self._unsaved_best is not None:
+                checkpoint.write_weights(self.folder / "best.safetensors", self._unsaved_best)
+                self._unsaved_best = None
             self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
@@ -266,6 +282,7 @@ class Run:
         self.changed_code = ", ".join(f"{n} {b} -> {now}" for n, b, now in changes if b != now)
         for name in ("epoch", "batch", "lr_scale", "metrics", "timing", "best"):
             setattr(self, name, state[name])
+        self._unsaved_best = None
         self.epoch_time = EpochTime(state.get("spent"))  # which older runs did not save
 
 

@@ -63,8 +63,7 @@ def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, 
     robust, tail = result[name][figure], result[name]["tail"]
     found = {"epoch": epoch + 1, "robust": robust, "settled": is_settled(run, epoch)}
     if run.best is None or _rank(found) >= _rank(run.best):
-        run.best = found
-        checkpoint.save_weights(run.folder / "best.safetensors", network, run.spec)
+        run.keep_best(found)
     return {
         "eval_clean": result["clean"][figure],
         "eval_robust": robust,
