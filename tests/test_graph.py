@@ -235,6 +235,7 @@ def test_what_a_graph_cannot_take_is_refused() -> None:
         ({"images": whole.images.clone()}, "another loader"),
         ({"gather": False}, "another loader"),
         ({"labels": whole.labels.int()}, "labels have dtype torch.int32"),
+        ({"indices": whole.indices.int()}, "indices have dtype torch.int32"),
         ({"indices": torch.arange(9), "labels": torch.zeros(9).long()}, "labels have shape"),
     ]
     for change, message in changes:
@@ -246,6 +247,47 @@ def test_what_a_graph_cannot_take_is_refused() -> None:
             replayed.train_on(whole)
     finally:
         torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    replayed.close()
+
+
+def test_a_replay_is_of_the_batch_of_all_processes_and_not_of_the_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = batches()[0]  # the share of one of two processes
+    size = 2 * len(whole.labels)
+    step = make_step()
+    totals: list[int | None] = []
+    train_on = step.train_on
+
+    def noted(batch: Batch, total: int | None = None) -> dict[str, torch.Tensor]:
+        totals.append(total)
+        return train_on(batch, total)
+
+    monkeypatch.setattr(step, "train_on", noted)
+    replayed = CapturedStep(step, whole, size)
+    assert set(totals) == {size}
+    replayed.train_on(whole, size)
+    assert totals[-1] == size and replays == [size]
+    # The last batch of the epoch, of which this process has as many images: not the same graph.
+    replayed.train_on(whole, size - 1)
+    assert totals[-1] == size - 1 and replays == [size]
+    replayed.train_on(whole, size - 1)
+    assert totals[-1] == size - 1 and replays == [size, size - 1]
+    replayed.close()
+
+
+@pytest.mark.parametrize(("size", "recorded"), [(2, True), (1, False)])
+def test_a_batch_is_recorded_only_where_each_process_has_an_image_of_it(
+    size: int, recorded: bool
+) -> None:
+    whole = batches()[0]
+    step = make_step()
+    replayed = CapturedStep(step, whole, len(whole.labels))
+    step.world = SimpleNamespace(size=2)  # type: ignore[assignment]
+    shorter = dataclasses.replace(whole, labels=whole.labels[:size], indices=whole.indices[:size])
+    for _ in range(2):
+        found = replayed._shorter(shorter, size)
+    assert (found is not None) == recorded
     replayed.close()
 
 
