@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,11 @@ class Graph:
         given[self.masked].copy_(self.masked.compute(given) * (1.1 if index == 2 else 1))
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     names = SimpleNamespace(BFLOAT16=1, FLOAT=2, A=3, FALLBACK=4)
@@ -114,7 +120,7 @@ def test_only_plans_that_compute_the_same_are_timed(
     assert whats == ["bare", "and pass", "one kernel"]
     assert f"3 times, {readers} readers" in figures[0].shape
     shown = capsys.readouterr().out
-    assert "3 of 5 tried, 5 there plan 2 differs by 1.0e-01" in shown
+    assert re.search(r"3 of 5 tried, 5 there plan 2 is off by (9\.\de-02|1\.0e-01), allowed", shown)
     assert Graph.last.ran.count(2) == 1 and 1 not in Graph.last.ran
     assert all(Graph.last.ran.count(index) > 1 for index in (0, 3, 4))
 
