@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -285,8 +286,7 @@ def _fastest(
             problem = str(error).splitlines()[0][:90]
             continue
         right += 1
-        if best is None or sorted(found)[len(found) // 2] < sorted(best)[len(best) // 2]:
-            best = found
+        best = found if best is None else min(best, found, key=statistics.median)
     return best, f"{right} of {tried} tried, {one.count} there {problem}".rstrip()
 
 
