@@ -30,6 +30,7 @@ from torch import Tensor
 
 from reat_fast.kernels import triton_support
 from reat_fast.kernels.class_loss import MOST_CLASSES, class_loss
+from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
@@ -37,6 +38,7 @@ from reat_fast.kernels.prepare import Noise, prepare
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
+LEAST = {"conv3x3": 90}  # ops whose kernels are launched from one architecture on
 # Bytes of shared memory a block may have, from the table of technical specifications in NVIDIA's
 # CUDA C++ programming guide. The compiler does not check it: a launch would fail.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -98,6 +100,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
         yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
+    for batch, width, size in ((128, 64, 32), (128, 128, 16), (128, 512, 4), (64, 160, 32)):
+        maps = _channels_last(batch, width, size, size)
+        weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)
+        yield _name("conv3x3", maps), partial(conv3x3, maps, weight, bias, maps)
+        yield _name("conv3x3 gradient", maps), partial(conv3x3_gradient, maps, weight, maps, maps)
     for step in (linf_step_, l2_step_):
         for dtype in (torch.float32, torch.bfloat16):
             adv = torch.zeros(128, 3, 32, 32)
@@ -108,6 +115,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _name(op: str, tensor: Tensor) -> str:
     return f"{op} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _channels_last(*shape: int) -> Tensor:
+    made = torch.zeros(shape, dtype=torch.bfloat16)
+    return made.contiguous(memory_format=torch.channels_last)
 
 
 def _integers(size: int) -> Tensor:
@@ -126,7 +138,9 @@ def compile_cases(
         raise RuntimeError(reason)
     rows = []
     for case, launch in launches:
-        with _launches_compile([int(target.removeprefix("cuda:")) for target in targets]) as seen:
+        architectures = [int(target.removeprefix("cuda:")) for target in targets]
+        least = LEAST.get(case.split()[0], 0)
+        with _launches_compile([number for number in architectures if number >= least]) as seen:
             launch()
         rows += [_inspect(case, architecture, kernel) for architecture, kernel in seen]
     return rows

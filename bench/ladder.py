@@ -20,7 +20,7 @@ from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import give_back_freed_memory, keep_freed_memory
 from reat_fast.engine.precision import allowed_tf32, determinism
 from reat_fast.engine.reference_step import ReferenceStep
-from reat_fast.kernels import triton_support
+from reat_fast.kernels import conv3x3, triton_support
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
@@ -32,7 +32,7 @@ Labels = Literal["uniform", "long-tailed"]
 Step = Callable[[], object]
 Returned = TypeVar("Returned")
 
-CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn")
+CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "triton")
 DEFAULT = "captured, cudnn"
 """The rung that training takes on a GPU unless told otherwise."""
 
@@ -156,7 +156,8 @@ class Ladder:
         yield Rung("kernels", lambda: self._eager(Kind()))
         yield Rung("kernels, bf16", lambda: self._eager(replace(low, form="eager")), "bfloat16")
         for form in CAPTURED:
-            yield self._replayed(f"captured, {form}", replace(low, form=form))
+            if form != "triton" or conv3x3.why_not(self._device) is None:
+                yield self._replayed(f"captured, {form}", replace(low, form=form))
         yield self._replayed("captured, tf32", Kind(precision="tf32"))
 
     def _last_rungs(self) -> Iterator[Rung]:

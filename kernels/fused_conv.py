@@ -7,6 +7,9 @@ For networks whose weights are constant, as during an attack: w and b get no gra
 forward is one cuDNN call, whose sums are in float32 and rounded once. The mask is read off the
 output, so neither the sum before the ReLU nor the convolution's own output is kept.
 
+Where x is itself such an output, the mask of that one is [x > 0]: the reader of x can apply it to
+the gradient as it makes it, beside the gradient that another reader sends back (conv_relu_linked).
+
 cuDNN's fused engines want input channels that fill 16 bytes, which those of images do not. So w may
 have more input channels than x: x is read as if zeros followed, and their gradient is left out.
 """
@@ -14,14 +17,16 @@ have more input channels than x: x is read as if zeros followed, and their gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient, conv3x3_runs_on
 from reat_fast.kernels.masked_sum import masked_sum
+from reat_fast.kernels.triton_support import Backend, use_triton
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation, groups."""
@@ -89,8 +94,18 @@ def _shaped_as_filled(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
+class _Place(NamedTuple):
+    """Where a conv_relu stands among others, and what computes it."""
+
+    masks_input: bool = False
+    """x is the output of one that leaves its mask to this one."""
+    reader_masks: bool = False
+    """The gradient that arrives is masked already."""
+    backend: Backend = "auto"
+
+
 class _ConvRelu(torch.autograd.Function):
-    """conv_relu with its own backward; an output for each of readers, or for 0 one for anybody."""
+    """conv_relu with its own backward; the second output is x."""
 
     @staticmethod
     def forward(
@@ -100,45 +115,71 @@ class _ConvRelu(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         geometry: Geometry,
-        readers: int,
-    ) -> Tensor | tuple[Tensor, ...]:
-        # cuDNN has no such engine for float64.
-        form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
-        output = form(x, weight, bias, residual, *geometry)
-        ctx.geometry, ctx.has_residual, ctx.overwrites = geometry, residual is not None, readers > 0
-        ctx.save_for_backward(x, weight, output)
+        place: _Place,
+    ) -> tuple[Tensor, Tensor]:
+        if _own_kernel(x, weight, geometry, place.backend):
+            output = conv3x3(x, weight, bias, residual)
+        else:
+            # cuDNN has no such engine for float64.
+            form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
+            output = form(x, weight, bias, residual, *geometry)
+        ctx.geometry, ctx.has_residual, ctx.place = geometry, residual is not None, place
+        ctx.save_for_backward(x, weight, None if place.reader_masks else output)
         ctx.set_materialize_grads(False)
-        if not readers:
-            return output
-        return (output, *(output.view_as(output) for _ in range(readers - 1)))
+        return output, x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, output = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        given = [grad for grad in grads if grad is not None]
-        if not given:
-            return (None,) * 6
-        first, *others = given
-        masked = masked_sum(output, first, *others, out=first if ctx.overwrites else None)
+        masked = grad if grad is None or output is None else masked_sum(output, grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x, _, _ = torch.ops.aten.convolution_backward(
-                masked,
-                _shaped_as_filled(x, weight, groups),  # the input's values are for other gradients
-                weight,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0] * len(stride),
-                groups,
-                [True, False, False],
-            )
-            grad_x = grad_x[:, : x.shape[1]]
+            grad_x = _input_gradient(x, weight, masked, other, ctx.geometry, ctx.place)
         return grad_x, None, None, masked if ctx.has_residual else None, None, None
+
+
+def _input_gradient(
+    x: Tensor,
+    weight: Tensor,
+    masked: Tensor | None,
+    other: Tensor | None,
+    geometry: Geometry,
+    place: _Place,
+) -> Tensor | None:
+    """Return conv^T(masked, weight) + other, masked where x <= 0 if that is this one's to do."""
+    relu = x if place.masks_input else None
+    if masked is None:
+        return other if other is None or relu is None else masked_sum(relu, other)
+    if _own_kernel(masked, weight, geometry, place.backend):
+        return conv3x3_gradient(masked, weight, relu, other)
+    stride, padding, dilation, groups = geometry
+    found: Tensor = torch.ops.aten.convolution_backward(
+        masked,
+        _shaped_as_filled(x, weight, groups),  # the input's values are for other gradients
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [True, False, False],
+    )[0]
+    found = found[:, : x.shape[1]]
+    if relu is not None:
+        return masked_sum(relu, found, other, out=found)
+    return found if other is None else found + other
+
+
+def _own_kernel(x: Tensor, weight: Tensor, geometry: Geometry, backend: Backend) -> bool:
+    """Say whether conv3x3 computes it: on demand, until it is measured where it is the faster."""
+    if backend != "triton" or not use_triton(backend, x):
+        return False
+    stride, padding, dilation, groups = geometry
+    plain = all(tuple(pair) == (1, 1) for pair in (stride, padding, dilation)) and groups == 1
+    return plain and conv3x3_runs_on(x, weight)
 
 
 def conv_relu(
@@ -150,21 +191,23 @@ def conv_relu(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return relu(conv2d(x, weight) + bias + residual); only x and residual get a gradient.
 
     x [B, C, H, W] and weight [K, C / groups, R, S] of one dtype, bias [K], residual shaped like the
     output [B, K, H', W']; the rest as in torch.nn.functional.conv2d. Without groups the weight may
     be [K, C + n, R, S]: x is filled with n channels of zeros. The gradient of ReLU at 0 is 0, as in
-    PyTorch. float64 and CPU tensors take PyTorch's operators.
+    PyTorch. float64 and CPU tensors take PyTorch's operators. backend: "triton" has what
+    kernels.conv3x3 takes computed there.
     Raises ValueError for a weight or bias that asks for a gradient, or a residual of another shape.
     """
-    output: Tensor = _apply(x, weight, bias, residual, (stride, padding, dilation, groups), 0)
-    return output
+    geometry = (stride, padding, dilation, groups)
+    return _apply(x, weight, bias, residual, geometry, _Place(backend=backend))[0]
 
 
-def conv_relu_for(
-    readers: int,
+def conv_relu_linked(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -173,17 +216,20 @@ def conv_relu_for(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-) -> tuple[Tensor, ...]:
-    """Return the output of conv_relu once for each of 1 or 2 readers, all in the same memory.
+    *,
+    masks_input: bool = False,
+    reader_masks: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the output of conv_relu, and x once more, for the one other reader that x may have.
 
-    Readers are convolutions, conv_relu or conv2d, as x or residual: they do not write to what they
-    read, and nobody else has the gradient that one sends back. So the two are summed and masked in
-    one pass, in the memory of the first. Such passes wait for memory: 1.7 of the 14.2 ms of a step
-    of ResNet-18 on an H100 (python -m bench.step_kernels).
+    masks_input: x is the output of one with reader_masks, and has no reader but this one and that
+    of the second output: sum and mask of the gradient of x are made here, in one pass. Such passes
+    wait for memory: 1.7 of the 14.2 ms of a step of ResNet-18 on an H100 (python -m
+    bench.step_kernels), while a kernel of ours for the gradient makes them as it writes.
     """
-    geometry = (stride, padding, dilation, groups)
-    outputs: tuple[Tensor, ...] = _apply(x, weight, bias, residual, geometry, readers)
-    return outputs
+    place = _Place(masks_input, reader_masks, backend)
+    return _apply(x, weight, bias, residual, (stride, padding, dilation, groups), place)
 
 
 def _apply(
@@ -192,8 +238,9 @@ def _apply(
     bias: Tensor | None,
     residual: Tensor | None,
     geometry: Geometry,
-    readers: int,
-) -> Any:
+    place: _Place,
+) -> tuple[Tensor, Tensor]:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("conv_relu has no gradient for weight and bias: give them detached")
-    return _ConvRelu.apply(x, weight, bias, residual, geometry, readers)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _ConvRelu.apply(x, weight, bias, residual, geometry, place)  # type: ignore[no-untyped-call]
+    return found

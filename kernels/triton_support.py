@@ -20,6 +20,7 @@ Backend = Literal["auto", "torch", "triton"]
 
 triton: Any
 tl: Any
+TensorDescriptor: Any
 try:
     import triton  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
     import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
@@ -30,6 +31,12 @@ except ImportError:
     TRITON_INSTALLED = False
     # torch warns about every op that it finds no kernels for: ours have a PyTorch form.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+try:
+    # Boxes of a tensor that the hardware fetches by itself.
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
+except ImportError:
+    TensorDescriptor = None
 
 INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast.attack import cross_entropy
-from reat_fast.kernels.fused_conv import conv_relu, conv_relu_for
+from reat_fast.kernels.fused_conv import conv_relu_linked
 from reat_fast.models import NAMES, create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import Form, FrozenNetwork
@@ -202,9 +204,11 @@ def test_gradients_meet_in_one_pass_and_shortcuts_add_no_bias_of_their_own() -> 
     nodes = list(frozen._copy.graph.nodes)
     # The stem and seven blocks are read by a convolution and a sum, or by two convolutions; the
     # first convolution of each block by the second; the last block by the pooling.
-    readers = Counter(node.args[0] for node in nodes if node.target is conv_relu_for)
-    assert readers == {2: 8, 1: 8}
-    assert sum(node.target is conv_relu for node in nodes) == 1
+    linked = [node for node in nodes if node.target is conv_relu_linked]
+    assert [node.kwargs["masks_input"] for node in linked] == [False] + [True] * 16
+    assert [node.kwargs["reader_masks"] for node in linked] == [True] * 16 + [False]
+    taken = Counter(node.args[1] for node in nodes if node.target is operator.getitem)
+    assert taken == {0: 17, 1: 8}
     assert [node.args[2] for node in nodes if node.target is F.conv2d] == [None] * 3
 
 
@@ -293,6 +297,42 @@ def test_fusing_sums_changes_nothing_whatever_is_written_in_place() -> None:
     frozen = FrozenNetwork(model, form="cudnn")
     assert_equal_to_rounding(frozen, model, torch.rand(2, 8, 8, 8, dtype=torch.float64))
     assert frozen.fused == 2
+
+
+class Drawn(nn.Module):
+    """Convolutions and sums between maps that were drawn: who reads whom, and how often."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        chosen = random.Random(seed)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(8))
+        self.steps = [
+            (chosen.choice(("relu", "relu", "relu sum", "relu sum", "conv", "sum")), *places)
+            for places in (
+                [chosen.randrange(max(k - 1, 0), k + 1), chosen.randrange(k + 1)] for k in range(8)
+            )
+        ]
+        self.read = {8, chosen.randrange(9)} if seed % 2 else {8}
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = [images]
+        for (kind, source, other), conv in zip(self.steps, self.convs, strict=True):
+            if kind == "sum":
+                maps.append(F.relu(maps[source] + maps[other]))
+                continue
+            made = conv(maps[source])
+            if kind == "relu sum":
+                made = made + maps[other]
+            maps.append(made if kind == "conv" else F.relu(made))
+        return sum(maps[k].mean((2, 3)) for k in sorted(self.read))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_fusing_changes_nothing_whoever_reads_whom(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Drawn(seed).double()
+    frozen = FrozenNetwork(model, form="cudnn")
+    assert_equal_to_rounding(frozen, model, torch.rand(2, 8, 4, 4, dtype=torch.float64))
 
 
 class DataDependent(nn.Module):

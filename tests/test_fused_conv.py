@@ -10,7 +10,7 @@ from test_frozen import conv_gradient_masks
 from torch import Tensor
 from torch.nn import functional as F
 
-from reat_fast.kernels.fused_conv import conv_relu, conv_relu_for, conv_relu_torch
+from reat_fast.kernels.fused_conv import conv_relu, conv_relu_linked, conv_relu_torch
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -128,28 +128,45 @@ def test_only_what_is_asked_for_is_computed() -> None:
     assert masks == []
 
 
-@pytest.mark.parametrize("chosen", [[0], [1], [0, 1], []])
-@pytest.mark.parametrize("readers", [1, 2])
+def convolution(channels: int) -> Tensor:
+    return integers(channels, 6, 3, 3)
+
+
+@pytest.mark.parametrize("chosen", ["both", "first", "second", "neither"])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_readers_get_what_one_output_would_give_them(
-    with_residual: bool, readers: int, chosen: list[int]
+def test_a_reader_that_masks_gives_the_gradients_of_autograd(
+    with_residual: bool, chosen: str
 ) -> None:
     given = case({"padding": (1, 1)}, True, with_residual)
-    outputs, wanted = conv_relu_for(readers, **given), conv_relu_torch(**given)
-    assert len(outputs) == readers
-    assert {output.data_ptr() for output in outputs} == {outputs[0].data_ptr()}
-    assert all(torch.equal(output, wanted) for output in outputs)
-    torch.manual_seed(2)
-    kernels = [integers(3, 6, 3, 3) for _ in outputs]  # of the convolutions that read them
-    chosen = [k for k in chosen if k < readers]
     leaves = [given[name] for name in ("x", "residual") if given[name] is not None]
+    torch.manual_seed(2)
+    weight, other_weight = convolution(6), convolution(3)
     results = []
-    for read in (outputs, [wanted] * readers):
+    for linked in (True, False):
+        if linked:
+            maps, _ = conv_relu_linked(**given, reader_masks=True)
+            read, same = conv_relu_linked(maps, weight, masks_input=True)
+            assert same.data_ptr() == maps.data_ptr() and torch.equal(same, maps)
+        else:
+            same = conv_relu_torch(**given)
+            read = F.relu(F.conv2d(same, weight))
         total = sum(leaf.sum() for leaf in leaves)  # so that there is always a gradient
-        total = total + sum(F.conv2d(read[k], kernels[k]).square().sum() for k in chosen)
+        if chosen in ("both", "first"):
+            total = total + read.square().sum()
+        if chosen in ("both", "second"):
+            total = total + F.conv2d(same, other_weight).square().sum()
         results.append(torch.autograd.grad(total, leaves))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_gradient_of_another_reader_is_added_without_a_mask_too() -> None:
+    given = case({"padding": (1, 1)}, True, True)
+    output, same = conv_relu_linked(**given)
+    seeds = integers(*output.shape), integers(*same.shape)
+    found = torch.autograd.grad((output, same), given["x"], seeds)[0]
+    wanted = torch.autograd.grad(conv_relu_torch(**given), given["x"], seeds[0])[0] + seeds[1]
+    assert torch.equal(found, wanted)
 
 
 class _Silent(torch.autograd.Function):
@@ -171,13 +188,13 @@ def test_a_reader_that_sends_no_gradient_back_leaves_none() -> None:
     assert torch.autograd.grad(total, leaves, allow_unused=True) == (None, None)
 
 
-def test_two_gradients_are_summed_in_the_memory_of_the_first() -> None:
-    given = case({}, True, True)
-    outputs = conv_relu_for(2, **given)
-    first, second = (integers(*outputs[0].shape) for _ in outputs)
-    wanted = (first + second) * (outputs[0] > 0)
-    (found,) = torch.autograd.grad(outputs, given["residual"], (first, second))
-    assert torch.equal(found, wanted) and torch.equal(first, wanted)
+def test_gradients_that_arrive_are_left_as_they_are() -> None:
+    given = case({"padding": (1, 1)}, True, True)
+    outputs = conv_relu_linked(**given, masks_input=True)
+    seeds = [integers(*output.shape) for output in outputs]
+    kept = [seed.clone() for seed in seeds]
+    torch.autograd.grad(outputs, (given["x"], given["residual"]), seeds)
+    assert all(torch.equal(seed, was) for seed, was in zip(seeds, kept, strict=True))
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from reat_fast.attack import ascend, with_batch_statistics
 from reat_fast.config import Config
 from reat_fast.engine.precision import resolve_precision
+from reat_fast.kernels import conv3x3
 from reat_fast.methods.attacks import AttackLossName, choose_attack_loss, plan_attack
 from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
@@ -44,6 +45,15 @@ def resolve_form(config: Config, device: torch.device) -> Form:
     return "eager" if low else "cpu"
 
 
+def _require_own_kernels(dtype: torch.dtype | None, device: torch.device) -> None:
+    """Raise ValueError where no convolution would be computed by a kernel of ours."""
+    reason = conv3x3.why_not(device)
+    if reason is not None:
+        raise ValueError(f"--attack-form triton: {reason}; leave it out")
+    if dtype is None:
+        raise ValueError("--attack-form triton: computes in bfloat16; give --precision bf16")
+
+
 class StepAttack:
     """Make the adversarial examples that a training step trains on.
 
@@ -68,9 +78,11 @@ class StepAttack:
         self.network: FrozenNetwork | None = None
         if config.attack_batchnorm == "eval" and config.attack != "free":
             form = resolve_form(config, device)
+            low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
             if form == "compiled":
                 require_compiler("--attack-form compiled", device)
-            low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
+            if form == "triton":
+                _require_own_kernels(low, device)
             self.network = FrozenNetwork(model, low, form)
         self._radii: ClassRadii | None = None
         if config.radius == "class":

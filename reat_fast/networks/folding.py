@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reat_fast.kernels.fused_conv import conv_relu, conv_relu_for
+from reat_fast.kernels.fused_conv import conv_relu, conv_relu_linked
+from reat_fast.kernels.triton_support import Backend
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
 # other padding or an activation behind; any other subclass may treat its weights in its own way.
@@ -67,12 +68,12 @@ def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
     return folds
 
 
-def fuse_relus(network: nn.Module) -> tuple[nn.Module, int]:
+def fuse_relus(network: nn.Module, backend: Backend = "auto") -> tuple[nn.Module, int]:
     """Rewrite relu(conv(x)) and relu(conv(x) + y) of a network in eval mode as conv_relu.
 
-    Weights of few input channels become views of memory with zeros behind. Returns a network on the
-    same weights and the number of fused convolutions; the given network itself and 0 where it
-    cannot be traced.
+    backend: that of conv_relu. Weights of few input channels become views of memory with zeros
+    behind. Returns a network on the same weights and the number of fused convolutions; the given
+    network itself and 0 where it cannot be traced.
     """
     graph = _trace(network)
     if graph is None:
@@ -82,9 +83,8 @@ def fuse_relus(network: nn.Module) -> tuple[nn.Module, int]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     relus = [node for node in graph.nodes if _is_relu(network, node)]
-    fused = sum(_fuse(network, graph, relu) for relu in relus)
-    for node in list(graph.nodes):
-        _name_readers(network, graph, node)
+    fused = sum(_fuse(network, graph, relu, backend) for relu in relus)
+    _link(network, graph)
     return (fx.GraphModule(network, graph) if fused else network), fused
 
 
@@ -108,7 +108,7 @@ def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
     return folds
 
 
-def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node) -> bool:
+def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node, backend: Backend) -> bool:
     """Put one conv_relu in the place of a ReLU and what it reads, if that allows it."""
     end: Any = relu.args[0] if relu.args else None
     if not isinstance(end, fx.Node) or len(end.users) != 1:
@@ -123,7 +123,8 @@ def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node) -> bool:
         bias = None if module.bias is None else graph.get_attr(f"{conv.target}.bias")
         summand, bias = _joined_bias(network, graph, residual, bias)
         geometry = (module.stride, module.padding, module.dilation, module.groups)
-        output = graph.call_function(conv_relu, (conv.args[0], weight, bias, summand, *geometry))
+        given = (conv.args[0], weight, bias, summand, *geometry)
+        output = graph.call_function(conv_relu, given, {"backend": backend})
     relu.replace_all_uses_with(output)
     replaced = [relu, end, conv] if summand is residual else [relu, end, conv, residual]
     for node in dict.fromkeys(replaced):
@@ -144,23 +145,42 @@ def _joined_bias(network: nn.Module, graph: fx.Graph, residual: Any, bias: Any) 
     return plain, graph.call_function(operator.add, (bias, own))
 
 
-def _name_readers(network: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
-    """Where one or two convolutions and nothing else read a conv_relu, give each an output."""
-    readers = list(node.users)
-    if node.target is not conv_relu or not 1 <= len(readers) <= 2:
-        return
-    if not all(_only_reads(network, reader) for reader in readers):
-        return
-    with graph.inserting_before(node):
-        outputs = graph.call_function(conv_relu_for, (len(readers), *node.args))
-        each = [graph.call_function(operator.getitem, (outputs, k)) for k in range(len(readers))]
-    for reader, output in zip(readers, each, strict=True):
-        reader.replace_input_with(node, output)
-    graph.erase_node(node)
+def _link(network: nn.Module, graph: fx.Graph) -> None:
+    """Let the first reader of each conv_relu make the mask of its gradient, where that is one too.
+
+    A second reader gets what it reads from the first, so that its gradient is there by then.
+    """
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    masked: dict[fx.Node, fx.Node] = {}  # each conv_relu, and whom it leaves its mask to
+    others: dict[fx.Node, fx.Node] = {}  # who masks, and the second reader of what it reads
+    for node in graph.nodes:
+        readers = sorted(node.users, key=place.__getitem__)
+        if node.target is conv_relu and _can_mask(network, node, readers):
+            masked[node] = readers[0]
+            if len(readers) == 2:
+                others[readers[0]] = readers[1]
+    for node in [node for node in graph.nodes if node.target is conv_relu]:
+        flags = {"masks_input": node in masked.values(), "reader_masks": node in masked}
+        with graph.inserting_before(node):
+            linked = graph.call_function(conv_relu_linked, node.args, {**node.kwargs, **flags})
+            output = graph.call_function(operator.getitem, (linked, 0))
+            if node in others:
+                same = graph.call_function(operator.getitem, (linked, 1))
+                others[node].replace_input_with(linked.all_input_nodes[0], same)
+        node.replace_all_uses_with(output)
+        graph.erase_node(node)
+
+
+def _can_mask(network: nn.Module, node: fx.Node, readers: list[fx.Node]) -> bool:
+    """Say whether one or two convolutions and nothing else read a node, the first as its input."""
+    if not 1 <= len(readers) <= 2 or not all(_only_reads(network, reader) for reader in readers):
+        return False
+    first = readers[0]
+    return first.target is conv_relu and first.args[0] is node and node not in first.args[1:]
 
 
 def _only_reads(network: nn.Module, node: fx.Node) -> bool:
-    if node.target in (conv_relu, conv_relu_for, F.conv2d):
+    if node.target in (conv_relu, F.conv2d):
         return True
     return _calls(network, node, lambda module: type(module) is nn.Conv2d)
 

@@ -21,7 +21,7 @@ from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 from reat_fast.networks.compiling import compile_whole
 from reat_fast.networks.folding import Fold, fold_batchnorms_, fuse_relus
 
-Form = Literal["eager", "compiled", "cudnn", "cpu"]
+Form = Literal["eager", "compiled", "cudnn", "triton", "cpu"]
 # Takes any network and dtype; step_attack.resolve_form chooses a faster one.
 DEFAULT_FORM: Form = "eager"
 
@@ -35,8 +35,9 @@ class FrozenNetwork:
     images [B, C, H, W] in [0, 1] returns logits [B, K] that equal those of the network in eval mode
     up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
     then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
-    the sum optional, as one op with its own backward, the images padded to 8 channels; "cpu" lets
-    wide 3x3 convolutions multiply less and a strided one of the images find their gradient faster.
+    the sum optional, as one op with its own backward, the images padded to 8 channels; "triton" has
+    the 3x3 convolutions of stride 1 among them computed by kernels.conv3x3; "cpu" lets wide 3x3
+    convolutions multiply less and a strided one of the images find their gradient faster.
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
     a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
@@ -60,8 +61,8 @@ class FrozenNetwork:
             batchnorm.to(precision)
         self._kept_own, self._kept_source = _kept(own, network, self._folds)
         self._copy, self.fused = own, 0
-        if form == "cudnn":
-            self._copy, self.fused = fuse_relus(own)
+        if form in ("cudnn", "triton"):
+            self._copy, self.fused = fuse_relus(own, "triton" if form == "triton" else "auto")
         self.transformed: list[WinogradConv2d] = []
         if form == "cpu" and self._dtype.itemsize >= 4:  # the sums are too fine for bfloat16
             self.transformed = use_winograd_(own)

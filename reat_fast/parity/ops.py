@@ -13,6 +13,7 @@ from reat_fast import reference
 from reat_fast.kernels import philox
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
+from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient, why_not
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
@@ -55,6 +56,7 @@ def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     yield from _linf_step(device, backend)
     yield from _l2_step(device, backend)
     yield from _masked_sum(device, backend)
+    yield from _conv3x3(device, backend)
     yield from _class_loss(device, backend)
     yield from _tail_penalty(device, backend)
     yield from _rbl_weights(device)
@@ -135,6 +137,32 @@ def _masked_sum(device: torch.device, backend: Backend) -> Iterator[Row]:
         expected = torch.where(output > 0, (first.double() + second.double()).to(dtype), 0)
         differing = int((masked_sum(output, first, second, backend=backend) != expected).sum())
         yield Row("masked_sum", "elements that differ", name_of(dtype), differing, 0)
+
+
+def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
+    """Compare the convolution of 3x3 where a kernel of ours can run."""
+    if backend == "torch" or why_not(device) is not None:
+        return
+    for dtype in (torch.bfloat16, torch.float16):
+        made = generator()
+
+        def drawn(*shape: int, made: torch.Generator = made, dtype: torch.dtype = dtype) -> Tensor:
+            values = torch.randn(shape, generator=made).to(device, dtype)
+            return values.contiguous(memory_format=torch.channels_last)
+
+        x, behind, weight = drawn(4, 64, 8, 8), drawn(4, 128, 8, 8), drawn(128, 64, 3, 3) / 24
+        relu, other, residual = drawn(*x.shape).relu(), drawn(*x.shape), drawn(*behind.shape)
+        expected = F.relu(F.conv2d(x.double(), weight.double(), padding=1) + residual.double())
+        found = conv3x3(x, weight, None, residual)
+        error, name = worst(found, expected), name_of(dtype)
+        yield Row("conv3x3", "output, relative", name, error, GRADIENT[dtype])
+        leaf = x.double().requires_grad_()
+        reached = F.conv2d(leaf, weight.double(), padding=1)
+        (gradient,) = torch.autograd.grad(reached, leaf, behind.double())
+        expected = torch.where(relu > 0, gradient + other.double(), 0)
+        found = conv3x3_gradient(behind, weight, relu, other)
+        error = worst(found, expected)
+        yield Row("conv3x3", "masked gradient, relative", name, error, GRADIENT[dtype])
 
 
 def _attack_tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,259 @@
+"""3x3 convolutions of stride 1 with all that surrounds them in an attack, in one kernel each way.
+
+    y = relu(conv(x, w) + b + r)                dx = (conv^T(m, w) + s) [x > 0]
+
+r is the residual, m the gradient behind the ReLU, s the gradient that another reader of x sends
+back; x > 0 is the mask of the ReLU that x comes from. Libraries compute the convolutions, but the
+mask of an input gradient takes a pass of its own through memory.
+
+A program computes a tile of whole rows for some channels. The convolution is a sum over nine shifts
+of the tile, in each of which channels are multiplied as matrices. Shifted tiles are boxes of the
+images, which the hardware of Hopper and later fetches by a descriptor, zeros outside the images; an
+input gradient is the same sum with the opposite shifts. Channels are the rows of the product and
+pixels the columns, so that its second operand is what a box is in shared memory. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv, jit, tl
+
+
+class Tile(NamedTuple):
+    """What one program computes: pixels of whole rows times channels, by so many warps."""
+
+    pixels: int
+    channels: int
+    warps: int
+
+
+TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 128, 4), Tile(128, 64, 4))
+"""From the one that reads least for its products, whose sums fill 128 registers of a thread."""
+PROGRAMS = 120
+"""How many an H100, of 132 processors, is kept busy by: a tile that makes fewer is too large."""
+DEPTH = 64
+"""Channels that are multiplied at a time: 128 bytes of 16 bits, the widest rows of a box."""
+STAGES = 4
+"""Boxes that are on their way at a time; those of the largest tile take 192 of 227 KiB."""
+CAPABILITY = (9, 0)
+"""The first that fetches boxes by itself."""
+
+
+def conv3x3_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """Compute the forward in PyTorch: what the kernel is held against."""
+    output = F.conv2d(x, weight, bias, padding=1)
+    return F.relu(output if residual is None else output + residual)
+
+
+def conv3x3_gradient_torch(
+    masked: Tensor, weight: Tensor, relu: Tensor | None, other: Tensor | None
+) -> Tensor:
+    """Compute the input gradient in PyTorch: what the kernel is held against."""
+    gradient = F.conv_transpose2d(masked, weight, padding=1)
+    gradient = gradient if other is None else gradient + other
+    return gradient if relu is None else torch.where(relu <= 0, 0, gradient)
+
+
+@jit
+def _conv3x3_kernel(  # type: ignore[no-untyped-def]
+    input_desc,
+    weight_desc,
+    bias_ptr,
+    added_desc,
+    relu_desc,
+    output_desc,
+    height,
+    channels,
+    SUMMED: tl.constexpr,  # channels of the input
+    GRADIENT: tl.constexpr,
+    IMAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    first_channel = tl.program_id(0) * CHANNELS
+    bands = tl.cdiv(height, ROWS)
+    image = tl.program_id(1) // bands * IMAGES
+    row = tl.program_id(1) % bands * ROWS
+    PIXELS: tl.constexpr = IMAGES * ROWS * WIDTH
+
+    sums = tl.zeros((CHANNELS, PIXELS), dtype=tl.float32)
+    for step in range(9 * (SUMMED // DEPTH)):
+        tap = step % 9
+        first = step // 9 * DEPTH
+        if GRADIENT:  # the weight of a tap met the pixel on its other side
+            down, across = 1 - tap // 3, 1 - tap % 3
+            # Of the weight [K, 9 * C] the input gradient sums over K, and the output over C.
+            weight = weight_desc.load([first, tap * channels + first_channel]).T
+        else:
+            down, across = tap // 3 - 1, tap % 3 - 1
+            weight = weight_desc.load([first_channel, tap * SUMMED + first])
+        box = input_desc.load([image, row + down, across, first])
+        sums = tl.dot(weight, box.reshape(PIXELS, DEPTH).T, sums)
+
+    if bias_ptr is not None:
+        channel = first_channel + tl.arange(0, CHANNELS)
+        bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)
+        sums += bias.to(tl.float32)[:, None]
+    pixels = sums.T
+    if added_desc is not None:
+        added = added_desc.load([image, row, 0, first_channel]).reshape(PIXELS, CHANNELS)
+        pixels += added.to(tl.float32)
+    if GRADIENT:
+        if relu_desc is not None:
+            relu = relu_desc.load([image, row, 0, first_channel]).reshape(PIXELS, CHANNELS)
+            # Where it is NaN the gradient passes, as in PyTorch.
+            pixels = tl.where(relu.to(tl.float32) <= 0, 0.0, pixels)
+    else:
+        pixels = tl.maximum(pixels, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    pixels = pixels.to(output_desc.dtype).reshape(IMAGES, ROWS, WIDTH, CHANNELS)
+    output_desc.store([image, row, 0, first_channel], pixels)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Say what a device lacks to run the kernels, or nothing, as where Triton interprets them."""
+    if TensorDescriptor is None:
+        return "needs Triton 3.6: pip install triton"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, as an H100 is"
+    return None
+
+
+def conv3x3_runs_on(x: Tensor, weight: Tensor) -> bool:
+    """Say whether the kernels take x [B, C, H, W], or a gradient, and weight [K, C, 3, 3].
+
+    They take bfloat16 and float16, channels_last, from addresses that are multiples of 16,
+    channels in multiples of 32, rows of at most 128 pixels, on a GPU that has boxes, or in Triton's
+    interpreter.
+    """
+    if x.dtype != weight.dtype or x.dtype.itemsize != 2:
+        return False
+    if not INTERPRETED and (
+        not x.is_cuda or torch.cuda.get_device_capability(x.device) < CAPABILITY
+    ):
+        return False
+    last = torch.channels_last
+    dense = all(t.is_contiguous(memory_format=last) and t.data_ptr() % 16 == 0 for t in (x, weight))
+    widths = all(width % 32 == 0 for width in weight.shape[:2])
+    return dense and widths and weight.shape[2:] == (3, 3) and x.shape[3] <= 128 and x.numel() > 0
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Return relu(conv2d(x, weight, padding=1) + bias + residual); has no gradient of its own.
+
+    x [B, C, H, W], weight [K, C, 3, 3], residual and output [B, K, H, W], bias [K]; x and weight as
+    conv3x3_runs_on says, the residual like the output. tile: unset, one by the shape.
+    """
+    output = _like(x, weight.shape[0])
+    _launch(x, weight, bias, residual, None, output, tile, gradient=False)
+    return output
+
+
+def conv3x3_gradient(
+    masked: Tensor,
+    weight: Tensor,
+    relu: Tensor | None = None,
+    other: Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Return the input gradient of conv2d(x, weight, padding=1), plus other, where relu > 0.
+
+    masked [B, K, H, W]: the gradient of the convolution's output; weight [K, C, 3, 3]; other, relu
+    and what is returned [B, C, H, W]. Without relu nothing is masked.
+    """
+    gradient = _like(masked, weight.shape[1])
+    _launch(masked, weight, None, other, relu, gradient, tile, gradient=True)
+    return gradient
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    shape = (len(x), channels, *x.shape[2:])
+    last = torch.channels_last
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    relu: Tensor | None,
+    output: Tensor,
+    tile: Tile | None,
+    *,
+    gradient: bool,
+) -> None:
+    depth, channels, height = x.shape[1], output.shape[1], x.shape[2]
+    pixels, tile_channels, warps = tile or choose_tile(output)
+    images, rows, width = _box(output, pixels)
+    block = DEPTH if depth % DEPTH == 0 else 32
+
+    def boxes(tensor: Tensor | None, last: int) -> object:
+        if tensor is None:
+            return None
+        batch, size, *place = tensor.shape
+        shape = [batch, *place, size]
+        # Those of dimensions of one element may be anything in PyTorch.
+        strides = [math.prod(shape[1:]), place[1] * size, size, 1]
+        return TensorDescriptor(tensor, shape, strides, [images, rows, width, last])
+
+    flat = weight.permute(0, 2, 3, 1).flatten(1)  # [K, 9 * C], of the same memory
+    weights = [block, tile_channels] if gradient else [tile_channels, block]
+    bands = cdiv(len(x), images) * cdiv(height, rows)
+    _conv3x3_kernel[(cdiv(channels, tile_channels), bands)](
+        boxes(x, block),
+        TensorDescriptor.from_tensor(flat, weights),
+        bias,
+        boxes(added, tile_channels),
+        boxes(relu, tile_channels),
+        boxes(output, tile_channels),
+        height,
+        channels,
+        SUMMED=depth,
+        GRADIENT=gradient,
+        IMAGES=images,
+        ROWS=rows,
+        WIDTH=width,
+        CHANNELS=tile_channels,
+        DEPTH=block,
+        num_warps=warps,
+        num_stages=STAGES,
+    )
+
+
+def choose_tile(output: Tensor) -> Tile:
+    """Return the largest tile that divides the channels and makes PROGRAMS, or the smallest."""
+    channels = output.shape[1]
+    for tile in TILES:
+        images, rows, _ = _box(output, tile.pixels)
+        bands = cdiv(len(output), images) * cdiv(output.shape[2], rows)
+        fits = tile.channels == TILES[-1].channels or channels % tile.channels == 0
+        if fits and bands * cdiv(channels, tile.channels) >= PROGRAMS:
+            return tile
+    return TILES[-1]
+
+
+def _box(output: Tensor, pixels: int) -> tuple[int, int, int]:
+    """Return images, rows and width of a tile: powers of two that cover whole rows."""
+    height, width = (1 << (size - 1).bit_length() for size in output.shape[2:])
+    rows = min(pixels // width, height)
+    return pixels // (width * rows), rows, width

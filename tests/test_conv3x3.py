@@ -1,0 +1,220 @@
+"""The 3x3 convolution with its surroundings in one kernel, against float64 and to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_frozen import conv_gradient_masks
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reat_fast.attack import cross_entropy
+from reat_fast.kernels.conv3x3 import (
+    TILES,
+    Tile,
+    choose_tile,
+    conv3x3,
+    conv3x3_gradient,
+    conv3x3_gradient_torch,
+    conv3x3_runs_on,
+    conv3x3_torch,
+)
+from reat_fast.models import create_model
+from reat_fast.networks.frozen import FrozenNetwork
+
+SMALL = Tile(64, 32, 4)
+SHAPES = [  # batch, channels in and out, height, width
+    (2, 64, 64, 8, 16),
+    (5, 128, 64, 4, 4),
+    (3, 32, 96, 7, 5),
+    (1, 160, 32, 9, 14),
+    (1, 32, 32, 1, 1),
+]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Run a test where the kernels run."""
+    place: str = request.param
+    return place
+
+
+def laid_out(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    return tensor.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+class Drawn:
+    """What a convolution [B, C, H, W] to [B, K, H, W] and its gradient meet."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: str, integers: bool = False
+    ) -> None:
+        batch, channels, outputs, height, width = shape
+        torch.manual_seed(sum(shape))
+
+        def made(*size: int) -> Tensor:
+            if integers:
+                return laid_out(torch.randint(-1, 2, size), dtype, device)
+            return laid_out(torch.randn(size), dtype, device)
+
+        self.x, self.behind = (
+            made(batch, channels, height, width),
+            made(batch, outputs, height, width),
+        )
+        weight = made(outputs, channels, 3, 3)
+        # Of integers the sums stay exact; of other numbers they come to be about 1.
+        self.weight = weight if integers else weight / (9 * channels) ** 0.5
+        self.bias, self.residual = made(outputs, 1, 1, 1).flatten(), torch.randn_like(self.behind)
+        self.relu, self.other = made(*self.x.shape).relu(), made(*self.x.shape)
+        if integers:
+            self.residual = made(*self.behind.shape)
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_ways_are_float64_rounded_once(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    drawn = Drawn(shape, dtype, device)
+    # One rounding to the dtype of a sum of float32, of numbers that come to be about 1.
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-5}
+    for bias, residual in ((None, None), (drawn.bias, None), (drawn.bias, drawn.residual)):
+        found = conv3x3(drawn.x, drawn.weight, bias, residual)
+        wanted = conv3x3_torch(*double(drawn.x, drawn.weight, bias, residual))  # type: ignore[arg-type]
+        torch.testing.assert_close(found.double(), wanted, **close)
+    for relu, other in ((None, None), (drawn.relu, None), (drawn.relu, drawn.other)):
+        found = conv3x3_gradient(drawn.behind, drawn.weight, relu, other)
+        given = double(drawn.behind, drawn.weight, relu, other)
+        wanted = conv3x3_gradient_torch(*given)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.double(), wanted, **close)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("tile", [*TILES, SMALL])
+def test_every_tile_gives_exact_sums_of_integers(device: str, tile: Tile) -> None:
+    drawn = Drawn((3, 64, 96, 8, 8), torch.float16, device, integers=True)
+    found = conv3x3(drawn.x, drawn.weight, drawn.bias, drawn.residual, tile=tile)
+    wanted = conv3x3_torch(*double(drawn.x, drawn.weight, drawn.bias, drawn.residual))  # type: ignore[arg-type]
+    assert torch.equal(found.double(), wanted)
+    found = conv3x3_gradient(drawn.behind, drawn.weight, drawn.relu, drawn.other, tile=tile)
+    given = double(drawn.behind, drawn.weight, drawn.relu, drawn.other)
+    assert torch.equal(found.double(), conv3x3_gradient_torch(*given))  # type: ignore[arg-type]
+
+
+def test_the_gradient_is_that_of_autograd() -> None:
+    drawn = Drawn((2, 4, 6, 5, 7), torch.float64, "cpu")
+    x = drawn.x.clone().requires_grad_()
+    masked = F.conv2d(x.relu(), drawn.weight, padding=1)
+    (wanted,) = torch.autograd.grad(masked, x, drawn.behind)
+    found = conv3x3_gradient_torch(drawn.behind, drawn.weight, drawn.x.relu(), None)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_nan_reaches_its_neighbours_and_passes_the_mask(device: str) -> None:
+    drawn = Drawn((2, 32, 32, 6, 6), torch.float16, device, integers=True)
+    drawn.x[1, 3, 2, 4] = drawn.behind[1, 3, 2, 4] = torch.nan
+    drawn.relu[0, 5, 0, 0] = torch.nan
+    drawn.relu[0, 5, 0, 1] = -0.0
+    near = torch.zeros(2, 1, 6, 6, dtype=torch.bool, device=device)
+    near[1, :, 1:4, 3:6] = True
+    drawn.weight.fill_(1)
+    found = conv3x3(drawn.x, drawn.weight)
+    assert torch.equal(found.isnan(), near.expand_as(found))
+    found = conv3x3_gradient(drawn.behind, drawn.weight, drawn.relu, drawn.other)
+    given = double(drawn.behind, drawn.weight, drawn.relu, drawn.other)
+    wanted = conv3x3_gradient_torch(*given)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0, equal_nan=True)
+    assert found[0, 5, 0, 0] != 0 and found[0, 5, 0, 1] == 0
+
+
+def test_memory_around_the_tensors_is_neither_read_nor_written(device: str) -> None:
+    shape = (3, 32, 32, 5, 5)
+    plain, drawn = (Drawn(shape, torch.float16, device, integers=True) for _ in range(2))
+    for name, tensor in vars(drawn).items():
+        room = torch.full((tensor.numel() + 512,), torch.nan, dtype=tensor.dtype, device=device)
+        middle = room[256:-256].as_strided(tensor.shape, tensor.stride(), 256)
+        setattr(drawn, name, middle.copy_(tensor))
+    for one, other in (
+        (
+            conv3x3(drawn.x, drawn.weight, drawn.bias, drawn.residual),
+            conv3x3(plain.x, plain.weight, plain.bias, plain.residual),
+        ),
+        (
+            conv3x3_gradient(drawn.behind, drawn.weight, drawn.relu, drawn.other),
+            conv3x3_gradient(plain.behind, plain.weight, plain.relu, plain.other),
+        ),
+    ):
+        assert torch.equal(one, other)
+
+
+def test_what_the_kernels_do_not_take_is_known(device: str) -> None:
+    good = Drawn((2, 32, 64, 6, 6), torch.bfloat16, device)
+    assert conv3x3_runs_on(good.x, good.weight)
+    assert conv3x3_runs_on(good.behind, good.weight)
+    wide = laid_out(torch.zeros(1, 32, 1, 129), torch.bfloat16, device)
+    room = good.x.new_zeros(good.x.numel() + 1)
+    shifted = room.as_strided(good.x.shape, good.x.stride(), 1)
+    for x, weight in (
+        (good.x.float(), good.weight.float()),
+        (good.x.half(), good.weight),
+        (good.x.contiguous(), good.weight),
+        (good.x, good.weight.contiguous()),
+        (good.x[:, :24], good.weight[:, :24]),
+        (good.x, good.weight[:, :, :1, :1]),
+        (good.x[:0], good.weight),
+        (shifted, good.weight),
+        (wide, good.weight),
+    ):
+        assert not conv3x3_runs_on(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [
+        ((128, 64, 32, 32), Tile(256, 64, 4)),
+        ((128, 128, 16, 16), Tile(256, 128, 8)),
+        ((128, 256, 8, 8), Tile(256, 64, 4)),
+        ((128, 512, 4, 4), Tile(128, 64, 4)),
+        ((128, 160, 32, 32), Tile(256, 64, 4)),  # 160 channels fill three tiles of 64 best
+        ((1, 64, 8, 8), Tile(128, 64, 4)),
+    ],
+)
+def test_tiles_are_as_large_as_keeps_a_gpu_busy(shape: tuple[int, ...], tile: Tile) -> None:
+    assert choose_tile(torch.empty(shape, device="meta")) == tile
+
+
+@pytest.fixture
+def network(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("resnet18", 6, width=32)
+    for _ in range(5):
+        model(torch.rand(16, 3, 8, 8))
+    return model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+def test_a_network_of_them_has_the_gradient_of_the_other_form(
+    network: nn.Module, device: str
+) -> None:
+    images, labels = torch.rand(4, 3, 8, 8, device=device), torch.arange(4, device=device)
+    gradients = []
+    for form, dtype in (("eager", None), ("cudnn", torch.bfloat16), ("triton", torch.bfloat16)):
+        frozen = FrozenNetwork(network, dtype, form)  # type: ignore[arg-type]
+        leaf = images.clone().requires_grad_()
+        with conv_gradient_masks() as masks:
+            loss = cross_entropy(frozen(leaf).float(), labels)
+            gradients.append(torch.autograd.grad(loss, leaf)[0])
+        # Left are the stem, three strided convolutions and their shortcuts.
+        assert len(masks) == (7 if form == "triton" else 20)
+    exact, library, own = gradients
+    # Each rounds every layer to bfloat16; ours rounds a sum of gradients and its mask once.
+    error, allowed = float((own - exact).norm()), float((library - exact).norm())
+    assert 0 < error < 1.2 * allowed < 0.2 * float(exact.norm())
