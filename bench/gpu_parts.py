@@ -1,6 +1,6 @@
 """The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
 
-A call has at most 10 minutes and there are three, so the first holds what decides most. Estimates
+A call has at most 10 minutes and there are four, so the first holds what decides most. Estimates
 are seconds on one H100: of verify, step and evaluation near what they took there, of trainings and
 attacks reckoned from others of their kind, the rest guesses. Those of a call fit its 9.5 minutes
 together, limits need not.
@@ -24,8 +24,8 @@ class Options:
 
     out: Path
     """Folder for logs, tables, runs and summary.json; the same one for all calls."""
-    call: Literal[1, 2, 3] = 1
-    """Which of the three calls: what decides most, REAT's rivals, the rest."""
+    call: Literal[1, 2, 3, 4] = 1
+    """Which of the calls: what decides most, REAT's rivals, single kernels, the rest."""
     data: Path | None = None
     """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the trainings; unset: none is run."""
     official: Path | None = None
@@ -55,7 +55,7 @@ class Part:
 
 
 WIDE = (
-    *("captured, eager", "captured, compiled", "captured, cudnn"),
+    *("captured, eager", "captured, compiled", "captured, cudnn", "captured, triton"),
     *("captured, compiled, compiled update", "baseline, eager"),
 )
 """Rungs of the ladder that WideResNet climbs too."""
@@ -88,6 +88,7 @@ def parts(options: Options) -> Iterator[Part]:
     yield from _first_call(options)
     yield from _second_call(options)
     yield from _third_call(options)
+    yield from _fourth_call()
 
 
 def _first_call(options: Options) -> Iterator[Part]:
@@ -97,7 +98,7 @@ def _first_call(options: Options) -> Iterator[Part]:
     beside = ["-n", "6"] if installed("xdist") else []
     yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 120)
     # The last rung begun at 120 s may compile for a minute, and then all are timed.
-    yield Part("step", [*STEP, *_official(options), "--seconds", "120"], 240, 105)
+    yield Part("step", [*STEP, *_official(options), "--seconds", "120"], 240, 120)
     yield from _without_official(options, "official step", 1)
     # Not in true float32: the part epoch has that.
     evaluation = ["--repeats", "2", "--precisions", "bf16", "--batch-size", "1000", "--keep"]
@@ -118,29 +119,34 @@ def _second_call(options: Options) -> Iterator[Part]:
 
 
 def _third_call(options: Options) -> Iterator[Part]:
-    convolutions = ["-m", "bench.bench_convolutions", "--keep"]
-    yield Part("convolutions", convolutions, 150, 80, 3)
+    own = ["-m", "bench.bench_conv3x3", "--keep"]
+    yield Part("conv3x3", own, 180, 100, 3)
     masked = ["-m", "bench.bench_masked_gradients", "--plans", "4", "--seconds", "20", "--keep"]
     lacks = "" if installed("cudnn") else "no nvidia-cudnn-frontend"
     yield Part("masked", masked, 60, 30, 3, lacks)
+    convolutions = ["-m", "bench.bench_convolutions", "--keep"]
+    yield Part("convolutions", convolutions, 150, 80, 3)
+    wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "80", "--rungs", *WIDE]
+    yield Part("step-wrn", [*STEP, *wide], 150, 85, 3)
+    timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}", "--keep"]
+    yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 70, 3)
+
+
+def _fourth_call() -> Iterator[Part]:
     sanitizer = compute_sanitizer()
     yield Part(
         "sanitizer",
         [*_pytest(), "-m", "gpu", "-k", TESTS, *FILES],
         150,
         60,
-        3,
+        4,
         "" if sanitizer else "no compute-sanitizer",
         sanitizer or [],
         ENVIRONMENT,
     )
-    timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}", "--keep"]
-    yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 70, 3)
-    wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "80", "--rungs", *WIDE]
-    yield Part("step-wrn", [*STEP, *wide], 150, 85, 3)
-    yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120, 40, 3)
+    yield Part("loaders", ["-m", "bench.bench_loaders", "--keep"], 120, 40, 4)
     autotune = [*STEP, "--max-autotune", "--rungs", *WHOLE]
-    yield Part("step-autotune", autotune, 400, 200, 3)
+    yield Part("step-autotune", autotune, 400, 200, 4)
 
 
 def _official(options: Options) -> list[str]:

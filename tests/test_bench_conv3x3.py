@@ -1,0 +1,75 @@
+"""The benchmark of our 3x3 convolutions: what it tries, keeps and refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import bench_conv3x3 as bench
+from bench.records import Figure
+from bench.traced import Convolution, convolutions
+from reat_fast.cli.command import run_command
+from reat_fast.kernels.conv3x3 import Tile
+
+SMALL = ["--device", "cpu", "--batch-size", "1", "--size", "4", "--shapes", "2"]
+ONCE = ["--calls", "1", "--repeats", "1"]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.interpreter
+def test_the_fastest_right_tile_of_each_computation_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: list[Figure] = []
+    monkeypatch.setattr(bench, "CANDIDATES", (Tile(64, 64, 4), Tile(16, 64, 4)))
+    monkeypatch.setattr(bench, "record", lambda figures, *_: kept.extend(figures))
+    assert run_command(bench.main, [*SMALL, *ONCE, "--keep"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    # The stem is not one of ours.
+    names = ["forward", "forward, sum", "gradient, mask", "gradient, sum, mask"]
+    assert [line[35:55].strip() for line in lines] == names
+    forms = [f"conv3x3: {name}, {form}" for name in names for form in ("cuDNN", "ours")]
+    assert [figure.what for figure in kept] == forms
+    assert all("tile" in figure.shape for figure in kept[1::2])
+
+
+@pytest.mark.interpreter
+def test_a_wrong_result_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def almost(*given: Any, **options: Any) -> torch.Tensor:
+        return whole(*given, **options) * 1.02
+
+    whole = bench.conv3x3
+    monkeypatch.setattr(bench, "CANDIDATES", (Tile(16, 64, 4),))
+    monkeypatch.setattr(bench, "conv3x3", almost)
+    assert run_command(bench.main, [*SMALL, *ONCE]) == 0
+    first, second, *others = capsys.readouterr().out.splitlines()[2:]
+    assert all("none" in line and "off by 2.0e-02" in line for line in (first, second))
+    assert not any("none" in line for line in others)
+
+
+@pytest.mark.interpreter
+def test_each_computation_is_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shape = Convolution(32, 64, 3, 1, 1, 1, 6)
+    found = bench.works(shape, 2, CPU)
+    assert len(found) == 4
+    for work in found:
+        exact = work.exact()
+        for result in (work.library(), work.own(Tile(64, 64, 4))):
+            assert float((result.float() - exact).norm() / exact.norm()) < 2.0**-8
+
+
+@pytest.mark.interpreter
+def test_other_convolutions_are_left_out() -> None:
+    taken = [shape for shape in convolutions("resnet18", 4) if bench.works(shape, 1, CPU)]
+    assert {(shape.kernel, shape.stride) for shape in taken} == {(3, 1)}
+    assert [shape.in_width for shape in taken] == [64, 128, 256, 512]
+
+
+def test_where_the_kernels_cannot_run_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(bench.main, ["--device", "cpu"]) == 2
+    assert "--device cpu: needs" in capsys.readouterr().err
