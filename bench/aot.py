@@ -35,10 +35,12 @@ from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import Noise, prepare
+from reat_fast.kernels.resident_conv import launch_resident_conv
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
-LEAST = {"conv3x3": 90}  # ops whose kernels are launched from one architecture on
+# Ops whose kernels are launched from one architecture on, or on one.
+ONLY = {"conv3x3": (90, 100), "resident_conv": (90,)}
 # Bytes of shared memory a block may have, from the table of technical specifications in NVIDIA's
 # CUDA C++ programming guide. The compiler does not check it: a launch would fail.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -100,11 +102,18 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
         yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
-    for batch, width, size in ((128, 64, 32), (128, 128, 16), (128, 512, 4), (64, 160, 32)):
+    for batch, width, size in ((128, 128, 16), (64, 160, 32)):
         maps = _channels_last(batch, width, size, size)
         weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)
         yield _name("conv3x3", maps), partial(conv3x3, maps, weight, bias, maps)
         yield _name("conv3x3 gradient", maps), partial(conv3x3_gradient, maps, weight, maps, maps)
+    for size in (16, 32):
+        maps, weight = _channels_last(32, 64, size, size), _channels_last(64, 64, 3, 3)
+        forward = partial(launch_resident_conv, maps, weight, maps[0, :, 0, 0], maps, None, maps)
+        yield _name("resident_conv", maps), partial(forward, gradient=False, programs=132)
+        backward = partial(launch_resident_conv, maps, weight, None, maps, maps, maps)
+        case = _name("resident_conv gradient", maps)
+        yield case, partial(backward, gradient=True, programs=132)
     for step in (linf_step_, l2_step_):
         for dtype in (torch.float32, torch.bfloat16):
             adv = torch.zeros(128, 3, 32, 32)
@@ -139,8 +148,8 @@ def compile_cases(
     rows = []
     for case, launch in launches:
         architectures = [int(target.removeprefix("cuda:")) for target in targets]
-        least = LEAST.get(case.split()[0], 0)
-        with _launches_compile([number for number in architectures if number >= least]) as seen:
+        only = ONLY.get(case.split()[0], architectures)
+        with _launches_compile([number for number in architectures if number in only]) as seen:
             launch()
         rows += [_inspect(case, architecture, kernel) for architecture, kernel in seen]
     return rows
@@ -207,6 +216,7 @@ def _inspect(case: str, architecture: int, kernel: Any) -> Compiled:
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     resources = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     assert resources is not None, listing[:500]
+    source = kernel.asm["ttir" if "ttir" in kernel.asm else "ttgir"]  # Gluon's has layouts
     # A line is an address, sometimes a predicate, and an instruction with its modifiers.
     instructions = re.findall(
         r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.MULTILINE
@@ -221,7 +231,7 @@ def _inspect(case: str, architecture: int, kernel: Any) -> Compiled:
         shared_bytes=kernel.metadata.shared,
         load_bits=Counter(map(_bits, filter(_is("LDG", "LDGSTS"), instructions))),
         store_bits=Counter(map(_bits, filter(_is("STG"), instructions))),
-        dots=len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
+        dots=len(re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot)\b", source)),
         matrix_instructions=Counter(
             instruction.split(".")[0]
             for instruction in instructions

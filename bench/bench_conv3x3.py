@@ -29,6 +29,7 @@ from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import flag
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.conv3x3 import (
+    RESIDENT,
     TILES,
     Tile,
     conv3x3,
@@ -40,8 +41,16 @@ from reat_fast.kernels.conv3x3 import (
 )
 from reat_fast.kernels.fused_conv import conv_relu
 from reat_fast.kernels.masked_sum import masked_sum
+from reat_fast.kernels.resident_conv import resident_conv_runs_on
 
-CANDIDATES = (*TILES, Tile(128, 64, 8), Tile(256, 64, 8), Tile(128, 128, 8), Tile(64, 128, 4))
+CANDIDATES = (
+    *TILES,
+    RESIDENT,
+    Tile(128, 64, 8),
+    Tile(256, 64, 8),
+    Tile(128, 128, 8),
+    Tile(64, 128, 4),
+)
 """Tiles that are tried: those that may be chosen, with other warps, and one of few pixels."""
 
 
@@ -80,6 +89,8 @@ class Work:
     library: Callable[[], Tensor]
     own: Callable[[Tile], Tensor]
     exact: Callable[[], Tensor]
+    resident: bool
+    """Whether its weights can stay in shared memory."""
 
 
 def works(shape: Convolution, batch_size: int, device: torch.device) -> list[Work]:
@@ -108,17 +119,18 @@ def works(shape: Convolution, batch_size: int, device: torch.device) -> list[Wor
     def wide(*tensors: Tensor | None) -> list[Any]:
         return [None if tensor is None else tensor.float() for tensor in tensors]
 
+    resident = resident_conv_runs_on(x, shape.out_width)
     found = []
     for name, summand in (("forward", None), ("forward, sum", torch.randn_like(behind))):
         library = partial(conv_relu, x, weight, bias, summand, padding=(1, 1))
         exact = partial(lambda *given: conv3x3_torch(*wide(*given)), x, weight, bias, summand)
         own = partial(lambda added, tile: conv3x3(x, weight, bias, added, tile=tile), summand)
-        found.append(Work(name, library, own, exact))
+        found.append(Work(name, library, own, exact, resident))
     for name, summand in (("gradient, mask", None), ("gradient, sum, mask", torch.randn_like(x))):
         given = (behind, weight, relu, summand)
         exact = partial(lambda *given: conv3x3_gradient_torch(*wide(*given)), *given)
         own = partial(lambda given, tile: conv3x3_gradient(*given, tile=tile), given)
-        found.append(Work(name, partial(separate, summand), own, exact))
+        found.append(Work(name, partial(separate, summand), own, exact, resident))
     return found
 
 
@@ -167,14 +179,19 @@ def _row(
     if ranked:
         best = ranked[0]
         row += f", tile {best.pixels}x{best.channels}, {best.warps} warps"
+        row += ", weights resident" if best.resident else ""
         ours = Figure.of(f"conv3x3: {work.name}, ours", found[best], "s", row, "bfloat16")
         rate = shape.flops(options.batch_size) / ours.value / 1e12
         cells = f"{ours.value * 1e6:8.1f}{figures[0].value / ours.value:7.2f}{rate:9.1f}"
         figures.append(ours)
-    tried = [f"{tuple(tile)} {1e6 * statistics.median(found[tile]):.1f}" for tile in ranked]
+    tried = [f"{_short(tile)} {1e6 * statistics.median(found[tile]):.1f}" for tile in ranked]
     cells = f"{figures[0].value * 1e6:8.1f}{cells}  {'; '.join(tried + notes)}"
     print(f"{shape.name:28}{count:6} {work.name:20}{cells}", flush=True)
     return figures
+
+
+def _short(tile: Tile) -> str:
+    return "resident" if tile.resident else f"{tile.pixels}x{tile.channels}/{tile.warps}"
 
 
 def _ours(
@@ -191,13 +208,15 @@ def _ours(
     found: dict[Tile, list[float]] = {}
     notes = []
     for tile in CANDIDATES:
+        if tile.resident and not work.resident:
+            continue
         try:
             if not (off := distance(work.own(tile))) <= allowed:
-                notes.append(f"{tuple(tile)}: off by {off:.1e}, allowed {allowed:.1e}")
+                notes.append(f"{_short(tile)}: off by {off:.1e}, allowed {allowed:.1e}")
                 continue
             found[tile] = times(partial(work.own, tile))
         except Exception as error:  # of the compiler, or for lack of shared memory
-            notes.append(f"{tuple(tile)}: {str(error).splitlines()[0][:60]}")
+            notes.append(f"{_short(tile)}: {str(error).splitlines()[0][:60]}")
     return found, notes
 
 

@@ -22,25 +22,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reat_fast.kernels.resident_conv import (
+    CHANNELS,
+    PIXELS,
+    launch_resident_conv,
+    resident_conv_runs_on,
+)
 from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv, jit, tl
 
 
 class Tile(NamedTuple):
-    """What one program computes: pixels of whole rows times channels, by so many warps."""
+    """What one program computes: pixels of whole rows times channels, by so many warps.
+
+    resident: by kernels.resident_conv, where weights stay.
+    """
 
     pixels: int
     channels: int
     warps: int
+    resident: bool = False
 
 
 TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 128, 4), Tile(128, 64, 4))
 """From the one that reads least for its products, whose sums fill 128 registers of a thread."""
+RESIDENT = Tile(PIXELS, CHANNELS, 4, True)
 PROGRAMS = 120
 """How many an H100, of 132 processors, is kept busy by: a tile that makes fewer is too large."""
 DEPTH = 64
 """Channels that are multiplied at a time: 128 bytes of 16 bits, the widest rows of a box."""
 STAGES = 4
 """Boxes that are on their way at a time; those of the largest tile take 192 of 227 KiB."""
+MOST_CHANNELS = 256
+"""Of an image of which the mask of the gradient still takes long enough."""
 CAPABILITY = (9, 0)
 """The first that fetches boxes by itself."""
 
@@ -149,6 +162,16 @@ def conv3x3_runs_on(x: Tensor, weight: Tensor) -> bool:
     return dense and widths and weight.shape[2:] == (3, 3) and x.shape[3] <= 128 and x.numel() > 0
 
 
+def conv3x3_pays(x: Tensor, channels: int, *, gradient: bool) -> bool:
+    """Say whether a kernel should beat cuDNN's and the pass behind it; predicted, not measured.
+
+    Where weights are resident it should both ways. Elsewhere it reads about what cuDNN's kernels
+    read, so what it can save is the pass over an input gradient, which is the larger the fewer
+    channels there are (docs/performance.md). x [B, C, H, W] is read, channels are written.
+    """
+    return choose_tile(x, channels).resident or (gradient and channels <= MOST_CHANNELS)
+
+
 def conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -203,8 +226,12 @@ def _launch(
     gradient: bool,
 ) -> None:
     depth, channels, height = x.shape[1], output.shape[1], x.shape[2]
-    pixels, tile_channels, warps = tile or choose_tile(output)
-    images, rows, width = _box(output, pixels)
+    tile = tile or choose_tile(x, channels)
+    if tile.resident:
+        launch_resident_conv(x, weight, bias, added, relu, output, gradient=gradient)
+        return
+    pixels, tile_channels, warps, _ = tile
+    images, rows, width = _box(x, pixels)
     block = DEPTH if depth % DEPTH == 0 else 32
 
     def boxes(tensor: Tensor | None, last: int) -> object:
@@ -240,20 +267,24 @@ def _launch(
     )
 
 
-def choose_tile(output: Tensor) -> Tile:
-    """Return the largest tile that divides the channels and makes PROGRAMS, or the smallest."""
-    channels = output.shape[1]
+def choose_tile(x: Tensor, channels: int) -> Tile:
+    """Return the largest tile that divides the channels and makes PROGRAMS, or the smallest.
+
+    Where weights can stay in shared memory, they do. x [B, C, H, W] is read, channels are written.
+    """
+    if resident_conv_runs_on(x, channels):
+        return RESIDENT
     for tile in TILES:
-        images, rows, _ = _box(output, tile.pixels)
-        bands = cdiv(len(output), images) * cdiv(output.shape[2], rows)
+        images, rows, _ = _box(x, tile.pixels)
+        bands = cdiv(len(x), images) * cdiv(x.shape[2], rows)
         fits = tile.channels == TILES[-1].channels or channels % tile.channels == 0
         if fits and bands * cdiv(channels, tile.channels) >= PROGRAMS:
             return tile
     return TILES[-1]
 
 
-def _box(output: Tensor, pixels: int) -> tuple[int, int, int]:
+def _box(x: Tensor, pixels: int) -> tuple[int, int, int]:
     """Return images, rows and width of a tile: powers of two that cover whole rows."""
-    height, width = (1 << (size - 1).bit_length() for size in output.shape[2:])
+    height, width = (1 << (size - 1).bit_length() for size in x.shape[2:])
     rows = min(pixels // width, height)
     return pixels // (width * rows), rows, width

@@ -24,7 +24,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient, conv3x3_runs_on
+from reat_fast.kernels.conv3x3 import (
+    conv3x3,
+    conv3x3_gradient,
+    conv3x3_pays,
+    conv3x3_runs_on,
+)
 from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.triton_support import Backend, use_triton
 
@@ -117,7 +122,7 @@ class _ConvRelu(torch.autograd.Function):
         geometry: Geometry,
         place: _Place,
     ) -> tuple[Tensor, Tensor]:
-        if _own_kernel(x, weight, geometry, place.backend):
+        if _own_kernel(x, weight, geometry, place.backend, gradient=False):
             output = conv3x3(x, weight, bias, residual)
         else:
             # cuDNN has no such engine for float64.
@@ -151,7 +156,7 @@ def _input_gradient(
     relu = x if place.masks_input else None
     if masked is None:
         return other if other is None or relu is None else masked_sum(relu, other)
-    if _own_kernel(masked, weight, geometry, place.backend):
+    if _own_kernel(masked, weight, geometry, place.backend, gradient=True):
         return conv3x3_gradient(masked, weight, relu, other)
     stride, padding, dilation, groups = geometry
     found: Tensor = torch.ops.aten.convolution_backward(
@@ -173,13 +178,20 @@ def _input_gradient(
     return found if other is None else found + other
 
 
-def _own_kernel(x: Tensor, weight: Tensor, geometry: Geometry, backend: Backend) -> bool:
-    """Say whether conv3x3 computes it: on demand, until it is measured where it is the faster."""
+def _own_kernel(
+    x: Tensor, weight: Tensor, geometry: Geometry, backend: Backend, *, gradient: bool
+) -> bool:
+    """Say whether a kernel of ours computes it: on demand, until it is measured which is faster.
+
+    x: what is summed over, in an input gradient that of the output.
+    """
     if backend != "triton" or not use_triton(backend, x):
         return False
     stride, padding, dilation, groups = geometry
     plain = all(tuple(pair) == (1, 1) for pair in (stride, padding, dilation)) and groups == 1
-    return plain and conv3x3_runs_on(x, weight)
+    if not plain or not conv3x3_runs_on(x, weight):
+        return False
+    return conv3x3_pays(x, weight.shape[1 if gradient else 0], gradient=gradient)
 
 
 def conv_relu(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from test_frozen import conv_gradient_masks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from reat_fast.attack import cross_entropy
+from reat_fast.config import Config
+from reat_fast.kernels import fused_conv
 from reat_fast.kernels.conv3x3 import (
     TILES,
     Tile,
@@ -16,11 +18,13 @@ from reat_fast.kernels.conv3x3 import (
     conv3x3,
     conv3x3_gradient,
     conv3x3_gradient_torch,
+    conv3x3_pays,
     conv3x3_runs_on,
     conv3x3_torch,
 )
 from reat_fast.models import create_model
 from reat_fast.networks.frozen import FrozenNetwork
+from reat_fast.step import TrainStep, make_optimizer
 
 SMALL = Tile(64, 32, 4)
 SHAPES = [  # batch, channels in and out, height, width
@@ -189,32 +193,94 @@ def test_what_the_kernels_do_not_take_is_known(device: str) -> None:
     ],
 )
 def test_tiles_are_as_large_as_keeps_a_gpu_busy(shape: tuple[int, ...], tile: Tile) -> None:
-    assert choose_tile(torch.empty(shape, device="meta")) == tile
+    assert choose_tile(torch.empty(shape, device="meta"), shape[1]) == tile
 
 
-@pytest.fixture
-def network(device: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = create_model("resnet18", 6, width=32)
-    for _ in range(5):
-        model(torch.rand(16, 3, 8, 8))
-    return model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+def test_where_they_should_pay_is_by_the_pass_they_save() -> None:
+    for channels, pays in ((64, True), (256, True), (512, False)):
+        x = torch.empty(128, channels, 4, 4, device="meta")
+        assert conv3x3_pays(x, channels, gradient=True) == pays
+        assert not conv3x3_pays(x, channels, gradient=False)
+
+
+class Case:
+    """A ResNet-18 whose BatchNorms have seen data, on a device, with images and labels."""
+
+    def __init__(self, device: str) -> None:
+        # The interpreter takes a narrow one; a GPU gets all channels, so the resident kernel too.
+        width, size, batch = (64, 32, 32) if device == "cuda" else (32, 8, 4)
+        torch.manual_seed(0)
+        model = create_model("resnet18", 6, width=width)
+        for _ in range(5):
+            model(torch.rand(16, 3, size, size))
+        self.model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.images = torch.rand(batch, 3, size, size, device=device)
+        self.labels = torch.arange(batch, device=device) % 6
+
+    def gradient(self, frozen: FrozenNetwork) -> Tensor:
+        images = self.images.clone().requires_grad_()
+        loss = cross_entropy(frozen(images).float(), self.labels)
+        return torch.autograd.grad(loss, images)[0]
 
 
 def test_a_network_of_them_has_the_gradient_of_the_other_form(
-    network: nn.Module, device: str
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, labels = torch.rand(4, 3, 8, 8, device=device), torch.arange(4, device=device)
+    monkeypatch.setattr(fused_conv, "conv3x3_pays", lambda x, channels, gradient: True)
+    case = Case(device)
     gradients = []
     for form, dtype in (("eager", None), ("cudnn", torch.bfloat16), ("triton", torch.bfloat16)):
-        frozen = FrozenNetwork(network, dtype, form)  # type: ignore[arg-type]
-        leaf = images.clone().requires_grad_()
+        frozen = FrozenNetwork(case.model, dtype, form)  # type: ignore[arg-type]
         with conv_gradient_masks() as masks:
-            loss = cross_entropy(frozen(leaf).float(), labels)
-            gradients.append(torch.autograd.grad(loss, leaf)[0])
+            gradients.append(case.gradient(frozen))
         # Left are the stem, three strided convolutions and their shortcuts.
         assert len(masks) == (7 if form == "triton" else 20)
     exact, library, own = gradients
     # Each rounds every layer to bfloat16; ours rounds a sum of gradients and its mask once.
     error, allowed = float((own - exact).norm()), float((library - exact).norm())
     assert 0 < error < 1.2 * allowed < 0.2 * float(exact.norm())
+
+
+@pytest.mark.gpu
+def test_a_network_of_them_can_be_captured_with_its_refresh(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_conv, "conv3x3_pays", lambda x, channels, gradient: True)
+    case = Case("cuda")
+    frozen = FrozenNetwork(case.model, torch.bfloat16, "triton")
+
+    def made() -> Tensor:
+        frozen.refresh()
+        return case.gradient(frozen)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        made()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = made()
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            parameter.mul_(1.05)
+    graph.replay()
+    wanted = made()
+    # The same kernels on the same numbers, but for the algorithms cuDNN may choose anew.
+    assert float((captured - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "named"),
+    [("cpu", "bf16", "needs"), ("cuda", "tf32", "bf16")],
+)
+def test_the_flag_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: str, named: str
+) -> None:
+    if device == "cuda":  # whatever there is: the precision is what it lacks
+        monkeypatch.setattr("reat_fast.kernels.conv3x3.why_not", lambda device: None)
+    config = Config(attack_form="triton", precision=precision)  # type: ignore[arg-type]
+    model = create_model("resnet8", 10)
+    with pytest.raises(ValueError, match=f"--attack-form triton: .*{named}") as refused:
+        TrainStep(model, make_optimizer(model, config), [50] * 10, config)
+    assert "\n" not in str(refused.value)

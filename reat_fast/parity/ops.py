@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -143,26 +144,26 @@ def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
     """Compare the convolution of 3x3 where a kernel of ours can run."""
     if backend == "torch" or why_not(device) is not None:
         return
-    for dtype in (torch.bfloat16, torch.float16):
+    for outputs, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16)):
         made = generator()
 
         def drawn(*shape: int, made: torch.Generator = made, dtype: torch.dtype = dtype) -> Tensor:
             values = torch.randn(shape, generator=made).to(device, dtype)
             return values.contiguous(memory_format=torch.channels_last)
 
-        x, behind, weight = drawn(4, 64, 8, 8), drawn(4, 128, 8, 8), drawn(128, 64, 3, 3) / 24
-        relu, other, residual = drawn(*x.shape).relu(), drawn(*x.shape), drawn(*behind.shape)
+        x, behind = drawn(2, 64, 8, 16), drawn(2, outputs, 8, 16)
+        weight, residual = drawn(outputs, 64, 3, 3) / 24, drawn(*behind.shape)
+        relu, other = drawn(*x.shape).relu(), drawn(*x.shape)
         expected = F.relu(F.conv2d(x.double(), weight.double(), padding=1) + residual.double())
-        found = conv3x3(x, weight, None, residual)
-        error, name = worst(found, expected), name_of(dtype)
-        yield Row("conv3x3", "output, relative", name, error, GRADIENT[dtype])
+        error = worst(conv3x3(x, weight, None, residual), expected)
+        case, name = f"64 to {outputs} channels", name_of(dtype)
+        yield Row("conv3x3", f"{case}, relative", name, error, GRADIENT[dtype])
         leaf = x.double().requires_grad_()
         reached = F.conv2d(leaf, weight.double(), padding=1)
         (gradient,) = torch.autograd.grad(reached, leaf, behind.double())
         expected = torch.where(relu > 0, gradient + other.double(), 0)
-        found = conv3x3_gradient(behind, weight, relu, other)
-        error = worst(found, expected)
-        yield Row("conv3x3", "masked gradient, relative", name, error, GRADIENT[dtype])
+        error = worst(conv3x3_gradient(behind, weight, relu, other), expected)
+        yield Row("conv3x3", f"{case}, gradient, relative", name, error, GRADIENT[dtype])
 
 
 def _attack_tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,262 @@
+"""conv3x3 for 64 channels to 64, whose weights stay in shared memory: the first stage of a ResNet.
+
+There the tiles of kernels.conv3x3 read each pixel nine times and the weights anew for every tile,
+more than the second-level cache of an H100 gives in time: a tile of 64 channels makes 51 products
+and sums of a byte. Here the 72 KiB of weights are read once by each program, which then goes from
+tile to tile. Of a tile it fetches one box for each of the three shifts along a row, with the rows
+above and below; the three shifts across rows are the same box, read from its first, second or third
+row on. So a pixel is read 4.5 times. The next tile's boxes are on their way while this one's are
+multiplied; what is added at the end, and the mask, come in beside.
+
+Written in Gluon, Triton's language of layouts and barriers, as Triton cannot read a part of what it
+fetched. For GPUs of compute capability 9 only, whose matrix instructions it names. On a CPU there
+is nothing that runs it; tests/gluon_on_cpu.py does, with its copies and products early and late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reat_fast.kernels.triton_support import INTERPRETED, cdiv
+
+gl: Any
+gluon: Any
+try:
+    from triton.experimental import gluon  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
+    from triton.experimental.gluon import language as gl  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
+    from triton.experimental.gluon.language.nvidia.hopper import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        TensorDescriptor,
+    )
+
+    GLUON_INSTALLED = True
+except ImportError:
+    gl = SimpleNamespace(constexpr=Any)
+    GLUON_INSTALLED = False
+
+CHANNELS = 64
+PIXELS = 128
+"""Of a tile: whole rows of one image."""
+CAPABILITY = 9
+
+
+def _jit(kernel: Callable[..., Any]) -> Any:
+    return gluon.jit(kernel) if GLUON_INSTALLED else kernel
+
+
+@_jit
+def _fetch(  # type: ignore[no-untyped-def]
+    box_desc,
+    edge_desc,
+    rows,
+    ready,
+    shift: gl.constexpr,
+    tile,
+    tiles,
+    bands,
+    GRADIENT: gl.constexpr,
+    ROWS: gl.constexpr,
+    WIDTH: gl.constexpr,
+    CHANNELS: gl.constexpr,
+):
+    """Send for the box of a shift along the row, if there is such a tile: its rows and two more."""
+    first = shift * (ROWS + 2)
+    box = rows.index(first)._reinterpret(
+        box_desc.dtype, [1, ROWS, WIDTH, CHANNELS], box_desc.layout
+    )
+    edge = rows.index(first + ROWS)._reinterpret(
+        box_desc.dtype, [1, 2, WIDTH, CHANNELS], edge_desc.layout
+    )
+    inside = tile < tiles
+    row = tile % bands * ROWS - 1
+    across = 1 - shift if GRADIENT else shift - 1
+    arrived = ready.index(shift)
+    mbarrier.expect(arrived, (ROWS + 2) * WIDTH * CHANNELS * 2, pred=inside)
+    place = [tile // bands, row, across, 0]
+    tma.async_copy_global_to_shared(box_desc, place, arrived, box, pred=inside)
+    below = [tile // bands, row + ROWS, across, 0]
+    tma.async_copy_global_to_shared(edge_desc, below, arrived, edge, pred=inside)
+
+
+@_jit
+def _resident_conv_kernel(  # type: ignore[no-untyped-def]
+    box_desc,
+    edge_desc,
+    weight_desc,
+    bias_ptr,
+    added_desc,
+    relu_desc,
+    output_desc,
+    tiles,
+    bands,
+    GRADIENT: gl.constexpr,
+    ROWS: gl.constexpr,
+    WIDTH: gl.constexpr,
+    CHANNELS: gl.constexpr,
+):
+    PIXELS: gl.constexpr = ROWS * WIDTH
+    dtype: gl.constexpr = box_desc.dtype
+    flat: gl.constexpr = weight_desc.layout
+    # Rows of the three boxes, one after another, so that a box can be read from any row on.
+    rows = gl.allocate_shared_memory(dtype, [3 * (ROWS + 2), WIDTH, CHANNELS], flat)
+    weights = gl.allocate_shared_memory(dtype, [9, CHANNELS, CHANNELS], flat)
+    made = gl.allocate_shared_memory(dtype, [1, ROWS, WIDTH, CHANNELS], output_desc.layout)
+    BESIDE: gl.constexpr = (added_desc is not None) + (relu_desc is not None)
+    if added_desc is not None:
+        added_box = gl.allocate_shared_memory(dtype, [1, ROWS, WIDTH, CHANNELS], added_desc.layout)
+    if relu_desc is not None:
+        relu_box = gl.allocate_shared_memory(dtype, [1, ROWS, WIDTH, CHANNELS], relu_desc.layout)
+    # One for each box, one for the weights, one for what comes in beside.
+    ready = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(5):
+        mbarrier.init(ready.index(k), count=1)
+
+    mbarrier.expect(ready.index(3), 9 * CHANNELS * CHANNELS * 2)
+    for k in gl.static_range(9):
+        tma.async_copy_global_to_shared(
+            weight_desc, [0, k * CHANNELS], ready.index(3), weights.index(k)
+        )
+    first = gl.program_id(0)
+    for k in gl.static_range(3):
+        _fetch(
+            *(box_desc, edge_desc, rows, ready, k, first, tiles, bands),
+            *(GRADIENT, ROWS, WIDTH, CHANNELS),
+        )
+    mbarrier.wait(ready.index(3), 0)
+
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIXELS, 16]
+    )
+    phase = 0
+    for tile in range(first, tiles, gl.num_programs(0)):
+        later = tile + gl.num_programs(0)
+        place = [tile // bands, tile % bands * ROWS, 0, 0]
+        if BESIDE > 0:
+            mbarrier.expect(ready.index(4), BESIDE * PIXELS * CHANNELS * 2)
+        if added_desc is not None:
+            tma.async_copy_global_to_shared(added_desc, place, ready.index(4), added_box)
+        if relu_desc is not None:
+            tma.async_copy_global_to_shared(relu_desc, place, ready.index(4), relu_box)
+
+        sums = gl.zeros((CHANNELS, PIXELS), dtype=gl.float32, layout=layout)
+        for shift in gl.static_range(3):
+            mbarrier.wait(ready.index(shift), phase)
+            for down in gl.static_range(3):
+                pixels = rows.index(shift * (ROWS + 2) + down)
+                pixels = pixels._reinterpret(dtype, [PIXELS, CHANNELS], flat).permute((1, 0))
+                # In a gradient the weight of a tap meets the pixel on its other side.
+                weight = weights.index(3 * (2 - down if GRADIENT else down) + shift)
+                if GRADIENT:
+                    weight = weight.permute((1, 0))
+                sums = warpgroup_mma(weight, pixels, sums, is_async=True)
+            if shift > 0:  # the products with the box before are done once three are left
+                sums = warpgroup_mma_wait(num_outstanding=3, deps=(sums,))
+                _fetch(
+                    *(box_desc, edge_desc, rows, ready, shift - 1, later, tiles, bands),
+                    *(GRADIENT, ROWS, WIDTH, CHANNELS),
+                )
+        sums = warpgroup_mma_wait(num_outstanding=0, deps=(sums,))
+        _fetch(
+            *(box_desc, edge_desc, rows, ready, 2, later, tiles, bands),
+            *(GRADIENT, ROWS, WIDTH, CHANNELS),
+        )
+
+        if bias_ptr is not None:
+            bias = gl.load(bias_ptr + gl.arange(0, CHANNELS, gl.SliceLayout(1, layout)))
+            sums += gl.expand_dims(bias.to(gl.float32), 1)
+        if BESIDE > 0:
+            mbarrier.wait(ready.index(4), phase)
+        if added_desc is not None:
+            added = added_box.reshape([PIXELS, CHANNELS]).permute((1, 0)).load(layout)
+            sums += added.to(gl.float32)
+        if relu_desc is not None:
+            relu = relu_box.reshape([PIXELS, CHANNELS]).permute((1, 0)).load(layout)
+            sums = gl.where(relu.to(gl.float32) <= 0, 0.0, sums)
+        if not GRADIENT:
+            sums = gl.where(sums < 0, 0.0, sums)
+        tma.store_wait(0)  # of the tile before
+        made.reshape([PIXELS, CHANNELS]).permute((1, 0)).store(sums.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(output_desc, place, made)
+        phase ^= 1
+    tma.store_wait(0)
+
+
+def resident_conv_runs_on(x: Tensor, channels: int) -> bool:
+    """Say whether the kernel takes x [B, C, H, W], where it is, to so many channels."""
+    if not GLUON_INSTALLED or INTERPRETED or not x.is_cuda:
+        return False
+    if torch.cuda.get_device_capability(x.device)[0] != CAPABILITY:
+        return False
+    return x.shape[1] == channels == CHANNELS and 16 <= _width(x) <= PIXELS // 2
+
+
+def launch_resident_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    relu: Tensor | None,
+    output: Tensor,
+    *,
+    gradient: bool,
+    programs: int | None = None,
+) -> None:
+    """Fill output with what kernels.conv3x3 describes.
+
+    All [B, 64, H, W] but weight [64, 64, 3, 3] and bias [64], channels_last, of 16 bits, W at most
+    64. programs: unset, one for each processor of the GPU.
+    """
+    if programs is None:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    batch, _, height, width = x.shape
+    padded = _width(x)
+    rows = PIXELS // padded
+    bands = cdiv(height, rows)
+
+    def boxes(tensor: Tensor | None, rows: int) -> Any:
+        if tensor is None:
+            return None
+        shape = [batch, height, width, CHANNELS]
+        strides = [height * width * CHANNELS, width * CHANNELS, CHANNELS, 1]
+        block = [1, rows, padded, CHANNELS]
+        return TensorDescriptor(tensor, shape, strides, block, _layout(4))
+
+    shape = [CHANNELS, 9 * CHANNELS]
+    block = [CHANNELS, CHANNELS]
+    _resident_conv_kernel[(min(programs, batch * bands),)](
+        boxes(x, rows),
+        boxes(x, 2),
+        TensorDescriptor(weight, shape, [shape[1], 1], block, _layout(2)),
+        bias,
+        boxes(added, rows),
+        boxes(relu, rows),
+        boxes(output, rows),
+        batch * bands,
+        bands,
+        GRADIENT=gradient,
+        ROWS=rows,
+        WIDTH=padded,
+        CHANNELS=CHANNELS,
+        num_warps=4,
+    )
+
+
+def _width(x: Tensor) -> int:
+    """Return the width of the tiles: a power of two."""
+    return 1 << (x.shape[3] - 1).bit_length()
+
+
+def _layout(rank: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
