@@ -36,6 +36,7 @@ from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import Noise, prepare
 from reat_fast.kernels.resident_conv import launch_resident_conv
+from reat_fast.kernels.stem_conv import stem_conv
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
@@ -107,6 +108,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)
         yield _name("conv3x3", maps), partial(conv3x3, maps, weight, bias, maps)
         yield _name("conv3x3 gradient", maps), partial(conv3x3_gradient, maps, weight, maps, maps)
+    for channels, dtype in ((3, torch.bfloat16), (1, torch.float16)):
+        images = torch.zeros(128, channels, 32, 32, dtype=dtype)
+        weight = _channels_last(64, 8, 3, 3).to(dtype)
+        launch = partial(stem_conv, images, weight, weight[:, 0, 0, 0].clone(), (1, 1), (1, 1))
+        yield _name("stem_conv", images), launch
     for size in (16, 32):
         maps, weight = _channels_last(32, 64, size, size), _channels_last(64, 64, 3, 3)
         forward = partial(launch_resident_conv, maps, weight, maps[0, :, 0, 0], maps, None, maps)

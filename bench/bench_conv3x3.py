@@ -1,10 +1,11 @@
 """python -m bench.bench_conv3x3: our 3x3 convolutions beside those of cuDNN, tile by tile.
 
 Forward with bias, sum and ReLU, and the input gradient with sum and mask, for each shape of a
-network that kernels.conv3x3 takes, in bfloat16. The library's side is what the attack does without
-our kernels: cuDNN's fused forward; its input gradient and the pass that sums and masks. A result of
-ours has to be about as near to float32 as the library's before it is timed. Which tile is best for
-a shape, and whether it beats the library, is what kernels.conv3x3 has to be told.
+network that a kernel of ours takes, in bfloat16. The library's side is what the attack does without
+our kernels: cuDNN's fused forward, images filled to 8 channels; its input gradient and the pass
+that sums and masks. A result of ours has to be about as near to float32 as the library's before it
+is timed. Which tile is best for a shape, and whether it beats the library, is what choose_tile and
+conv3x3_pays of kernels/conv3x3.py have to be told.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.bench_convolutions import timed_calls
@@ -28,30 +30,19 @@ from bench.traced import Convolution, convolutions
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import flag
 from reat_fast.engine.precision import full_precision
-from reat_fast.kernels.conv3x3 import (
-    RESIDENT,
-    TILES,
-    Tile,
-    conv3x3,
-    conv3x3_gradient,
-    conv3x3_gradient_torch,
-    conv3x3_runs_on,
-    conv3x3_torch,
-    why_not,
-)
+from reat_fast.kernels import conv3x3 as ours
+from reat_fast.kernels.conv3x3 import RESIDENT, TILES, Tile, why_not
 from reat_fast.kernels.fused_conv import conv_relu
 from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.resident_conv import resident_conv_runs_on
+from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
+from reat_fast.networks.folding import CHANNELS
 
-CANDIDATES = (
-    *TILES,
-    RESIDENT,
-    Tile(128, 64, 8),
-    Tile(256, 64, 8),
-    Tile(128, 128, 8),
-    Tile(64, 128, 4),
-)
+OTHERS = (Tile(128, 64, 8), Tile(256, 64, 8), Tile(128, 128, 8), Tile(64, 128, 4))
+CANDIDATES = (*TILES, RESIDENT, *OTHERS)
 """Tiles that are tried: those that may be chosen, with other warps, and one of few pixels."""
+PAIR = (1, 1)
+"""Stride and padding."""
 
 
 @dataclass(frozen=True)
@@ -83,55 +74,86 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """One computation: by the library, by ours with a tile, and in float32."""
+    """One computation: by the library, by kernels of ours under their names, and in float32."""
 
     name: str
     library: Callable[[], Tensor]
-    own: Callable[[Tile], Tensor]
+    own: dict[str, Callable[[], Tensor]]
     exact: Callable[[], Tensor]
-    resident: bool
-    """Whether its weights can stay in shared memory."""
+
+
+class Case:
+    """Random tensors of a convolution, channels_last, in bfloat16."""
+
+    def __init__(self, shape: Convolution, batch_size: int, device: torch.device) -> None:
+        def made(*size: int) -> Tensor:
+            values = torch.randn(size, device=device).to(torch.bfloat16)
+            return values.contiguous(memory_format=torch.channels_last)
+
+        self.x = made(batch_size, shape.in_width, shape.size, shape.size)
+        self.behind = made(batch_size, shape.out_width, shape.size, shape.size)
+        weight = made(shape.out_width, shape.in_width, 3, 3) / (9 * shape.in_width) ** 0.5
+        filled = F.pad(weight, (0, 0, 0, 0, 0, -shape.in_width % CHANNELS))
+        self.weight = filled.contiguous(memory_format=torch.channels_last)
+        self.bias, self.relu = weight.new_ones(shape.out_width), made(*self.x.shape).relu()
+
+    def forward(self, name: str, residual: Tensor | None) -> Work:
+        """Return relu(conv(x) + bias + residual)."""
+        given = (self.x, self.weight, self.bias, residual)
+        library = partial(conv_relu, *given, padding=PAIR)
+        own: dict[str, Callable[[], Tensor]] = {}
+        if ours.conv3x3_runs_on(self.x, self.weight):
+            own = {
+                _name(tile): partial(ours.conv3x3, *given, tile=tile)
+                for tile in self._tiles(self.x, len(self.weight))
+            }
+        elif residual is None and stem_conv_runs_on(self.x, self.weight, PAIR, PAIR):
+            own = {"stem": partial(stem_conv, *given[:3], PAIR, PAIR)}
+        narrow = self.weight[:, : self.x.shape[1]]
+        exact = partial(_in_float32, ours.conv3x3_torch, self.x, narrow, self.bias, residual)
+        return Work(name, library, own, exact)
+
+    def gradient(self, name: str, relu: Tensor | None, other: Tensor | None) -> Work:
+        """Return the gradient of x where relu > 0, after a sum with other."""
+        channels = self.x.shape[1]
+
+        def library() -> Tensor:
+            geometry = (PAIR, PAIR, PAIR, False, [0, 0], 1, [True, False, False])
+            filled = F.pad(self.x, (0, 0, 0, 0, 0, self.weight.shape[1] - channels))
+            backward = torch.ops.aten.convolution_backward
+            found: Tensor = backward(self.behind, filled, self.weight, None, *geometry)[0]
+            return found[:, :channels] if relu is None else masked_sum(relu, found, other)
+
+        def own(tile: Tile) -> Tensor:
+            found = ours.conv3x3_gradient(self.behind, self.weight, relu, other, tile=tile)
+            return found[:, :channels]
+
+        tiles: list[Tile] = []
+        if ours.conv3x3_runs_on(self.behind, self.weight, gradient=True):
+            tiles = self._tiles(self.behind, self.weight.shape[1])
+        narrow = self.weight[:, :channels]
+        exact = partial(_in_float32, ours.conv3x3_gradient_torch, self.behind, narrow, relu, other)
+        return Work(name, library, {_name(tile): partial(own, tile) for tile in tiles}, exact)
+
+    def _tiles(self, read: Tensor, written: int) -> list[Tile]:
+        resident = resident_conv_runs_on(read, written)
+        return [tile for tile in CANDIDATES if resident or not tile.resident]
 
 
 def works(shape: Convolution, batch_size: int, device: torch.device) -> list[Work]:
-    """Return what an attack asks of a convolution, on random tensors; [] for one we do not take."""
-    plain = (shape.kernel, shape.stride, shape.padding, shape.groups) == (3, 1, 1, 1)
-    if not plain or shape.in_width % 32:
+    """Return what an attack asks of a convolution, as far as kernels of ours compute it."""
+    if (shape.kernel, shape.stride, shape.padding, shape.groups) != (3, 1, 1, 1):
         return []
-
-    def made(*size: int) -> Tensor:
-        values = torch.randn(size, device=device).to(torch.bfloat16)
-        return values.contiguous(memory_format=torch.channels_last)
-
-    x = made(batch_size, shape.in_width, shape.size, shape.size)
-    behind = made(batch_size, shape.out_width, shape.size, shape.size)
-    weight = made(shape.out_width, shape.in_width, 3, 3) / (9 * shape.in_width) ** 0.5
-    bias, relu = weight.new_ones(shape.out_width), made(*x.shape).relu()
-    if not conv3x3_runs_on(x, weight):
-        return []
-
-    def separate(other: Tensor | None) -> Tensor:
-        geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
-        backward = torch.ops.aten.convolution_backward
-        gradient: Tensor = backward(behind, x, weight, None, *geometry)[0]
-        return masked_sum(relu, gradient, other, out=gradient)
-
-    def wide(*tensors: Tensor | None) -> list[Any]:
-        return [None if tensor is None else tensor.float() for tensor in tensors]
-
-    resident = resident_conv_runs_on(x, shape.out_width)
-    found = []
-    for name, summand in (("forward", None), ("forward, sum", torch.randn_like(behind))):
-        library = partial(conv_relu, x, weight, bias, summand, padding=(1, 1))
-        exact = partial(lambda *given: conv3x3_torch(*wide(*given)), x, weight, bias, summand)
-        own = partial(lambda added, tile: conv3x3(x, weight, bias, added, tile=tile), summand)
-        found.append(Work(name, library, own, exact, resident))
-    for name, summand in (("gradient, mask", None), ("gradient, sum, mask", torch.randn_like(x))):
-        given = (behind, weight, relu, summand)
-        exact = partial(lambda *given: conv3x3_gradient_torch(*wide(*given)), *given)
-        own = partial(lambda given, tile: conv3x3_gradient(*given, tile=tile), given)
-        found.append(Work(name, partial(separate, summand), own, exact, resident))
-    return found
+    case = Case(shape, batch_size, device)
+    found = [case.forward("forward", None)]
+    if shape.in_width < CHANNELS:  # of images, before which no ReLU stands
+        found.append(case.gradient("gradient", None, None))
+    else:
+        found.append(case.forward("forward, sum", torch.randn_like(case.behind)))
+        found.append(case.gradient("gradient, mask", case.relu, None))
+        summand = torch.randn_like(case.x)
+        found.append(case.gradient("gradient, sum, mask", case.relu, summand))
+    return [work for work in found if work.own]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -146,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{options.model}, {options.batch_size} images, bfloat16; us")
     print(
         f"{'convolution':28}{'times':>6} {'computed':20}{'cuDNN':>8}{'ours':>8}{'ratio':>7}"
-        f"{'TFLOP/s':>9}  fastest tile, and others"
+        f"{'TFLOP/s':>9}  pixels x channels / warps of a tile: us"
     )
     shapes = list(convolutions(options.model, options.size).items())
     try:
@@ -174,30 +196,24 @@ def _row(
     library = times(work.library)
     figures = [Figure.of(f"conv3x3: {work.name}, cuDNN", library, "s", row, "bfloat16")]
     found, notes = _ours(work, times)
-    ranked = sorted(found, key=lambda tile: statistics.median(found[tile]))
+    ranked = sorted(found, key=lambda name: statistics.median(found[name]))
     cells = f"{'none':>8}{'':16}"
     if ranked:
-        best = ranked[0]
-        row += f", tile {best.pixels}x{best.channels}, {best.warps} warps"
-        row += ", weights resident" if best.resident else ""
-        ours = Figure.of(f"conv3x3: {work.name}, ours", found[best], "s", row, "bfloat16")
-        rate = shape.flops(options.batch_size) / ours.value / 1e12
-        cells = f"{ours.value * 1e6:8.1f}{figures[0].value / ours.value:7.2f}{rate:9.1f}"
-        figures.append(ours)
-    tried = [f"{_short(tile)} {1e6 * statistics.median(found[tile]):.1f}" for tile in ranked]
+        what, row = f"conv3x3: {work.name}, ours", f"{row}, {ranked[0]}"
+        own = Figure.of(what, found[ranked[0]], "s", row, "bfloat16")
+        rate = shape.flops(options.batch_size) / own.value / 1e12
+        cells = f"{own.value * 1e6:8.1f}{figures[0].value / own.value:7.2f}{rate:9.1f}"
+        figures.append(own)
+    tried = [f"{name} {1e6 * statistics.median(found[name]):.1f}" for name in ranked]
     cells = f"{figures[0].value * 1e6:8.1f}{cells}  {'; '.join(tried + notes)}"
     print(f"{shape.name:28}{count:6} {work.name:20}{cells}", flush=True)
     return figures
 
 
-def _short(tile: Tile) -> str:
-    return "resident" if tile.resident else f"{tile.pixels}x{tile.channels}/{tile.warps}"
-
-
 def _ours(
     work: Work, times: Callable[[Callable[[], object]], list[float]]
-) -> tuple[dict[Tile, list[float]], list[str]]:
-    """Time ours with each tile that computes rightly; returns the times, and what was wrong."""
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Time each of ours that computes rightly; returns the times, and what was wrong."""
     with full_precision():
         exact = work.exact()
 
@@ -205,19 +221,25 @@ def _ours(
         return float((found.float() - exact).norm() / exact.norm())
 
     allowed = NO_WORSE * distance(work.library())
-    found: dict[Tile, list[float]] = {}
+    found: dict[str, list[float]] = {}
     notes = []
-    for tile in CANDIDATES:
-        if tile.resident and not work.resident:
-            continue
+    for name, call in work.own.items():
         try:
-            if not (off := distance(work.own(tile))) <= allowed:
-                notes.append(f"{_short(tile)}: off by {off:.1e}, allowed {allowed:.1e}")
+            if not (off := distance(call())) <= allowed:
+                notes.append(f"{name}: off by {off:.1e}, allowed {allowed:.1e}")
                 continue
-            found[tile] = times(partial(work.own, tile))
+            found[name] = times(call)
         except Exception as error:  # of the compiler, or for lack of shared memory
-            notes.append(f"{_short(tile)}: {str(error).splitlines()[0][:60]}")
+            notes.append(f"{name}: {str(error).splitlines()[0][:60]}")
     return found, notes
+
+
+def _name(tile: Tile) -> str:
+    return "resident" if tile.resident else f"{tile.pixels}x{tile.channels}/{tile.warps}"
+
+
+def _in_float32(compute: Callable[..., Tensor], *given: Any) -> Tensor:
+    return compute(*(None if tensor is None else tensor.float() for tensor in given))
 
 
 if __name__ == "__main__":

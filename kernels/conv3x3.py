@@ -143,22 +143,21 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def conv3x3_runs_on(x: Tensor, weight: Tensor) -> bool:
+def conv3x3_runs_on(x: Tensor, weight: Tensor, *, gradient: bool = False) -> bool:
     """Say whether the kernels take x [B, C, H, W], or a gradient, and weight [K, C, 3, 3].
 
-    They take bfloat16 and float16, channels_last, from addresses that are multiples of 16,
-    channels in multiples of 32, rows of at most 128 pixels, on a GPU that has boxes, or in Triton's
-    interpreter.
+    They take bfloat16 and float16, channels_last, from addresses that are multiples of 16, rows of
+    at most 128 pixels, channels that are read in multiples of 32 and written in multiples of 8, on
+    a GPU that has boxes, or in Triton's interpreter.
     """
     if x.dtype != weight.dtype or x.dtype.itemsize != 2:
         return False
-    if not INTERPRETED and (
-        not x.is_cuda or torch.cuda.get_device_capability(x.device) < CAPABILITY
-    ):
+    if why_not(x.device) is not None:
         return False
     last = torch.channels_last
     dense = all(t.is_contiguous(memory_format=last) and t.data_ptr() % 16 == 0 for t in (x, weight))
-    widths = all(width % 32 == 0 for width in weight.shape[:2])
+    written, read = weight.shape[:2] if not gradient else weight.shape[1::-1]
+    widths = read == x.shape[1] and read % 32 == 0 and written % 8 == 0
     return dense and widths and weight.shape[2:] == (3, 3) and x.shape[3] <= 128 and x.numel() > 0
 
 

@@ -31,6 +31,7 @@ from reat_fast.kernels.conv3x3 import (
     conv3x3_runs_on,
 )
 from reat_fast.kernels.masked_sum import masked_sum
+from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
 from reat_fast.kernels.triton_support import Backend, use_triton
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -124,6 +125,8 @@ class _ConvRelu(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if _own_kernel(x, weight, geometry, place.backend, gradient=False):
             output = conv3x3(x, weight, bias, residual)
+        elif residual is None and _own_stem(x, weight, geometry, place.backend):
+            output = stem_conv(x, weight, bias, *geometry[:2])
         else:
             # cuDNN has no such engine for float64.
             form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
@@ -154,12 +157,14 @@ def _input_gradient(
 ) -> Tensor | None:
     """Return conv^T(masked, weight) + other, masked where x <= 0 if that is this one's to do."""
     relu = x if place.masks_input else None
+    found: Tensor
     if masked is None:
         return other if other is None or relu is None else masked_sum(relu, other)
     if _own_kernel(masked, weight, geometry, place.backend, gradient=True):
-        return conv3x3_gradient(masked, weight, relu, other)
+        found = conv3x3_gradient(masked, weight, relu, other)
+        return found[:, : x.shape[1]]
     stride, padding, dilation, groups = geometry
-    found: Tensor = torch.ops.aten.convolution_backward(
+    found = torch.ops.aten.convolution_backward(
         masked,
         _shaped_as_filled(x, weight, groups),  # the input's values are for other gradients
         weight,
@@ -189,9 +194,18 @@ def _own_kernel(
         return False
     stride, padding, dilation, groups = geometry
     plain = all(tuple(pair) == (1, 1) for pair in (stride, padding, dilation)) and groups == 1
-    if not plain or not conv3x3_runs_on(x, weight):
+    if not plain or not conv3x3_runs_on(x, weight, gradient=gradient):
         return False
     return conv3x3_pays(x, weight.shape[1 if gradient else 0], gradient=gradient)
+
+
+def _own_stem(x: Tensor, weight: Tensor, geometry: Geometry, backend: Backend) -> bool:
+    """Say whether stem_conv computes it, on demand as well."""
+    if backend != "triton" or not use_triton(backend, x):
+        return False
+    stride, padding, dilation, groups = geometry
+    plain = all(step == 1 for step in dilation) and groups == 1
+    return plain and stem_conv_runs_on(x, weight, stride, padding)
 
 
 def conv_relu(

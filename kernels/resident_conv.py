@@ -1,5 +1,7 @@
 """conv3x3 for 64 channels to 64, whose weights stay in shared memory: the first stage of a ResNet.
 
+The input gradient of its stem is one, too, to the few channels of images filled to 8.
+
 There the tiles of kernels.conv3x3 read each pixel nine times and the weights anew for every tile,
 more than the second-level cache of an H100 gives in time: a tile of 64 channels makes 51 products
 and sums of a byte. Here the 72 KiB of weights are read once by each program, which then goes from
@@ -101,6 +103,8 @@ def _resident_conv_kernel(  # type: ignore[no-untyped-def]
     tiles,
     bands,
     GRADIENT: gl.constexpr,
+    INPUTS: gl.constexpr,  # channels that the layer reads, and those it writes
+    OUTPUTS: gl.constexpr,
     ROWS: gl.constexpr,
     WIDTH: gl.constexpr,
     CHANNELS: gl.constexpr,
@@ -123,9 +127,10 @@ def _resident_conv_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(ready.index(k), count=1)
 
     mbarrier.expect(ready.index(3), 9 * CHANNELS * CHANNELS * 2)
+    # With fewer inputs than CHANNELS the next taps follow, for outputs that are not stored.
     for k in gl.static_range(9):
         tma.async_copy_global_to_shared(
-            weight_desc, [0, k * CHANNELS], ready.index(3), weights.index(k)
+            weight_desc, [0, k * INPUTS], ready.index(3), weights.index(k)
         )
     first = gl.program_id(0)
     for k in gl.static_range(3):
@@ -173,7 +178,8 @@ def _resident_conv_kernel(  # type: ignore[no-untyped-def]
         )
 
         if bias_ptr is not None:
-            bias = gl.load(bias_ptr + gl.arange(0, CHANNELS, gl.SliceLayout(1, layout)))
+            channel = gl.arange(0, CHANNELS, gl.SliceLayout(1, layout))
+            bias = gl.load(bias_ptr + channel, mask=channel < OUTPUTS, other=0.0)
             sums += gl.expand_dims(bias.to(gl.float32), 1)
         if BESIDE > 0:
             mbarrier.wait(ready.index(4), phase)
@@ -199,7 +205,8 @@ def resident_conv_runs_on(x: Tensor, channels: int) -> bool:
         return False
     if torch.cuda.get_device_capability(x.device)[0] != CAPABILITY:
         return False
-    return x.shape[1] == channels == CHANNELS and 16 <= _width(x) <= PIXELS // 2
+    fits = x.shape[1] == CHANNELS and channels <= CHANNELS and channels % 8 == 0
+    return fits and 16 <= _width(x) <= PIXELS // 2
 
 
 def launch_resident_conv(
@@ -215,8 +222,8 @@ def launch_resident_conv(
 ) -> None:
     """Fill output with what kernels.conv3x3 describes.
 
-    All [B, 64, H, W] but weight [64, 64, 3, 3] and bias [64], channels_last, of 16 bits, W at most
-    64. programs: unset, one for each processor of the GPU.
+    x [B, 64, H, W], all else as there, with at most 64 channels in multiples of 8, W at most 64.
+    programs: unset, one for each processor of the GPU.
     """
     if programs is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -228,12 +235,14 @@ def launch_resident_conv(
     def boxes(tensor: Tensor | None, rows: int) -> Any:
         if tensor is None:
             return None
-        shape = [batch, height, width, CHANNELS]
-        strides = [height * width * CHANNELS, width * CHANNELS, CHANNELS, 1]
+        channels = tensor.shape[1]
+        shape = [batch, height, width, channels]
+        strides = [height * width * channels, width * channels, channels, 1]
         block = [1, rows, padded, CHANNELS]
         return TensorDescriptor(tensor, shape, strides, block, _layout(4))
 
-    shape = [CHANNELS, 9 * CHANNELS]
+    inputs = weight.shape[1]
+    shape = [len(weight), 9 * inputs]
     block = [CHANNELS, CHANNELS]
     _resident_conv_kernel[(min(programs, batch * bands),)](
         boxes(x, rows),
@@ -246,6 +255,8 @@ def launch_resident_conv(
         batch * bands,
         bands,
         GRADIENT=gradient,
+        INPUTS=inputs,
+        OUTPUTS=len(weight),
         ROWS=rows,
         WIDTH=padded,
         CHANNELS=CHANNELS,

@@ -66,9 +66,16 @@ class Pointer:
     """A tensor in global memory that is read element by element."""
 
     base: Tensor
+    places: Tensor | None = None
 
-    def __add__(self, places: Tensor) -> Tensor:
-        return self.base[places]
+    def __add__(self, places: Tensor) -> Pointer:
+        return Pointer(self.base, places)
+
+    def load(self, mask: Tensor, other: float) -> Tensor:
+        assert self.places is not None
+        found = torch.full(self.places.shape, other, dtype=self.base.dtype)
+        found[mask] = self.base[self.places[mask]]
+        return found
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
@@ -150,7 +157,7 @@ class Hopper:
             num_programs=lambda axis: self.programs,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             arange=lambda first, last, layout: torch.arange(first, last),
-            load=lambda places: places,
+            load=lambda pointer, mask, other: pointer.load(mask, other),
             expand_dims=torch.unsqueeze,
             where=torch.where,
             NVMMADistributedLayout=lambda **_: None,

@@ -27,6 +27,7 @@ WIDE = {
     "_masked_sum_kernel": (True, True),
     "_conv3x3_kernel": (False, False),  # fetches and stores boxes
     "_resident_conv_kernel": (False, False),
+    "_stem_conv_kernel": (False, True),  # gathers single numbers
 }
 # Boxes are there from Hopper on, and one kernel names instructions that only Hopper has.
 MISSING = {
@@ -82,7 +83,7 @@ def test_global_memory_is_accessed_16_bytes_at_a_time_where_the_data_allow(
 def test_every_dot_becomes_matrix_instructions_of_its_target(rows: list[aot.Compiled]) -> None:
     expected = {"cuda:80": {"HMMA"}, "cuda:90": {"HGMMA"}, "cuda:100": {"UTCHMMA"}}
     dots = [row for row in rows if row.dots > 0]
-    convolutions = {"_conv3x3_kernel", "_resident_conv_kernel"}
+    convolutions = {"_conv3x3_kernel", "_resident_conv_kernel", "_stem_conv_kernel"}
     assert {row.kernel for row in dots} == {"_pairwise_kernel", *convolutions}
     for row in dots:
         assert set(row.matrix_instructions) == expected[row.target], row

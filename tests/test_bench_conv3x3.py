@@ -27,12 +27,13 @@ def test_the_fastest_right_tile_of_each_computation_is_kept(
     monkeypatch.setattr(bench, "record", lambda figures, *_: kept.extend(figures))
     assert run_command(bench.main, [*SMALL, *ONCE, "--keep"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
-    # The stem is not one of ours.
-    names = ["forward", "forward, sum", "gradient, mask", "gradient, sum, mask"]
+    names = ["forward", "gradient"]  # of the stem
+    names += ["forward", "forward, sum", "gradient, mask", "gradient, sum, mask"]
     assert [line[35:55].strip() for line in lines] == names
     forms = [f"conv3x3: {name}, {form}" for name in names for form in ("cuDNN", "ours")]
     assert [figure.what for figure in kept] == forms
-    assert all("tile" in figure.shape for figure in kept[1::2])
+    tiles = [figure.shape.split(", ")[-1] for figure in kept[1::2]]
+    assert tiles[0] == "stem" and {*tiles[1:]} <= {"64x64/4", "16x64/4"}
 
 
 @pytest.mark.interpreter
@@ -42,32 +43,35 @@ def test_a_wrong_result_is_not_timed(
     def almost(*given: Any, **options: Any) -> torch.Tensor:
         return whole(*given, **options) * 1.02
 
-    whole = bench.conv3x3
+    whole = bench.ours.conv3x3
     monkeypatch.setattr(bench, "CANDIDATES", (Tile(16, 64, 4),))
-    monkeypatch.setattr(bench, "conv3x3", almost)
+    monkeypatch.setattr(bench.ours, "conv3x3", almost)
     assert run_command(bench.main, [*SMALL, *ONCE]) == 0
-    first, second, *others = capsys.readouterr().out.splitlines()[2:]
-    assert all("none" in line and "off by 2.0e-02" in line for line in (first, second))
-    assert not any("none" in line for line in others)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert ["none" in line and "off by 2." in line for line in lines] == [
+        *(False, False),
+        *(True, True, False, False),
+    ]
 
 
 @pytest.mark.interpreter
-def test_each_computation_is_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("channels", "works"), [(32, 4), (3, 2)])
+def test_each_computation_is_the_librarys(channels: int, works: int) -> None:
     torch.manual_seed(0)
-    shape = Convolution(32, 64, 3, 1, 1, 1, 6)
-    found = bench.works(shape, 2, CPU)
-    assert len(found) == 4
+    found = bench.works(Convolution(channels, 64, 3, 1, 1, 1, 6), 2, CPU)
+    assert len(found) == works
     for work in found:
         exact = work.exact()
-        for result in (work.library(), work.own(Tile(64, 64, 4))):
-            assert float((result.float() - exact).norm() / exact.norm()) < 2.0**-8
+        assert not any(name == "resident" for name in work.own)
+        for call in (work.library, *list(work.own.values())[-2:]):
+            assert float((call().float() - exact).norm() / exact.norm()) < 2.0**-8
 
 
 @pytest.mark.interpreter
 def test_other_convolutions_are_left_out() -> None:
     taken = [shape for shape in convolutions("resnet18", 4) if bench.works(shape, 1, CPU)]
     assert {(shape.kernel, shape.stride) for shape in taken} == {(3, 1)}
-    assert [shape.in_width for shape in taken] == [64, 128, 256, 512]
+    assert [shape.in_width for shape in taken] == [3, 64, 128, 256, 512]
 
 
 def test_where_the_kernels_cannot_run_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

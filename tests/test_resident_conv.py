@@ -36,7 +36,7 @@ def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
 
 def launched(drawn: Drawn, gradient: bool, which: list[bool], programs: int) -> tuple[Any, Any]:
     """Return what the kernel makes of some or all operands, and what is right in float64."""
-    output = torch.empty_like(drawn.x)
+    output = torch.empty_like(drawn.x if gradient else drawn.behind)
     first, second = which
     if gradient:
         relu, other = drawn.relu if first else None, drawn.other if second else None
@@ -71,6 +71,15 @@ def test_every_size_of_images_is_covered(
     found, wanted = launched(drawn, gradient, [True, True], 2)
     # Integers up to 256 are exact in bfloat16; sums of 576 random signs come to some 25.
     assert float(wanted.abs().max()) <= 256
+    assert torch.equal(found.double(), wanted)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("few", [8, 40])
+def test_fewer_channels_are_made_of_64(hopper: Hopper, few: int, gradient: bool) -> None:
+    channels = (few, 64) if gradient else (64, few)
+    drawn = Drawn((2, *channels, 5, 24), torch.float16, "cpu", integers=True)
+    found, wanted = launched(drawn, gradient, [True, True], 2)
     assert torch.equal(found.double(), wanted)
 
 
@@ -122,7 +131,7 @@ def test_on_hopper_it_takes_images_of_64_channels(monkeypatch: pytest.MonkeyPatc
     with FakeTensorMode():
         for width, channels, takes in (
             *((32, 64, True), (28, 64, True), (64, 64, True), (9, 64, True), (8, 64, False)),
-            *((65, 64, False), (32, 128, False)),
+            *((65, 64, False), (32, 128, False), (32, 8, True), (32, 3, False)),
         ):
             x = torch.empty(2, 64, 32, width, device="cuda")
             assert resident_conv.resident_conv_runs_on(x, channels) == takes
@@ -141,16 +150,20 @@ def on_hopper() -> bool:
 @pytest.mark.gpu
 @pytest.mark.skipif(not on_hopper(), reason="needs a GPU of compute capability 9")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [8, 64])
 @pytest.mark.parametrize("size", [*SIZES, (128, 32, 32)])
 def test_on_a_gpu_it_is_exact_and_float64_rounded_once(
-    size: tuple[int, int, int], dtype: torch.dtype
+    size: tuple[int, int, int], inputs: int, dtype: torch.dtype
 ) -> None:
     batch, height, width = size
     for integers in (True, False):
-        drawn = Drawn((batch, 64, 64, height, width), dtype, "cuda", integers=integers)
-        assert choose_tile(drawn.x, 64) == RESIDENT
-        given: tuple[Tensor, ...] = (drawn.x, drawn.weight, drawn.bias, drawn.residual)
-        results = [(conv3x3(*given), conv3x3_torch(*double(*given)))]  # type: ignore[arg-type]
+        drawn = Drawn((batch, inputs, 64, height, width), dtype, "cuda", integers=integers)
+        results = []
+        if inputs == 64:
+            assert choose_tile(drawn.x, 64) == RESIDENT
+            given: tuple[Tensor, ...] = (drawn.x, drawn.weight, drawn.bias, drawn.residual)
+            results.append((conv3x3(*given), conv3x3_torch(*double(*given))))  # type: ignore[arg-type]
+        assert choose_tile(drawn.behind, inputs) == RESIDENT
         given = (drawn.behind, drawn.weight, drawn.relu, drawn.other)
         wanted = conv3x3_gradient_torch(*double(*given))  # type: ignore[arg-type]
         results.append((conv3x3_gradient(*given), wanted))
