@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from bench.records import Figure, record
+from reat_fast.engine.augment import _choices, _policy
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
+from reat_fast.kernels.policy import run_policy
 from reat_fast.kernels.prepare import prepare
 from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.kernels.triton_support import Backend
@@ -54,6 +56,19 @@ def _prepare_case(batch: int) -> Case:
         ), 9 * pixels
 
     return Case(f"prepare B={batch}", make)
+
+
+def _policy_case(name: str, batch: int) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        images = torch.randint(0, 256, (14000, 32, 32, 3), dtype=torch.uint8, device="cuda")
+        indices = torch.randint(0, 14000, (batch,), device="cuda")
+        seed, epoch = torch.zeros(2, dtype=torch.int64, device="cuda")
+        choices = _choices(_policy(name, 2, 8), 32, 32, images.device)
+        return lambda backend: run_policy(
+            images, indices, seed, epoch, choices, backend=backend
+        ), 2 * batch * 32 * 32 * 3
+
+    return Case(f"{name} B={batch}", make)
 
 
 def _step_case(name: str, step: Callable[..., None], batch: int, dtype: torch.dtype) -> Case:
@@ -106,6 +121,11 @@ def _tail_case(batch: int, width: int, form: Any) -> Case:
 
 CASES = [
     *(_prepare_case(batch) for batch in (128, 1024, 8192)),  # the last is beyond the L2 cache
+    *(
+        _policy_case(name, batch)
+        for name in ("autoaugment", "randaugment")
+        for batch in (128, 1024)
+    ),
     *(
         _step_case(name, step, batch, dtype)
         for name, step in (("linf_step", linf_step_), ("l2_step", l2_step_))
