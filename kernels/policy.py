@@ -128,8 +128,8 @@ def run_policy(
 
     images: uint8, contiguous, C = 1 or 3: the set [N, H, W, C], of which row indices[b] is sample
     b, or with gather=False the batch [B, H, W, C]. indices: int64 [B], contiguous; seed, epoch:
-    0-dim int64; all on one device, as choices. Returns uint8 [B, H, W, C], contiguous, other memory
-    than images.
+    0-dim int64; all on one device, as choices. Indices are not checked against N by the kernel.
+    Returns uint8 [B, H, W, C], contiguous, other memory than images.
     """
     if not use_triton(backend, images) or not len(indices):
         return run_policy_torch(images, indices, seed, epoch, choices, gather)

@@ -294,7 +294,7 @@ def test_what_a_policy_cannot_take_is_refused_in_one_line() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("shape", [*SHAPES, (64, 64, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1), (64, 64, 3)], ids=str)
 @pytest.mark.parametrize("policy", ["randaugment", "autoaugment"])
 def test_a_gpu_and_the_replay_of_a_graph_give_the_bits_of_the_cpu(
     policy: PolicyName, shape: tuple[int, int, int], backend: Backend
