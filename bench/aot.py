@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from reat_fast.engine.augment import apply_policy
 from reat_fast.kernels import triton_support
 from reat_fast.kernels.class_loss import MOST_CLASSES, class_loss
 from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
@@ -62,6 +63,7 @@ class Compiled:
     store_bits: Counter[int]
     dots: int  # dots in the source
     matrix_instructions: Counter[str]
+    fused: int  # multiplications fused with an addition, those of a division among them
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -100,6 +102,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         images = torch.zeros(128, 32, 32, 3, dtype=torch.uint8)
         start = partial(prepare, images, _integers(128), 0, 0, 8 / 255, backend="triton")
         yield _name(f"prepare {noise}", images), partial(start, noise=noise)
+    for policy, shape in (("autoaugment", (32, 32, 3)), ("randaugment", (28, 28, 1))):
+        images = torch.zeros(128, *shape, dtype=torch.uint8)
+        augment = partial(apply_policy, images, _integers(128), 0, 0, policy, backend="triton")
+        yield _name(policy, images), augment
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
         yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
@@ -142,10 +148,13 @@ def _integers(size: int) -> Tensor:
 
 
 def compile_cases(
-    launches: Iterator[tuple[str, Callable[[], object]]], targets: Sequence[str] = TARGETS
+    launches: Iterator[tuple[str, Callable[[], object]]],
+    targets: Sequence[str] = TARGETS,
+    fusion: bool = True,
 ) -> list[Compiled]:
     """Compile what the launches launch, for each target "cuda:<compute capability>".
 
+    fusion: whether the compiler may fuse a multiplication and an addition, as in a launch.
     Raises RuntimeError where Triton is missing or interprets, or lacks the disassembler.
     """
     reason = why_not()
@@ -155,7 +164,8 @@ def compile_cases(
     for case, launch in launches:
         architectures = [int(target.removeprefix("cuda:")) for target in targets]
         only = ONLY.get(case.split()[0], architectures)
-        with _launches_compile([number for number in architectures if number in only]) as seen:
+        architectures = [number for number in architectures if number in only]
+        with _launches_compile(architectures, fusion) as seen:
             launch()
         rows += [_inspect(case, architecture, kernel) for architecture, kernel in seen]
     return rows
@@ -194,13 +204,16 @@ class _Driver:
 
 
 @contextmanager
-def _launches_compile(architectures: Sequence[int]) -> Iterator[list[tuple[int, Any]]]:
+def _launches_compile(
+    architectures: Sequence[int], fusion: bool
+) -> Iterator[list[tuple[int, Any]]]:
     """Let a launch on CPU tensors compile for each architecture, and collect what it compiled."""
     runtime = triton_support.triton.runtime
     fake, run = _Driver(), runtime.JITFunction.run
     compiled: list[tuple[int, Any]] = []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        options["enable_fp_fusion"] = fusion
         for fake.architecture in architectures:
             binary = run(kernel, *args, grid=grid, warmup=True, **options)
             compiled.append((fake.architecture, binary))
@@ -243,6 +256,7 @@ def _inspect(case: str, architecture: int, kernel: Any) -> Compiled:
             for instruction in instructions
             if re.match(r"(H|I|D|Q|O|UTC[A-Z]*?)G?MMA", instruction)
         ),
+        fused=sum(map(_is("FFMA", "DFMA"), instructions)),
     )
 
 

@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from bench.records import Figure, record
+from reat_fast.engine.augment import _choices, _policy
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
+from reat_fast.kernels.policy import run_policy
 from reat_fast.kernels.prepare import prepare
 from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.kernels.triton_support import Backend
@@ -40,6 +42,7 @@ class Case:
 
     name: str
     make: Callable[[], tuple[Callable[[Backend], object], int]]
+    compared: tuple[str, ...] = COMPARED
 
 
 def _prepare_case(batch: int) -> Case:
@@ -54,6 +57,20 @@ def _prepare_case(batch: int) -> Case:
         ), 9 * pixels
 
     return Case(f"prepare B={batch}", make)
+
+
+def _policy_case(name: str, batch: int) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        images = torch.randint(0, 256, (14000, 32, 32, 3), dtype=torch.uint8, device="cuda")
+        indices = torch.randint(0, 14000, (batch,), device="cuda")
+        seed, epoch = torch.zeros(2, dtype=torch.int64, device="cuda")
+        choices = _choices(_policy(name, 2, 8), 32, 32, images.device)
+        return lambda backend: run_policy(
+            images, indices, seed, epoch, choices, backend=backend
+        ), 2 * batch * 32 * 32 * 3
+
+    # torch.compile takes minutes over the PyTorch form.
+    return Case(f"{name} B={batch}", make, compared=("triton", "torch"))
 
 
 def _step_case(name: str, step: Callable[..., None], batch: int, dtype: torch.dtype) -> Case:
@@ -106,6 +123,7 @@ def _tail_case(batch: int, width: int, form: Any) -> Case:
 
 CASES = [
     *(_prepare_case(batch) for batch in (128, 1024, 8192)),  # the last is beyond the L2 cache
+    *(_policy_case("autoaugment", batch) for batch in (128, 1024)),
     *(
         _step_case(name, step, batch, dtype)
         for name, step in (("linf_step", linf_step_), ("l2_step", l2_step_))
@@ -131,8 +149,15 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / min(seconds)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("how", COMPARED)
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        pytest.param(case, how, id=f"{how}-{case.name}")
+        for how in COMPARED
+        for case in CASES
+        if how in case.compared
+    ],
+)
 def test_op(
     benchmark: Any, case: Case, how: str, copy_bandwidth: float, pytestconfig: pytest.Config
 ) -> None:

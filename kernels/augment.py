@@ -6,8 +6,8 @@ passes that are not its own are exact identities; so shapes are static, nothing 
 device, and a CUDA graph can hold it.
 
 Levels stay whole numbers, in float32, and the arithmetic is Pillow's: places in 16.16 fixed point,
-tables in float64, blends in float32. Compiled code may fuse a multiplication and an addition, and
-then differ by one level.
+tables in float64, blends in float32. `torch.compile` may fuse a multiplication and an addition, and
+then differ by one level; the Triton form, `augment_triton`, does not.
 
 Source: Pillow ImageOps.py, ImageEnhance.py, Geometry.c, Blend.c, Filter.c, Convert.c.
 """

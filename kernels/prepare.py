@@ -222,8 +222,8 @@ def prepare(
     arguments = (
         images,
         indices,
-        _counter(seed, indices, "seed"),
-        _counter(epoch, indices, "epoch"),
+        device_counter(seed, indices, "seed"),
+        device_counter(epoch, indices, "epoch"),
         device_number(eps, indices, "eps", torch.float32),
         gather,
         padding,
@@ -241,8 +241,6 @@ def _check(
     images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str, dtype: torch.dtype
 ) -> None:
     check_batch(images, indices, gather)
-    if not images.is_contiguous():
-        raise ValueError("images are not contiguous: prepare takes them as [N, H, W, C] in memory")
     if padding < 0:
         raise ValueError(f"padding={padding} is negative: give 0 to crop nothing")
     if noise not in ("uniform", "normal", "none"):
@@ -258,6 +256,8 @@ def check_batch(images: Tensor, indices: Tensor, gather: bool) -> None:
             f"images are {images.dtype} of shape {tuple(images.shape)}: give uint8 images "
             "[N, H, W, C]"
         )
+    if not images.is_contiguous():
+        raise ValueError("images are not contiguous: give them as [N, H, W, C] in memory")
     if indices.dtype != torch.int64 or indices.ndim != 1 or indices.device != images.device:
         raise ValueError(
             f"indices are {indices.dtype} of shape {tuple(indices.shape)} on {indices.device}: "
@@ -270,7 +270,8 @@ def check_batch(images: Tensor, indices: Tensor, gather: bool) -> None:
         )
 
 
-def _counter(value: int | Tensor, indices: Tensor, name: str) -> Tensor:
+def device_counter(value: int | Tensor, indices: Tensor, name: str) -> Tensor:
+    """Put a seed or an epoch where kernels read it, int64; raises ValueError for more than one."""
     if isinstance(value, int):
         value = (value + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
     number = device_number(value, indices, name, torch.int64)

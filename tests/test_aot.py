@@ -22,6 +22,7 @@ WIDE = {
     "_official_kernel": (True, True),
     "_pairwise_kernel": (True, True),
     "_prepare_kernel": (False, True),  # gathers single bytes, flipped or not
+    "_policy_kernel": (False, False),  # gathers single bytes, and may have three of a pixel
     "_linf_step_kernel": (True, True),
     "_l2_step_kernel": (True, True),
     "_masked_sum_kernel": (True, True),
@@ -78,6 +79,15 @@ def test_global_memory_is_accessed_16_bytes_at_a_time_where_the_data_allow(
         if row.case != NARROW_ROWS:
             assert row.load_bits[128] > 0 or not loads, row
             assert row.store_bits[128] > 0 or not stores, row
+
+
+def test_a_policy_fuses_no_product_with_a_sum(rows: list[aot.Compiled]) -> None:
+    fused = [row for row in rows if row.kernel == "_policy_kernel" and row.target == "cuda:90"]
+    cases = {row.case for row in fused}
+    launches = ((case, launch) for case, launch in aot.cases() if case in cases)
+    without = aot.compile_cases(launches, ["cuda:90"], fusion=False)
+    assert [row.fused for row in fused] == [row.fused for row in without]
+    assert len(fused) == 4  # two steps of either policy
 
 
 def test_every_dot_becomes_matrix_instructions_of_its_target(rows: list[aot.Compiled]) -> None:

@@ -13,15 +13,16 @@ from torch import Tensor
 from reat_fast.engine.augment import (
     AUTOAUGMENT,
     PolicyName,
-    _drawn,
+    _choices,
     _magnitude,
     _policy,
-    _table,
     apply_policy,
 )
 from reat_fast.kernels import philox
 from reat_fast.kernels.augment import OPERATIONS, Numbers, numbers, operate
+from reat_fast.kernels.policy import drawn
 from reat_fast.kernels.prepare import prepare
+from reat_fast.kernels.triton_support import Backend
 
 # Names in the order of torchvision's RandAugment, which has no Invert.
 NAMES = (
@@ -202,9 +203,10 @@ def test_the_policy_of_autoaugment_is_the_published_one() -> None:
 def test_operations_signs_and_chances_come_as_often_as_they_should(name: PolicyName) -> None:
     count = 200_000
     policy = _policy(name, 2, 9)
-    limits, rows = _table(policy, 32, 32, torch.device("cpu"))
-    drawn = _drawn(policy, limits, 3, 1, torch.arange(count))
-    assert drawn.shape == (count, 2)
+    choices = _choices(policy, 32, 32, torch.device("cpu"))
+    limits, rows = choices.limits, choices.rows
+    rows_drawn = drawn(choices, 3, 1, torch.arange(count))
+    assert rows_drawn.shape == (count, 2)
     steps = [step for subpolicy in policy.subpolicies for step in subpolicy]
     if name == "randaugment":
         expected = {(slot, row): 1 / 28 for slot in (0, 1) for row in range(1, 29)}
@@ -215,7 +217,7 @@ def test_operations_signs_and_chances_come_as_often_as_they_should(name: PolicyN
             for sign in (0, 1)
         }
     for slot in (0, 1):
-        counts = torch.bincount(drawn[:, slot], minlength=len(limits)).tolist()
+        counts = torch.bincount(rows_drawn[:, slot], minlength=len(limits)).tolist()
         for row in range(1, len(limits)):
             share = expected.get((slot, row), 0.0)
             # Five standard deviations of a binomial: with other seeds, one of the 156 shares would
@@ -273,38 +275,42 @@ def test_what_a_policy_cannot_take_is_refused_in_one_line() -> None:
     images, indices = made_images(4, 8, 8, 3), torch.arange(4)
     wrong: list[tuple[str, dict[str, object]]] = [
         ("images are torch.float32", {"images": images.float()}),
-        ("C = 1 or 3", {"images": images[..., :2]}),
+        ("images are not contiguous", {"images": images.mT}),
+        ("C = 1 or 3", {"images": images[..., :2].contiguous()}),
         ("indices are torch.int32", {"indices": indices.int()}),
         ("3 images and 4 indices", {"images": images[:3], "gather": False}),
         ("randaugment or autoaugment", {"name": "augmix"}),
         ("num_ops=0", {"num_ops": 0}),
         ("magnitude=31", {"magnitude": 31}),
         ("magnitude=-1", {"magnitude": -1}),
+        ("epoch has shape", {"epoch": indices}),
     ]
     for message, change in wrong:
-        given = {"images": images, "indices": indices, "name": "randaugment", **change}
+        given = {"images": images, "indices": indices, "name": "randaugment", "epoch": 0, **change}
         with pytest.raises(ValueError, match=message) as error:
-            apply_policy(seed=0, epoch=0, **given)  # type: ignore[arg-type]
+            apply_policy(seed=0, **given)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1), (64, 64, 3)], ids=str)
 @pytest.mark.parametrize("policy", ["randaugment", "autoaugment"])
 def test_a_gpu_and_the_replay_of_a_graph_give_the_bits_of_the_cpu(
-    policy: PolicyName, shape: tuple[int, int, int]
+    policy: PolicyName, shape: tuple[int, int, int], backend: Backend
 ) -> None:
     images = made_images(300, *shape)
     on_gpu, epoch = images.cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
     indices = torch.arange(300, device="cuda")
     for _ in range(2):
-        apply_policy(on_gpu, indices, 3, epoch, policy)
+        apply_policy(on_gpu, indices, 3, epoch, policy, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = apply_policy(on_gpu, indices, 3, epoch, policy)
+        captured = apply_policy(on_gpu, indices, 3, epoch, policy, backend=backend)
     for number in (1, 2):
         epoch.fill_(number)
         graph.replay()
         expected = apply_policy(images, torch.arange(300), 3, number, policy)
         assert torch.equal(captured.cpu(), expected)
-        assert torch.equal(apply_policy(on_gpu, indices, 3, epoch, policy).cpu(), expected)
+        eager = apply_policy(on_gpu, indices, 3, epoch, policy, backend=backend)
+        assert torch.equal(eager.cpu(), expected)

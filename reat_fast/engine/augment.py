@@ -1,6 +1,6 @@
 """RandAugment and the CIFAR-10 policy of AutoAugment, for a whole batch on its device.
 
-What a sample draws depends only on (seed, epoch, sample index), see `kernels.philox`; what is then
+What a sample draws depends only on (seed, epoch, sample index), see `kernels.policy`; what is then
 done to it is `kernels.augment`. Both are torchvision's transforms v2 on Pillow images: the same
 operations with the same probabilities, and from the same draw the same pixels, to the bit.
 
@@ -21,9 +21,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from reat_fast.kernels import philox
-from reat_fast.kernels.augment import BLENDS, LOOKUPS, OPERATIONS, Numbers, numbers, operate
-from reat_fast.kernels.prepare import check_batch
+from reat_fast.kernels.augment import BLENDS, LOOKUPS, OPERATIONS, Numbers, numbers
+from reat_fast.kernels.policy import Choices, run_policy
+from reat_fast.kernels.prepare import check_batch, device_counter
+from reat_fast.kernels.triton_support import Backend
 
 PolicyName = Literal["randaugment", "autoaugment"]
 Step = tuple[str, float, int]  # operation, probability, place in its magnitudes
@@ -79,14 +80,15 @@ def apply_policy(
     num_ops: int = 2,
     magnitude: int = 9,
     gather: bool = True,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Augment a batch by a policy, before it is cropped and flipped; never syncs once warm.
 
-    images: uint8 [N, H, W, C] with C = 1 or 3, the whole set, of which row indices[b] is sample b,
-    or with gather=False the batch [B, H, W, C] itself. indices: int64 [B] on the same device, the
-    samples' identity for the random numbers. seed, epoch: int or 0-dim int64 tensor. num_ops,
-    magnitude: of RandAugment. The first call for a size of images copies small tables to the
-    device, as it may in the warm-up of a capture, not in the capture.
+    images: uint8 [N, H, W, C], contiguous, C = 1 or 3: the whole set, of which row indices[b] is
+    sample b, or with gather=False the batch [B, H, W, C] itself. indices: int64 [B] on the same
+    device, the samples' identity for the random numbers. seed, epoch: int or 0-dim int64 tensor.
+    num_ops, magnitude: of RandAugment. The first call for a size of images copies small tables to
+    the device, as it may in the warm-up of a capture, not in the capture.
     Returns uint8 [B, H, W, C], contiguous: prepare takes it with gather=False. Raises ValueError
     for a wrong dtype, shape, device, name or number. Source of the order, and of RandAugment(2, 8):
     official AT-BSL train_at_bsl_cifar10.py.
@@ -95,12 +97,15 @@ def apply_policy(
     if images.shape[3] not in (1, 3):
         raise ValueError(f"images have {images.shape[3]} channels: a policy takes C = 1 or 3")
     policy = _policy(name, num_ops, magnitude)
-    limits, rows = _table(policy, images.shape[1], images.shape[2], images.device)
-    batch = images[indices] if gather else images
-    pixels = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    for row in _drawn(policy, limits, seed, epoch, indices).unbind(1):
-        pixels = operate(pixels, Numbers(*(column[row] for column in rows)))
-    return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return run_policy(
+        images,
+        indices.contiguous(),
+        device_counter(seed, indices, "seed"),
+        device_counter(epoch, indices, "epoch"),
+        _choices(policy, images.shape[1], images.shape[2], images.device),
+        gather=gather,
+        backend=backend,
+    )
 
 
 def _policy(name: str, num_ops: int, magnitude: int) -> Policy:
@@ -119,11 +124,7 @@ def _policy(name: str, num_ops: int, magnitude: int) -> Policy:
 
 # Without a bound: a graph goes on reading the memory of a table, whichever others came after it.
 @functools.cache
-def _table(policy: Policy, height: int, width: int, device: torch.device) -> tuple[Tensor, Numbers]:
-    """Return what can be drawn: nothing in row 0, then a row per subpolicy, step and sign.
-
-    limits, int64 [R]: a row is done where a word is below; and its numbers.
-    """
+def _choices(policy: Policy, height: int, width: int, device: torch.device) -> Choices:
     limits, rows = [0], [numbers("Identity", 0.0, height, width)]
     for name, probability, place in (step for steps in policy.subpolicies for step in steps):
         value = _magnitude(name, place, policy.bins, height, width)
@@ -136,7 +137,13 @@ def _table(policy: Policy, height: int, width: int, device: torch.device) -> tup
 
     operation, matrix, lookup, factor = zip(*rows, strict=True)
     levels, factors = column(lookup, torch.float32), column(factor, torch.float32)
-    return column(limits), Numbers(column(operation), column(matrix), levels, factors)
+    return Choices(
+        column(limits),
+        Numbers(column(operation), column(matrix), levels, factors),
+        subpolicies=len(policy.subpolicies),
+        steps=len(policy.subpolicies[0]),
+        rounds=policy.rounds,
+    )
 
 
 def _magnitude(name: str, place: int, bins: int, height: int, width: int) -> float:
@@ -157,17 +164,3 @@ def _magnitude(name: str, place: int, bins: int, height: int, width: int) -> flo
             return 255 * spaced(1, 0)
         case _:
             return spaced(0, 0.9) if name in BLENDS else 0.0
-
-
-def _drawn(
-    policy: Policy, limits: Tensor, seed: int | Tensor, epoch: int | Tensor, indices: Tensor
-) -> Tensor:
-    """Draw rows of the table [B, rounds * steps]: per round a subpolicy, signs and chances."""
-    steps = len(policy.subpolicies[0])
-    shape = policy.rounds, 1 + 2 * steps
-    words = philox.random_bits(seed, epoch, indices, philox.POLICY, shape[0] * shape[1])
-    subpolicy, sign, chance = words.unflatten(1, shape).split((1, steps, steps), dim=2)
-    step = philox.integers(subpolicy, len(policy.subpolicies)) * steps
-    step = step + torch.arange(steps, device=indices.device)  # [B, rounds, steps]
-    row = 1 + 2 * step + philox.integers(sign, 2)
-    return torch.where(chance < limits[row], row, 0).flatten(1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reat_fast import reference
+from reat_fast.engine.augment import PolicyName, apply_policy
 from reat_fast.kernels import philox
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
@@ -53,6 +54,7 @@ class Row:
 def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     """Yield the comparisons of every op, one after another as they are made."""
     yield from _random_numbers(device)
+    yield from _policies(device, backend)
     yield from _prepare(device, backend)
     yield from _linf_step(device, backend)
     yield from _l2_step(device, backend)
@@ -69,6 +71,19 @@ def _random_numbers(device: torch.device) -> Iterator[Row]:
     found = [int(word) for word in philox.philox((zero, zero, zero, zero), (zero, zero))]
     wrong = sum(a != b for a, b in zip(found, known, strict=True))
     yield Row("philox", "words unlike Random123's", "uint32", wrong, 0)
+
+
+def _policies(device: torch.device, backend: Backend) -> Iterator[Row]:
+    # The exact one is the PyTorch form on the CPU, one image at a time; tests hold that to Pillow.
+    images = torch.randint(0, 256, (24, 32, 32, 3), generator=generator(), dtype=torch.uint8)
+    names: tuple[PolicyName, ...] = ("autoaugment", "randaugment")
+    for name in names:
+        indices = torch.arange(24)
+        exact = [apply_policy(images, i, 3, 1, name, backend="torch") for i in indices.split(1)]
+        there = (images.to(device), indices.to(device))
+        found = apply_policy(*there, 3, 1, name, backend=backend).cpu()
+        differing = int((found != torch.cat(exact)).sum())
+        yield Row("policy", f"{name}, levels that differ", "uint8", differing, 0)
 
 
 def _prepare(device: torch.device, backend: Backend) -> Iterator[Row]:
