@@ -64,6 +64,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         with explained_faults(run):
             if run.world.main and not run.config.quiet:
                 announce(run)
+            if run.world.main and plan.state is None:
+                selection.refuse_damaged(run)
             if run.world.main and run.changed_code:
                 changed = f"changed since the run was begun: {run.changed_code}"
                 print(changed, file=sys.stderr, flush=True)
