@@ -103,6 +103,14 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
+    def average_(self, tensors: Sequence[Tensor], share: float) -> None:
+        """Average tensors over the processes, in place; share: the weight of this one, 1 in all."""
+        if self.size > 1 and tensors:
+            averages = self.sum_(torch.cat([tensor.flatten() for tensor in tensors]) * share)
+            sizes = [tensor.numel() for tensor in tensors]
+            for tensor, average in zip(tensors, averages.split(sizes), strict=True):
+                tensor.copy_(average.view_as(tensor))
+
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Put the rows [b, ...] of all processes, sizes[rank] each, one below the other.
 
@@ -196,6 +204,14 @@ def synchronise_batchnorm_(model: nn.Module, world: World) -> None:
                 f"--sync-batchnorm: cannot take {type(module).__name__} ({name}); "
                 "go on with --no-sync-batchnorm"
             )
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of every BatchNorm of a network."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, kinds)]
+    found = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    return [tensor for tensor in found if tensor is not None]
 
 
 class _Normalise(torch.autograd.Function):
