@@ -192,11 +192,12 @@ class DecodedOnDemand:
         raise AssertionError("the whole set was decoded")
 
 
+@pytest.mark.parametrize("attack", ["aa", "aa-package"])
 def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
-    image_set: ImageSet,
+    image_set: ImageSet, attack: str
 ) -> None:
     model = create_model("resnet8", 3, width=8)
-    attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", "aa")]
+    attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", attack)]
     few = ImageSet(image_set.images, image_set.labels % 3)
     done: list[int] = []
     with pytest.raises(ValueError, match="needs 4 classes, the model has 3"):

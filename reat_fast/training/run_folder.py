@@ -116,9 +116,7 @@ def describe_run(
         write_text(folder / name, text + "\n")
 
 
-def write_tables(
-    folder: Path, metrics: list[dict[str, Any]], timing: list[dict[str, Any]]
-) -> None:
+def write_tables(folder: Path, metrics: list[dict[str, Any]], timing: list[dict[str, Any]]) -> None:
     """Write metrics.csv and timing.csv, a row an epoch; before the first epoch there are none."""
     for name, rows in (("metrics.csv", metrics), ("timing.csv", timing)):
         if rows:
