@@ -93,16 +93,16 @@ class World:
         finally:
             dist.destroy_process_group()
 
-    def _tells(self, store: dist.Store) -> bool:
+    def _tells(self, store: PrefixStore) -> bool:
         """Say whether this process is the one to tell why the job ends: no other one did."""
         if not self.main:
             time.sleep(PRECEDENCE_SECONDS)
         try:
-            return store.add("told", 1) == 1
+            return bool(store.add("told", 1) == 1)
         except RuntimeError:  # it ended with the process that kept it
             return True
 
-    def _connect(self, backend: str) -> dist.Store:
+    def _connect(self, backend: str) -> PrefixStore:
         store, rank, size = next(rendezvous("env://", timeout=CONNECT))
         # One store serves every attempt of a job: without names of its own, a process that is
         # started again may find the address that a dead one left there, and knock in vain.
