@@ -20,7 +20,7 @@ class Made:
     on: bool = True
     size: int | None = None
     length: float | None = None
-    old_size: Union[int, None] = None  # noqa: UP007
+    old_size: Union[float, None] = None  # noqa: UP007
     kind: Literal["a", "b", 1] = "a"
     many: tuple[int, ...] = ()
     named: tuple[Literal["x", "y"], ...] = ()
