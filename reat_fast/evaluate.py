@@ -21,7 +21,7 @@ from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
-from reat_fast.evaluation.attacks import L2_EPS, threat_text
+from reat_fast.evaluation.attacks import AUTOATTACKS, L2_EPS, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
@@ -78,7 +78,7 @@ def evaluate(
     also "after": the accuracy after each of its attacks.
     Errors: ValueError for AutoAttack on fewer than four classes, before the first attack.
     """
-    if any(attack.name == "aa" for attack in attacks):
+    if any(attack.name in AUTOATTACKS for attack in attacks):
         refuse_few_classes(num_classes)
     count = len(image_set)
     labels = torch.from_numpy(image_set.labels)

@@ -37,6 +37,8 @@ class Options:
     """Test images for that, evenly spread over the set."""
     data: Path | None = None
     """Where the data is; unset: where the run found it."""
+    skip_bad: bool = False
+    """Leave out images that cannot be decoded, as a run with this flag does."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -81,7 +83,7 @@ def _probe(run: RunRecord, options: Options) -> tuple[Probe | None, str]:
     if device.type == "cpu":
         keep_freed_memory()
     try:
-        return probe_run(run, options.images, options.data, device), ""
+        return probe_run(run, options.images, options.data, device, options.skip_bad), ""
     except DataError as error:
         return None, (
             f"Confusion, images and features are missing, for the data cannot be had: {error}. "

@@ -71,6 +71,7 @@ class TrainStep:
     model: a network of reat_fast.models on its device; optimizer: any that updates its parameters
     (make_optimizer for one that can be captured); counts: training images per class. world: the
     processes that train together; each takes its share of every batch.
+    Errors: ValueError for counts that are not one whole number, 0 or more, a class of the model.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TrainStep:
     ) -> None:
         weight = next(model.parameters())
         device = weight.device
+        counts = _checked(counts, model.fc.out_features)
         self.model = model
         self.optimizer = optimizer
         self.config = config
@@ -170,12 +172,16 @@ class TrainStep:
         start: noise like images, or None for what the attack draws, U(-eps, eps) in REAT.
         Returns images_adv [B, C, H, W], logits [B, K] before the update, the loss and its terms
         (scalars; bsl and tail in REAT), all detached. Leaves the model in train mode.
-        Errors: ValueError for images that are not floating-point and labels of another number.
+        Errors: ValueError for images that are not floating-point and labels of another number; on a
+        CPU for labels of no class, too, which would have to be waited for elsewhere.
         """
         if not images.is_floating_point():
             raise ValueError(f"images: {images.dtype}; divide bytes by 255")
         if len(labels) != len(images):
             raise ValueError(f"labels: {len(labels)} of them for {len(images)} images")
+        classes = len(self.statistics.counts)
+        if labels.device.type == "cpu" and not ({*labels.tolist()} <= {*range(classes)}):
+            raise ValueError(f"labels: must be numbers of classes, 0 to {classes - 1}")
         scale = self.attack.noise_scale(labels, self.epoch)
         begin = self.plan.draw_start(images, scale) if start is None else images + start
         return self._step(images, labels, begin, len(labels))
@@ -284,3 +290,15 @@ class TrainStep:
         # No cache: casts kept from outside a capture would be stale in its replays.
         device, dtype = self.epoch.device.type, torch.bfloat16
         return torch.autocast(device, dtype, enabled=self._low, cache_enabled=False)
+
+
+def _checked(counts: Sequence[int], classes: int) -> list[int]:
+    """Return training images per class as integers."""
+    sizes = torch.as_tensor(counts)
+    whole = not sizes.is_floating_point() and not sizes.is_complex()
+    if sizes.shape != (classes,) or not whole or int(sizes.min()) < 0:
+        raise ValueError(
+            f"counts: give a whole number of training images, 0 or more, for each of the {classes} "
+            f"classes of the model, got {str(sizes.tolist()):.80}"
+        )
+    return [int(size) for size in sizes]

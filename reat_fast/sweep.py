@@ -25,11 +25,16 @@ import tyro
 
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.engine.precision import Precision
-from reat_fast.evaluation.attacks import Attack
+from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
 from reat_fast.storage.whole_files import refuse_unwritable, write_text
-from reat_fast.training.sweep_runs import SweepRun, make_runs, read_lines
+from reat_fast.training.sweep_runs import (
+    SweepRun,
+    make_runs,
+    read_lines,
+    refuse_autoattack_on_few_classes,
+)
 
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 """Exit codes of a run that was told to stop."""
@@ -175,6 +180,8 @@ def main(arguments: list[str]) -> int:
         options.subset,
         options.precision,
     )
+    if set(AUTOATTACKS) & set(options.attacks):
+        refuse_autoattack_on_few_classes(runs)
     if options.dry_run:
         for run in runs:
             print(f"{run.state:8}  python -m reat_fast.train {shlex.join(run.arguments)}")

@@ -12,7 +12,7 @@ from reat_fast.checkpoint import has_checkpoint
 from reat_fast.cli.command import run_command
 from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
-from reat_fast.engine.distributed import World
+from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss
@@ -51,9 +51,10 @@ def main(arguments: list[str]) -> int:
             if world.main:
                 print(f"stopped; {_go_on(plan)}", file=sys.stderr)
             return stopped.code
+        except FailedElsewhere:
+            return stop.stopped().code if stop.asked else 1
         except ConnectionError as error:
-            if world.main or not stop.asked:
-                print(f"error: {error}; {_go_on(plan)}", file=sys.stderr)
+            print(f"error: {error}; {_go_on(plan)}", file=sys.stderr)
             return stop.stopped().code if stop.asked else 1
 
 
@@ -64,6 +65,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         with explained_faults(run):
             if run.world.main and not run.config.quiet:
                 announce(run)
+            if run.world.main and plan.state is None:
+                selection.refuse_damaged(run)
             if run.world.main and run.changed_code:
                 changed = f"changed since the run was begun: {run.changed_code}"
                 print(changed, file=sys.stderr, flush=True)
@@ -253,6 +256,8 @@ def _tick(stop: StopRequest) -> selection.Tick:
 
 
 def _go_on(plan: Plan) -> str:
+    if not plan.world.main and plan.config.run_dir is None and plan.state is None:
+        return "go on with: python -m reat_fast.train --resume auto"  # the main one numbered it
     if not has_checkpoint(plan.run_dir):
         return "nothing was saved yet: start it again"
     return f"go on with: python -m reat_fast.train --resume {shlex.quote(str(plan.run_dir))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,27 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
 from reat_fast.config import Config
-from reat_fast.engine.distributed import World, split, synchronise_batchnorm_
+from reat_fast.engine import distributed
+from reat_fast.engine.distributed import (
+    FailedElsewhere,
+    SharedGradients,
+    World,
+    is_lost_peer,
+    split,
+    synchronise_batchnorm_,
+)
 from reat_fast.engine.step_update import StepUpdate
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.step import TrainStep, make_optimizer
 from reat_fast.training.plan import make_plan
+from reat_fast.training.stopping import Stopped
 
 COUNTS = [40, 24, 12, 7, 4]
 CONFIG = Config(lr=0.125, steps=3)
@@ -38,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "perturbed weights": {"objective": "ce", "tail": "none", "awp": 0.01},
     "extras": {"ema": 0.9, "clip_norm": 0.5, "label_smoothing": 0.1, "tail": "none"},
 }
+OWN_STATISTICS = "batch statistics of each process"
 BATCHES = (12, 13, 1)  # even shares, uneven ones, and a rank with nothing to do
 
 
@@ -75,9 +87,12 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
     world = World.from_environment()
     with world.joined(torch.device("cpu")):
         assert world.any(rank == 1) and not world.any(False)
+        row, number = torch.tensor([1.0, 2.0]) * (1 + rank), torch.tensor(8.0 * rank)
+        world.average_([row, number], 0.25 if rank else 0.75)
+        assert row.tolist() == [1.25, 2.5] and number.item() == 2.0
         results = {
             name: take_steps(world, dataclasses.replace(CONFIG, **changes))
-            for name, changes in CASES.items()
+            for name, changes in {**CASES, OWN_STATISTICS: {"sync_batchnorm": False}}.items()
         }
     torch.save(results, Path(folder) / f"{rank}.pt")
 
@@ -111,7 +126,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(
             torch.testing.assert_close(result[case][name], expected, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, OWN_STATISTICS])
 def test_all_processes_hold_the_same_bits(
     case: str, two_processes: list[dict[str, dict[str, Tensor]]]
 ) -> None:
@@ -142,12 +157,125 @@ def test_a_world_of_one_needs_no_connection() -> None:
         assert world.main and world.any(True) and world.gather(rows, [3]) is rows
 
 
-def test_the_synced_batchnorm_of_one_process_is_batchnorm() -> None:
-    torch.manual_seed(0)
-    plain = nn.BatchNorm2d(5).double()
-    synced = nn.Sequential(nn.BatchNorm2d(5).double())
+def test_a_process_knows_how_often_its_job_was_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert World().restarts == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    assert World().restarts == 3
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
+    """A store of a job, in the place of its connection."""
+    store = dist.HashStore()
+    monkeypatch.setattr(World, "_connect", lambda world, backend: store)
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "PRECEDENCE_SECONDS", 0.2)
+    return store
+
+
+def fail(rank: int, error: Exception) -> None:
+    with World(rank, 3).joined(torch.device("cpu")):
+        raise error
+
+
+LOST = RuntimeError("[gloo/tcp/pair.cc] Connection reset by peer")
+
+
+@pytest.mark.usefixtures("told")
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_the_failures_of_a_job_only_the_first_is_told(first: int) -> None:
+    with pytest.raises(ValueError, match="^damaged$"):
+        fail(first, ValueError("damaged"))
+    for rank, error in ((2, ValueError("damaged")), (1 - first, LOST)):
+        with pytest.raises(FailedElsewhere):
+            fail(rank, error)
+
+
+@pytest.mark.usefixtures("told")
+def test_the_main_process_goes_before_one_that_failed_a_moment_earlier() -> None:
+    def other() -> None:
+        with pytest.raises(FailedElsewhere):
+            fail(1, ValueError("in runs/reat-2"))
+
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(other)
+        with pytest.raises(ValueError, match="in runs/reat-1"):
+            fail(0, ValueError("in runs/reat-1"))
+        waiting.result()
+
+
+@pytest.mark.usefixtures("told")
+def test_a_lost_process_is_told_of_in_one_line() -> None:
+    with pytest.raises(ConnectionError, match="^another process of this job of 3 ended before"):
+        fail(0, LOST)
+
+
+@pytest.mark.usefixtures("told")
+def test_a_stop_of_the_main_process_is_all_that_is_told_and_one_of_another_tells_nothing() -> None:
+    for _ in range(2):  # all stop at the same step
+        with pytest.raises(Stopped):
+            fail(1, Stopped(143))
+    with pytest.raises(OSError, match="disk full"):  # in the save before
+        fail(0, OSError("disk full"))
+    with pytest.raises(Stopped):
+        fail(0, Stopped(143))
+
+
+@pytest.mark.usefixtures("told")
+def test_who_waits_for_a_main_process_that_was_stopped_says_nothing() -> None:
+    with pytest.raises(Stopped):
+        fail(0, Stopped(143))
+    with pytest.raises(FailedElsewhere):
+        fail(1, LOST)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("Connection closed by peer [127.0.0.1]:4242"), True),
+        (LOST, True),
+        (RuntimeError("writev: Broken pipe"), True),
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), True),
+        (dist.DistBackendError("watchdog"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_other_faults(error: RuntimeError, lost: bool) -> None:
+    assert is_lost_peer(error) == lost
+
+
+def test_shared_gradients_lie_as_their_parameters_and_sums_stay_what_they_were() -> None:
+    weight = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    shared = SharedGradients([weight, nn.Parameter(torch.ones(2))], 2, World())
+    assert weight.grad is not None and weight.grad.stride() == weight.stride()
+    first = shared.sum_(torch.tensor([1.0, 2.0]))
+    shared.sum_(torch.tensor([3.0, 4.0]))
+    assert first.tolist() == [1.0, 2.0] and not weight.grad.any()
+
+
+def test_synced_batchnorm_takes_constant_channels_for_constant() -> None:
+    synced = nn.Sequential(nn.BatchNorm2d(200))
     synchronise_batchnorm_(synced, World())
-    x = torch.randn(4, 5, 3, 3, dtype=torch.float64) * 3 + 2
+    # E[x^2] - E[x]^2 of float32 near 1e6 is off by up to 0.06, to either side of zero.
+    x = torch.linspace(999, 1001, 200).view(1, -1, 1, 1).expand(3, -1, 5, 5)
+    assert synced(x).isfinite().all()
+    assert (synced[0].running_var >= 0).all()  # type: ignore[operator, index, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("shape", "training"), [((4, 5, 3, 3), True), ((2, 5, 1, 1), True), ((4, 5, 3, 3), False)]
+)
+def test_the_synced_batchnorm_of_one_process_is_batchnorm(
+    shape: tuple[int, ...], training: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(5).double().train(training)
+    synced = nn.Sequential(nn.BatchNorm2d(5).double()).train(training)
+    synchronise_batchnorm_(synced, World())
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 2
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [module(given) for module, given in zip((plain, synced), inputs, strict=True)]
     slope = torch.randn_like(x)
@@ -157,6 +285,22 @@ def test_the_synced_batchnorm_of_one_process_is_batchnorm() -> None:
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-12, atol=1e-12)
     for one, other in zip(plain.state_dict().values(), synced.state_dict().values(), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+def test_synced_batchnorm_computes_in_the_precision_of_its_weights() -> None:
+    torch.manual_seed(0)
+    images, slope = torch.randn(2, 8, 5, 9, 9).bfloat16()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        synced = nn.Sequential(nn.BatchNorm2d(5))
+        synchronise_batchnorm_(synced, World())
+        x = images.to(dtype, copy=True).requires_grad_()
+        output = synced(x)
+        output.backward(slope.to(dtype))
+        assert output.dtype == dtype and x.grad is not None and x.grad.dtype == dtype
+        gradients.append([p.grad for p in synced.parameters()])
+    # The same numbers, exact in both; sums rounded to bfloat16 would be off by up to 4e-3.
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_other_batchnorms_are_refused_by_name() -> None:

@@ -15,10 +15,11 @@ from made_data import made_images, made_npz
 from PIL import Image
 from torch import Tensor
 
-from reat_fast import checkpoint, evaluate, reference, train
+from reat_fast import checkpoint, evaluate, reference, report, train
 from reat_fast.attack import cross_entropy
 from reat_fast.cli.command import run_command
-from reat_fast.data import ImageSet
+from reat_fast.config import parse
+from reat_fast.data import ImageSet, load_run_data, make_splits
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.figures import figures, tail_by_share
@@ -27,6 +28,7 @@ from reat_fast.kernels.prepare import prepare
 from reat_fast.models import create_model
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.sources.lazy import FileImages
+from reat_fast.training import selection
 
 
 def test_figures_from_counts_made_by_hand() -> None:
@@ -111,15 +113,39 @@ def test_a_run_on_image_files_is_evaluated_on_the_pixels_it_was_tested_on(tmp_pa
     assert run_command(evaluate.main, [str(run), *other, "--attacks", "clean", "--quiet"]) == 0
 
 
-def test_a_test_image_that_shows_its_damage_after_training_may_be_left_out_then(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_an_image_that_only_evaluations_read_is_found_damaged_before_training(
+    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    arguments = [*made_files(data), "--quiet", "--run-dir", str(run), "--held-out", "0.2"]
+    if split == "train":  # of which some are held out
+        (data / "test/class1/2.png").unlink()
+        config = parse(arguments, "reat")[1]
+        dataset = load_run_data(config)
+        splits = make_splits(dataset, imbalance=1, profile="as-is", held_out=config.held_out)
+        assert isinstance(splits.held_out.images, FileImages)
+        splits.held_out.images.paths[1].write_bytes(b"no image")
+    assert run_command(train.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert "cannot be read" in error and "--skip-bad" in error and error.count("\n") == 1
+    assert not run.exists()
+
+
+def test_a_test_image_that_is_damaged_while_a_run_trains_may_be_left_out_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out.json"
     arguments = [*made_files(tmp_path / "data"), "--quiet", "--run-dir", str(run)]
     evaluation = [str(run), "--quiet", "--out", str(out)]
+    monkeypatch.setattr(selection, "refuse_damaged", lambda run: None)  # as if it were whole yet
     for main, asked in ((train.main, arguments), (evaluate.main, evaluation)):
         assert run_command(main, asked) == 2
         assert "class1/2.png: cannot be read" in capsys.readouterr().err
+    assert run_command(report.main, [str(run)]) == 0
+    assert "class1/2.png: cannot be read" in (run / "report.html").read_text()
+    assert run_command(report.main, [str(run), "--skip-bad"]) == 0
+    assert "cannot be read" not in (run / "report.html").read_text()
     assert run_command(evaluate.main, [*evaluation, "--skip-bad"]) == 0
     assert run_command(train.main, ["--resume", str(run), "--skip-bad"]) == 0
     for file in (out, run / "evaluation.json"):
@@ -166,11 +192,12 @@ class DecodedOnDemand:
         raise AssertionError("the whole set was decoded")
 
 
+@pytest.mark.parametrize("attack", ["aa", "aa-package"])
 def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
-    image_set: ImageSet,
+    image_set: ImageSet, attack: str
 ) -> None:
     model = create_model("resnet8", 3, width=8)
-    attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", "aa")]
+    attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", attack)]
     few = ImageSet(image_set.images, image_set.labels % 3)
     done: list[int] = []
     with pytest.raises(ValueError, match="needs 4 classes, the model has 3"):

@@ -82,6 +82,34 @@ def test_where_saving_costs_too_much_a_run_goes_on_from_further_back(
     assert differences(whole, folder) == []
 
 
+@pytest.mark.parametrize("saved", [0, 1])
+def test_a_resumed_run_shows_no_epoch_that_it_is_about_to_train_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
+) -> None:
+    folder, finish_epoch = tmp_path / "run", Run.finish_epoch
+
+    def broken_off(self: Run, *rows: dict[str, Any]) -> None:
+        monkeypatch.setattr(SavePace, "affordable", lambda pace: self.epoch <= saved)
+        finish_epoch(self, *rows)
+        if self.epoch == 2:
+            raise SystemExit(137)
+
+    def shown() -> list[int]:
+        tables = [folder / name for name in ("metrics.csv", "timing.csv")]
+        return [len(t.read_text().splitlines()) - 1 if t.exists() else 0 for t in tables]
+
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: False)
+    monkeypatch.setattr(Run, "finish_epoch", broken_off)
+    arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--evaluation", "none"]
+    with pytest.raises(SystemExit):
+        run(*arguments, "--run-dir", folder)
+    assert shown() == [2, 2]
+    monkeypatch.setattr(train, "train", lambda *_: sys.exit(137))
+    with pytest.raises(SystemExit):
+        run("--resume", folder)
+    assert shown() == [saved, saved]
+
+
 def test_what_is_saved_before_an_evaluation_are_the_last_weights_too(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +231,11 @@ def test_a_run_stopped_between_two_steps_goes_on_at_the_next(
         assert run(*SMALL, "--data", data, "--run-dir", folder) == 128 + signal.SIGTERM
     state = checkpoint.load_checkpoint(folder / CHECKPOINT)
     assert (state["epoch"], state["batch"]) == divmod(steps, 8) if steps != 8 else (0, 8)
+    saved, last = (
+        checkpoint.load_model(folder / name).state_dict()
+        for name in (CHECKPOINT, "last.safetensors")
+    )
+    assert all(torch.equal(saved[name], last[name]) for name in last)
     assert run("--resume", folder) == 0
     assert differences(whole, folder) == []
 

@@ -703,3 +703,23 @@ def test_bytes_and_labels_of_another_number_are_refused() -> None:
         step(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 5)
     with pytest.raises(ValueError, match="labels: 4 of them for 8 images"):
         step(torch.rand(8, 3, 8, 8), torch.arange(4))
+
+
+@pytest.mark.parametrize("counts", [COUNTS[:4], [*COUNTS, 1], [*COUNTS[:4], -1], [2.5] * 5, []])
+def test_counts_that_are_not_one_number_a_class_are_refused(counts: list[int]) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"^counts: give a .* of the 5 classes .*, got \["):
+        TrainStep(model, make_optimizer(model, Config()), counts, Config())
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+@pytest.mark.parametrize("config", [Config(), Config(objective="mart", tail="none")])
+def test_labels_of_no_class_are_refused_before_anything_is_changed(
+    wrong: int, config: Config
+) -> None:
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="^labels: must be numbers of classes, 0 to 4$"):
+        step(torch.rand(3, 3, 8, 8), torch.tensor([0, 4, wrong]))
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())

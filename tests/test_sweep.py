@@ -21,9 +21,11 @@ from reat_fast import evaluate, sweep, train
 from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, from_json, parse, to_json
+from reat_fast.data import load_run_data
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.methods.work import work_per_image
 from reat_fast.sources import download
+from reat_fast.training import sweep_runs
 from reat_fast.training.run_folder import epochs_done
 from reat_fast.training.sweep_runs import make_runs, read_lines
 
@@ -552,3 +554,38 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(
         assert command(presets, "--out", out) == 2
         assert capsys.readouterr().err == f"error: {message}\n"
     assert trainer.commands == []
+
+
+@pytest.mark.parametrize("attack", ["aa", "aa-package"])
+def test_autoattack_on_data_of_few_classes_is_refused_before_a_run_is_trained(
+    attack: str, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [made_npz(tmp_path / f"{n}.npz", classes=n) for n in (4, 3)]
+    file, out = tmp_path / "sets.txt", tmp_path / "out"
+    file.write_text("".join(f"{d.stem}: reat {SMALL} --data {d}\n" for d in sets))
+    assert command(file, "--out", out, "--attacks", "pgd10", attack) == 2
+    told = f"error: {file}:2: --attacks aa: AutoAttack's targeted loss needs 4 classes, the model"
+    assert capsys.readouterr().err.startswith(told)
+    assert trainer.commands == [] and not out.exists()
+
+
+def test_the_classes_of_data_are_read_once_and_not_of_a_run_that_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = made_npz(tmp_path / "made.npz"), []
+    file = tmp_path / "sets.txt"
+    file.write_text(f"a: reat {SMALL} --data {data}\nb: reat {SMALL} --data {data}\nc: reat\n")
+    monkeypatch.setattr(
+        sweep_runs,
+        "load_run_data",
+        lambda *a, **b: read.append(b["path"]) or load_run_data(*a, **b),
+    )
+    monkeypatch.setattr(sweep_runs, "find_dataset", lambda *_: None)
+    runs = make_runs(read_lines(file), [0, 1], tmp_path / "out")
+    sweep_runs.refuse_autoattack_on_few_classes(runs)
+    assert read == [data]
+    runs[0].folder.mkdir(parents=True)
+    (runs[0].folder / "split.json").write_text(json.dumps({"train_counts": [4, 3]}))
+    with pytest.raises(ValueError, match=r"sets.txt:1: .* needs 4 classes, the model has 2"):
+        sweep_runs.refuse_autoattack_on_few_classes(runs)
+    assert read == [data]

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from killed_run import SMALL
+from PIL import Image
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CHECKPOINT
@@ -108,7 +110,7 @@ def test_a_dead_process_ends_the_job_and_a_restarted_job_goes_on(
         job.terminate()
         _, error = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert "another process of this job of 2 ended before its time" in error
+    assert error.count("another process of this job of 2 ended before its time") == 1
     assert f"go on with: python -m reat_fast.train --resume {folder}" in error
     assert position(folder) > killed_at
 
@@ -126,3 +128,32 @@ def test_a_refused_start_ends_the_waiting_process_at_once(data: Path, tmp_path: 
         _, error = job.communicate(timeout=120)
     assert f"error: --run-dir {tmp_path}: already holds files" in error
     assert "Unable to shutdown process" not in error  # torchrun kills after 30 s
+
+
+def lines(error: str) -> list[str]:
+    """Return what the program says, without torchrun's own account."""
+    return [line for line in error.splitlines() if line.startswith(("error:", "stop"))]
+
+
+def test_what_all_processes_find_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
+    with torchrun(*SMALL, "--data", data, "--batch-size", 5000) as job:
+        _, error = job.communicate(timeout=120)
+    told = "error: --batch-size 5000: the training set has 62 images; give at most 62"
+    assert job.returncode != 0 and lines(error) == [told]
+
+
+def test_what_one_process_finds_wrong_is_said_by_it_alone(tmp_path: Path) -> None:
+    for split, number in (("train", 8), ("test", 2)):
+        for label in "ab":
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for k in range(number):
+                Image.fromarray(np.full((8, 8, 3), 30 * k, np.uint8)).save(folder / f"{k}.png")
+    damaged = tmp_path / "data/train/b/3.png"
+    damaged.write_bytes(b"no image")
+    arguments = [*SMALL, "--dataset", "folder", "--data", tmp_path / "data", "--image-size", 8]
+    arguments += ["--imbalance-profile", "as-is", "--held-out", 0, "--run-dir", tmp_path / "run"]
+    with torchrun(*arguments) as job:
+        _, error = job.communicate(timeout=120)
+    (told,) = (line for line in lines(error) if line.startswith("error:"))
+    assert job.returncode != 0 and f"{damaged}: cannot be read" in told

@@ -8,6 +8,7 @@ No hooks and no buckets: the same body can be captured in a CUDA graph.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,16 @@ from torch.distributed.rendezvous import rendezvous
 # Connecting takes seconds, unless a process is missing. Later the others wait while the first
 # process evaluates; a dead process is noticed at once all the same.
 CONNECT, WAIT = timedelta(seconds=60), timedelta(hours=12)
+
+FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError)
+"""What a process tells the user of; all else, as a stop, is no failure."""
+
+PRECEDENCE_SECONDS = 1.0
+"""By which the main process, which knows the folder of the run, may tell of a failure first."""
+
+
+class FailedElsewhere(Exception):
+    """Another process of this job has failed, and tells the user why."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +66,14 @@ class World:
         """Connect the processes for as long as the block runs.
 
         Errors: ConnectionError in one line where another process of the job is lost or not found.
+        FailedElsewhere in place of an error where another process tells of its own.
         """
         if self.size == 1:
             yield
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            self._connect(backend)
+            store = self._connect(backend)
         except RuntimeError as error:
             raise ConnectionError(
                 f"the {self.size} processes could not connect ({error})"
@@ -69,8 +81,11 @@ class World:
         dist.distributed_c10d._set_pg_timeout(WAIT)
         try:
             yield
-        except RuntimeError as error:
-            if is_lost_peer(error):
+        except Exception as error:
+            failed = isinstance(error, FAILURES)
+            if (failed or self.main) and not self._tells(store) and failed:
+                raise FailedElsewhere from error
+            if isinstance(error, RuntimeError) and is_lost_peer(error):
                 raise ConnectionError(
                     f"another process of this job of {self.size} ended before its time"
                 ) from error
@@ -78,12 +93,22 @@ class World:
         finally:
             dist.destroy_process_group()
 
-    def _connect(self, backend: str) -> None:
+    def _tells(self, store: PrefixStore) -> bool:
+        """Say whether this process is the one to tell why the job ends: no other one did."""
+        if not self.main:
+            time.sleep(PRECEDENCE_SECONDS)
+        try:
+            return bool(store.add("told", 1) == 1)
+        except RuntimeError:  # it ended with the process that kept it
+            return True
+
+    def _connect(self, backend: str) -> PrefixStore:
         store, rank, size = next(rendezvous("env://", timeout=CONNECT))
         # One store serves every attempt of a job: without names of its own, a process that is
         # started again may find the address that a dead one left there, and knock in vain.
         attempt = PrefixStore(f"attempt {self.restarts}", store)
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=CONNECT)
+        return attempt
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the processes, in place."""
@@ -102,6 +127,14 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+    def average_(self, tensors: Sequence[Tensor], share: float) -> None:
+        """Average tensors over the processes, in place; share: the weight of this one, 1 in all."""
+        if self.size > 1 and tensors:
+            averages = self.sum_(torch.cat([tensor.flatten() for tensor in tensors]) * share)
+            sizes = [tensor.numel() for tensor in tensors]
+            for tensor, average in zip(tensors, averages.split(sizes), strict=True):
+                tensor.copy_(average.view_as(tensor))
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Put the rows [b, ...] of all processes, sizes[rank] each, one below the other.
@@ -196,6 +229,14 @@ def synchronise_batchnorm_(model: nn.Module, world: World) -> None:
                 f"--sync-batchnorm: cannot take {type(module).__name__} ({name}); "
                 "go on with --no-sync-batchnorm"
             )
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of every BatchNorm of a network."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, kinds)]
+    found = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    return [tensor for tensor in found if tensor is not None]
 
 
 class _Normalise(torch.autograd.Function):

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from reat_fast.config import Config
-from reat_fast.engine.distributed import SharedGradients, World, split, synchronise_batchnorm_
+from reat_fast.engine.distributed import (
+    SharedGradients,
+    World,
+    running_statistics,
+    split,
+    synchronise_batchnorm_,
+)
 from reat_fast.engine.epoch_sums import EpochSums
 from reat_fast.methods.objectives import Forward, Objective, Part
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
@@ -46,9 +52,13 @@ class StepUpdate:
         self._awp = WeightPerturbation(model, config.awp) if config.awp else None
         self._shared: SharedGradients | None = None
         self._histogram = statistics.next_ae_counts
+        self._running: list[Tensor] = []
+        """Of BatchNorms that look at one process's share each; synchronised ones agree anyway."""
         if world.size > 1:
             if config.sync_batchnorm:
                 synchronise_batchnorm_(model, world)
+            else:
+                self._running = running_statistics(model)
             self._histogram = torch.zeros_like(self._histogram)
             summed = len(objective.terms) + 2 + len(self._histogram)
             self._shared = SharedGradients(list(model.parameters()), summed, world)
@@ -101,6 +111,7 @@ class StepUpdate:
     ) -> dict[str, Tensor]:
         outcome = self._gradients(images, images_adv, labels, total, self._histogram)
         self.share_and_record(outcome, labels)
+        self._world.average_(self._running, len(labels) / total)
         if self._config.clip_norm:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.clip_norm)
         self._optimizer.step()

@@ -56,18 +56,25 @@ class Probe:
     conditions: str
 
 
-def probe_run(run: RunRecord, images: int, data: Path | None, device: torch.device) -> Probe:
+def probe_run(
+    run: RunRecord,
+    images: int,
+    data: Path | None,
+    device: torch.device,
+    skip_bad: bool = False,
+) -> Probe:
     """Attack a run's model on `images` test images, evenly spread over the set.
 
-    data: where the data is; None: where the run found it. Weights are those that were evaluated,
-    else those that load_model takes.
+    data: where the data is; None: where the run found it. skip_bad: leave out what cannot be
+    decoded, also where the run does not. Weights are those that were evaluated, else those that
+    load_model takes.
     Errors: ValueError naming the weights or the data that are missing or damaged.
     """
     told = run.evaluation or {}
     weights = run.folder / str(told.get("weights", ""))
     weights = weights if weights.is_file() else checkpoint.find_weights(run.folder)
     model, spec = checkpoint.load_model_and_spec(weights, device)
-    dataset = load_run_data(run.config, path=data)
+    dataset = load_run_data(run.config, path=data, skip_bad=skip_bad)
     refuse_other_data(dataset, spec, weights, "--data")
     eps = float(told.get("eps", run.config.eps))
     return probe(

@@ -29,7 +29,7 @@ from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
-from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_table
+from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_tables
 from reat_fast.training.save_pace import SavePace
 
 
@@ -172,6 +172,8 @@ class Run:
                     f"--run-dir {self.folder}: another run ended here meanwhile; name another"
                 )
             describe_run(self.folder, self.plan.preset, self.config, self.dataset, self.splits)
+            if self.plan.state is not None:  # a kill leaves rows of epochs that are trained again
+                write_tables(self.folder, self.metrics, self.timing)
             self.log = MetricLog(
                 self.config.log,
                 self.folder,
@@ -204,8 +206,7 @@ class Run:
         self.metrics.append({**metrics, "ae_counts": " ".join(map(str, predicted))})
         self.timing.append(timing)
         if self.world.main:
-            write_table(self.folder / "metrics.csv", self.metrics)
-            write_table(self.folder / "timing.csv", self.timing)
+            write_tables(self.folder, self.metrics, self.timing)
         if self.log is not None:
             self.log.epoch(self.metrics[-1], timing)
         needed = self.epoch == self.config.epochs or self.config.on_nonfinite == "rollback"
@@ -225,14 +226,13 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs.
 
-        At the end of an epoch, evaluated or not, the network by itself too. The main process alone
-        writes.
+        Once a step is taken the network by itself too, so that neither is older than the other. The
+        main process alone writes.
         """
-        at_end = self.batch == self.batches or (self.batch == 0 and self.epoch > 0)
         with self.save_pace.saving():
             if not self.world.main:
                 return
-            if at_end:
+            if self.epoch or self.batch:
                 network = self.step.evaluated_network()
                 checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
             if self._unsaved_best is not None:

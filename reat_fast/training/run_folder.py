@@ -116,7 +116,16 @@ def describe_run(
         write_text(folder / name, text + "\n")
 
 
-def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
+def write_tables(folder: Path, metrics: list[dict[str, Any]], timing: list[dict[str, Any]]) -> None:
+    """Write metrics.csv and timing.csv, a row an epoch; before the first epoch there are none."""
+    for name, rows in (("metrics.csv", metrics), ("timing.csv", timing)):
+        if rows:
+            _write_table(folder / name, rows)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write_table(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows of equal columns as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")

@@ -18,6 +18,8 @@ from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_t
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
 from reat_fast.reporting.curves import draw_learning
 from reat_fast.reporting.pictures import draw_accuracy
+from reat_fast.sources.lazy import FileImages, find_damaged
+from reat_fast.sources.lists import refuse_or_note
 from reat_fast.training.gauge import seconds_per_step
 from reat_fast.training.run import Run
 from reat_fast.training.schedule import learning_rate
@@ -27,6 +29,20 @@ OFTENER = 5
 
 Tick = Callable[[int], object]
 """Called with the number of images after each batch of an evaluation; may raise to end it."""
+
+
+def refuse_damaged(run: Run) -> None:
+    """Decode the image files that evaluations read: a bad one would else end a run that is trained.
+
+    With --skip-bad those that are left have been decoded.
+    Errors: DataError naming what cannot be.
+    """
+    sets = [run.limited(run.splits.test)]
+    if run.config.evaluation == "held-out":
+        sets.append(_selection_set(run))
+    for image_set in sets:
+        if isinstance(image_set.images, FileImages) and not run.config.skip_bad:
+            refuse_or_note(find_damaged(image_set.images), len(image_set), skip_bad=False)
 
 
 def evaluation_is_due(run: Run, epoch: int) -> bool:

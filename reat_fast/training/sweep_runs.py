@@ -14,8 +14,9 @@ from typing import Any
 
 from reat_fast import checkpoint
 from reat_fast.config import Config, changes, flag, from_json, parse
-from reat_fast.data import DataError, find_dataset
+from reat_fast.data import DATASETS, DataError, find_dataset, load_run_data
 from reat_fast.engine.precision import Precision
+from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
 from reat_fast.training.run_folder import epochs_done, never_began
@@ -218,6 +219,27 @@ def make_runs(
         _refuse_changes(run)
         _refuse_missing_data(run)
     return runs
+
+
+def refuse_autoattack_on_few_classes(runs: Sequence[SweepRun]) -> None:
+    """Raise ValueError naming a line on whose data AutoAttack is not defined, before it is trained.
+
+    Data that a run which was begun tells of is not read, and no other more than once.
+    """
+    known: dict[tuple[object, ...], int] = {}
+    for run in runs:
+        config, place = run.line.config, run.data or run.line.config.data
+        data = config.dataset, place, config.image_size
+        counts = checkpoint.train_counts(run.folder)
+        if counts is not None:
+            known[data] = len(counts)
+        elif data not in known:
+            fixed = DATASETS[config.dataset]
+            known[data] = len(fixed) or load_run_data(config, path=place).num_classes
+        try:
+            refuse_few_classes(known[data])
+        except ValueError as error:
+            raise ValueError(f"{run.line.place}: {error}") from None
 
 
 def _refuse_missing_data(run: SweepRun) -> None:
