@@ -38,11 +38,12 @@ from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import Noise, prepare
 from reat_fast.kernels.resident_conv import launch_resident_conv
 from reat_fast.kernels.stem_conv import stem_conv
+from reat_fast.kernels.strided_gradient import strided_gradient
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
 # Ops whose kernels are launched from one architecture on, or on one.
-ONLY = {"conv3x3": (90, 100), "resident_conv": (90,)}
+ONLY = {"conv3x3": (90, 100), "strided_gradient": (90, 100), "resident_conv": (90,)}
 # Bytes of shared memory a block may have, from the table of technical specifications in NVIDIA's
 # CUDA C++ programming guide. The compiler does not check it: a launch would fail.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -114,6 +115,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)
         yield _name("conv3x3", maps), partial(conv3x3, maps, weight, bias, maps)
         yield _name("conv3x3 gradient", maps), partial(conv3x3_gradient, maps, weight, maps, maps)
+    maps, beside = _channels_last(128, 64, 32, 32), _channels_last(128, 128, 16, 16)
+    weights = _channels_last(128, 64, 3, 3), _channels_last(128, 64, 1, 1)
+    launch = partial(strided_gradient, beside, weights[0], maps, maps, (beside, weights[1]))
+    yield _name("strided_gradient", maps), launch
     for channels, dtype in ((3, torch.bfloat16), (1, torch.float16)):
         images = torch.zeros(128, channels, 32, 32, dtype=dtype)
         weight = _channels_last(64, 8, 3, 3).to(dtype)

@@ -9,6 +9,7 @@ output, so neither the sum before the ReLU nor the convolution's own output is k
 
 Where x is itself such an output, the mask of that one is [x > 0]: the reader of x can apply it to
 the gradient as it makes it, beside the gradient that another reader sends back (conv_relu_linked).
+Where that is the convolution of a shortcut, both gradients can be made in one kernel.
 
 cuDNN's fused engines want input channels that fill 16 bytes, which those of images do not. So w may
 have more input channels than x: x is read as if zeros followed, and their gradient is left out.
@@ -24,18 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reat_fast.kernels.conv3x3 import (
-    conv3x3,
-    conv3x3_gradient,
-    conv3x3_pays,
-    conv3x3_runs_on,
-)
 from reat_fast.kernels.masked_sum import masked_sum
-from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
-from reat_fast.kernels.triton_support import Backend, use_triton
+from reat_fast.kernels.own_conv import Beside, Geometry, own_forward, own_gradient
+from reat_fast.kernels.triton_support import Backend
 
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-"""Stride, padding, dilation, groups."""
+Shortcut = tuple[Tensor, Geometry]
+"""Weight and geometry of a convolution without bias."""
 
 
 def conv_relu_torch(
@@ -111,7 +106,7 @@ class _Place(NamedTuple):
 
 
 class _ConvRelu(torch.autograd.Function):
-    """conv_relu with its own backward; the second output is x."""
+    """conv_relu with its own backward; the second output is x, or the shortcut's convolution."""
 
     @staticmethod
     def forward(
@@ -122,29 +117,36 @@ class _ConvRelu(torch.autograd.Function):
         residual: Tensor | None,
         geometry: Geometry,
         place: _Place,
+        shortcut: Tensor | None,
+        shortcut_geometry: Geometry | None,
     ) -> tuple[Tensor, Tensor]:
-        if _own_kernel(x, weight, geometry, place.backend, gradient=False):
-            output = conv3x3(x, weight, bias, residual)
-        elif residual is None and _own_stem(x, weight, geometry, place.backend):
-            output = stem_conv(x, weight, bias, *geometry[:2])
-        else:
+        output = own_forward(x, weight, bias, residual, geometry, place.backend)
+        if output is None:
             # cuDNN has no such engine for float64.
             form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
             output = form(x, weight, bias, residual, *geometry)
         ctx.geometry, ctx.has_residual, ctx.place = geometry, residual is not None, place
-        ctx.save_for_backward(x, weight, None if place.reader_masks else output)
+        ctx.shortcut_geometry = shortcut_geometry
+        ctx.save_for_backward(x, weight, None if place.reader_masks else output, shortcut)
         ctx.set_materialize_grads(False)
-        return output, x.view_as(x)
+        if shortcut is None or shortcut_geometry is None:
+            return output, x.view_as(x)
+        stride, padding, dilation, groups = shortcut_geometry
+        second = F.conv2d(x, shortcut, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+        return output, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, output = ctx.saved_tensors
+        x, weight, output, shortcut = ctx.saved_tensors
         masked = grad if grad is None or output is None else masked_sum(output, grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(x, weight, masked, other, ctx.geometry, ctx.place)
-        return grad_x, None, None, masked if ctx.has_residual else None, None, None
+            beside = None
+            if other is not None and shortcut is not None:
+                beside, other = Beside(other, shortcut, ctx.shortcut_geometry), None
+            grad_x = _input_gradient(x, weight, masked, other, beside, ctx.geometry, ctx.place)
+        return grad_x, None, None, masked if ctx.has_residual else None, *(None,) * 4
 
 
 def _input_gradient(
@@ -152,20 +154,31 @@ def _input_gradient(
     weight: Tensor,
     masked: Tensor | None,
     other: Tensor | None,
+    beside: Beside | None,
     geometry: Geometry,
     place: _Place,
 ) -> Tensor | None:
-    """Return conv^T(masked, weight) + other, masked where x <= 0 if that is this one's to do."""
+    """Return conv^T(masked, weight) + other + beside's, masked where x <= 0 if it is to do that."""
     relu = x if place.masks_input else None
-    found: Tensor
+    if masked is not None:
+        own = own_gradient(masked, weight, x, relu, other, beside, geometry, place.backend)
+        if own is not None:
+            return own
+    if beside is not None:
+        other = _convolved_back(x, beside.weight, beside.grad, beside.geometry)
     if masked is None:
         return other if other is None or relu is None else masked_sum(relu, other)
-    if _own_kernel(masked, weight, geometry, place.backend, gradient=True):
-        found = conv3x3_gradient(masked, weight, relu, other)
-        return found[:, : x.shape[1]]
+    found = _convolved_back(x, weight, masked, geometry)
+    if relu is not None:
+        return masked_sum(relu, found, other, out=found)
+    return found if other is None else found + other
+
+
+def _convolved_back(x: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
+    """Return the input gradient that the library computes."""
     stride, padding, dilation, groups = geometry
-    found = torch.ops.aten.convolution_backward(
-        masked,
+    found: Tensor = torch.ops.aten.convolution_backward(
+        grad,
         _shaped_as_filled(x, weight, groups),  # the input's values are for other gradients
         weight,
         None,
@@ -177,35 +190,7 @@ def _input_gradient(
         groups,
         [True, False, False],
     )[0]
-    found = found[:, : x.shape[1]]
-    if relu is not None:
-        return masked_sum(relu, found, other, out=found)
-    return found if other is None else found + other
-
-
-def _own_kernel(
-    x: Tensor, weight: Tensor, geometry: Geometry, backend: Backend, *, gradient: bool
-) -> bool:
-    """Say whether a kernel of ours computes it: on demand, until it is measured which is faster.
-
-    x: what is summed over, in an input gradient that of the output.
-    """
-    if backend != "triton" or not use_triton(backend, x):
-        return False
-    stride, padding, dilation, groups = geometry
-    plain = all(tuple(pair) == (1, 1) for pair in (stride, padding, dilation)) and groups == 1
-    if not plain or not conv3x3_runs_on(x, weight, gradient=gradient):
-        return False
-    return conv3x3_pays(x, weight.shape[1 if gradient else 0], gradient=gradient)
-
-
-def _own_stem(x: Tensor, weight: Tensor, geometry: Geometry, backend: Backend) -> bool:
-    """Say whether stem_conv computes it, on demand as well."""
-    if backend != "triton" or not use_triton(backend, x):
-        return False
-    stride, padding, dilation, groups = geometry
-    plain = all(step == 1 for step in dilation) and groups == 1
-    return plain and stem_conv_runs_on(x, weight, stride, padding)
+    return found[:, : x.shape[1]]
 
 
 def conv_relu(
@@ -245,9 +230,12 @@ def conv_relu_linked(
     *,
     masks_input: bool = False,
     reader_masks: bool = False,
+    shortcut: Shortcut | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return the output of conv_relu, and x once more, for the one other reader that x may have.
+
+    shortcut: the convolution that is this reader, if it is one: its output is returned for x.
 
     masks_input: x is the output of one with reader_masks, and has no reader but this one and that
     of the second output: sum and mask of the gradient of x are made here, in one pass. Such passes
@@ -255,7 +243,8 @@ def conv_relu_linked(
     bench.step_kernels), while a kernel of ours for the gradient makes them as it writes.
     """
     place = _Place(masks_input, reader_masks, backend)
-    return _apply(x, weight, bias, residual, (stride, padding, dilation, groups), place)
+    geometry = (stride, padding, dilation, groups)
+    return _apply(x, weight, bias, residual, geometry, place, shortcut)
 
 
 def _apply(
@@ -265,8 +254,11 @@ def _apply(
     residual: Tensor | None,
     geometry: Geometry,
     place: _Place,
+    shortcut: Shortcut | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    beside, beside_geometry = shortcut or (None, None)
+    if any(t is not None and t.requires_grad for t in (weight, bias, beside)):
         raise ValueError("conv_relu has no gradient for weight and bias: give them detached")
-    found: tuple[Tensor, Tensor] = _ConvRelu.apply(x, weight, bias, residual, geometry, place)  # type: ignore[no-untyped-call]
+    given = (x, weight, bias, residual, geometry, place, beside, beside_geometry)
+    found: tuple[Tensor, Tensor] = _ConvRelu.apply(*given)  # type: ignore[no-untyped-call]
     return found

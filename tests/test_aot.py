@@ -28,18 +28,19 @@ WIDE = {
     "_masked_sum_kernel": (True, True),
     "_conv3x3_kernel": (False, False),  # fetches and stores boxes
     "_resident_conv_kernel": (False, False),
+    "_strided_gradient_kernel": (False, False),
     "_stem_conv_kernel": (False, True),  # gathers single numbers
 }
 # Boxes are there from Hopper on, and one kernel names instructions that only Hopper has.
 MISSING = {
-    "cuda:80": {"_conv3x3_kernel", "_resident_conv_kernel"},
+    "cuda:80": {"_conv3x3_kernel", "_strided_gradient_kernel", "_resident_conv_kernel"},
     "cuda:90": set(),
     "cuda:100": {"_resident_conv_kernel"},
 }
 # Bytes of stack that are no spills: sine and cosine reduce large angles in an array of 7 words.
 ARRAYS = {"prepare normal uint8 [128, 32, 32, 3]": 32}
-# Tiles of conv3x3 are those of Hopper; after the sums, Blackwell spills a little of the largest.
-SPILLED_BY_BLACKWELL = {"_conv3x3_kernel": 64}
+# Tiles are those of Hopper; after the sums, Blackwell spills a little of the largest.
+SPILLED_BY_BLACKWELL = {"_conv3x3_kernel": 64, "_strided_gradient_kernel": 64}
 # Rows of 40 bytes are not aligned to 16.
 NARROW_ROWS = "class_loss float32 [128, 10]"
 
@@ -93,8 +94,10 @@ def test_a_policy_fuses_no_product_with_a_sum(rows: list[aot.Compiled]) -> None:
 def test_every_dot_becomes_matrix_instructions_of_its_target(rows: list[aot.Compiled]) -> None:
     expected = {"cuda:80": {"HMMA"}, "cuda:90": {"HGMMA"}, "cuda:100": {"UTCHMMA"}}
     dots = [row for row in rows if row.dots > 0]
-    convolutions = {"_conv3x3_kernel", "_resident_conv_kernel", "_stem_conv_kernel"}
-    assert {row.kernel for row in dots} == {"_pairwise_kernel", *convolutions}
+    convolutions = ("conv3x3", "strided_gradient", "resident_conv", "stem_conv")
+    assert {row.kernel for row in dots} == {
+        *("_pairwise_kernel", *(f"_{name}_kernel" for name in convolutions))
+    }
     for row in dots:
         assert set(row.matrix_instructions) == expected[row.target], row
 

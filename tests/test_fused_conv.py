@@ -188,6 +188,35 @@ def test_a_reader_that_sends_no_gradient_back_leaves_none() -> None:
     assert torch.autograd.grad(total, leaves, allow_unused=True) == (None, None)
 
 
+@pytest.mark.parametrize("chosen", ["both", "first", "second"])
+@pytest.mark.parametrize("masks_input", [False, True])
+def test_a_shortcut_beside_it_gives_the_gradients_of_autograd(
+    masks_input: bool, chosen: str
+) -> None:
+    given = case({"stride": (2, 2), "padding": (1, 1)}, True, True)
+    weight = integers(5, 4, 1, 1)
+    shortcut = weight, ((2, 2), (0, 0), (1, 1), 1)
+    if masks_input:
+        given["x"] = given["x"].detach().relu().requires_grad_()
+    found = conv_relu_linked(**given, masks_input=masks_input, shortcut=shortcut)
+    wanted = conv_relu_torch(**given), F.conv2d(given["x"], weight, stride=2)
+    leaves = (given["x"], given["residual"])
+    seeds = [integers(*output.shape) for output in wanted]
+    rows = {"both": slice(0, 2), "first": slice(0, 1), "second": slice(1, 2)}[chosen]
+    results = [
+        torch.autograd.grad(outputs[rows], leaves, seeds[rows], allow_unused=True)
+        for outputs in (found, wanted)
+    ]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    (x, residual), (right, right_residual) = results
+    if masks_input:
+        right = torch.where(given["x"] <= 0, 0, right)
+    assert torch.equal(x, right)
+    assert (residual is None) == (right_residual is None)
+    assert residual is None or torch.equal(residual, right_residual)
+
+
 def test_gradients_that_arrive_are_left_as_they_are() -> None:
     given = case({"padding": (1, 1)}, True, True)
     outputs = conv_relu_linked(**given, masks_input=True)

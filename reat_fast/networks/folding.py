@@ -160,15 +160,33 @@ def _link(network: nn.Module, graph: fx.Graph) -> None:
             if len(readers) == 2:
                 others[readers[0]] = readers[1]
     for node in [node for node in graph.nodes if node.target is conv_relu]:
-        flags = {"masks_input": node in masked.values(), "reader_masks": node in masked}
+        flags: dict[str, Any] = {
+            "masks_input": node in masked.values(),
+            "reader_masks": node in masked,
+        }
+        other = others.get(node)
         with graph.inserting_before(node):
+            if other is not None and _is_plain_conv2d(other):
+                weight = graph.get_attr(str(other.args[1].target))  # type: ignore[union-attr]
+                flags["shortcut"] = (weight, other.args[3:])
             linked = graph.call_function(conv_relu_linked, node.args, {**node.kwargs, **flags})
             output = graph.call_function(operator.getitem, (linked, 0))
-            if node in others:
-                same = graph.call_function(operator.getitem, (linked, 1))
-                others[node].replace_input_with(linked.all_input_nodes[0], same)
+            if other is not None:
+                second = graph.call_function(operator.getitem, (linked, 1))
         node.replace_all_uses_with(output)
         graph.erase_node(node)
+        if other is None:
+            continue
+        if "shortcut" in flags:
+            other.replace_all_uses_with(second)
+            graph.erase_node(other)
+        else:
+            other.replace_input_with(linked.all_input_nodes[0], second)
+
+
+def _is_plain_conv2d(node: fx.Node) -> bool:
+    """Say whether a node is the call of a convolution without bias that _joined_bias made."""
+    return node.target is F.conv2d and node.args[2] is None and not node.kwargs
 
 
 def _can_mask(network: nn.Module, node: fx.Node, readers: list[fx.Node]) -> bool:

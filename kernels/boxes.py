@@ -1,0 +1,57 @@
+"""Boxes of images, which the hardware of Hopper and later fetches and stores by a descriptor.
+
+What of a box lies outside the tensor is zero when it is fetched, and left alone when it is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor
+
+CAPABILITY = (9, 0)
+"""The first that fetches boxes by itself."""
+
+
+def why_not(device: torch.device) -> str | None:
+    """Say what a device lacks to run such kernels, or nothing, as where Triton interprets them."""
+    if TensorDescriptor is None:
+        return "needs Triton 3.6: pip install triton"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, as an H100 is"
+    return None
+
+
+def dense(tensor: Tensor) -> bool:
+    """Say whether a tensor is channels_last without gaps, from a multiple of 16 bytes on."""
+    last = torch.channels_last
+    return tensor.is_contiguous(memory_format=last) and tensor.data_ptr() % 16 == 0
+
+
+def boxed(tensor: Tensor | None, shape: list[int], strides: list[int], box: list[int]) -> Any:
+    """Describe memory as of a shape, in steps of elements, taken in boxes; None for no tensor."""
+    return None if tensor is None else TensorDescriptor(tensor, shape, strides, box)
+
+
+def image_boxes(tensor: Tensor | None, box: list[int]) -> Any:
+    """Describe images [B, C, H, W], channels_last, as [B, H, W, C]."""
+    if tensor is None:
+        return None
+    batch, channels, *place = tensor.shape
+    shape = [batch, *place, channels]
+    # Those that PyTorch gives dimensions of one element may be anything.
+    strides = [math.prod(shape[1:]), place[1] * channels, channels, 1]
+    return boxed(tensor, shape, strides, box)
+
+
+def tile_sides(x: Tensor, pixels: int) -> tuple[int, int, int]:
+    """Return images, rows and width of a tile of x: powers of two that cover whole rows."""
+    height, width = (1 << (size - 1).bit_length() for size in x.shape[2:])
+    rows = min(pixels // width, height)
+    return pixels // (width * rows), rows, width

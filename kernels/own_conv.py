@@ -1,0 +1,105 @@
+"""Which kernel of ours computes a convolution of the attack, if one does.
+
+Each takes some shapes. They are asked for by backend="triton", until it is measured where they are
+the faster (docs/performance.md); what none of them takes is the library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reat_fast.kernels.boxes import dense
+from reat_fast.kernels.conv3x3 import (
+    conv3x3,
+    conv3x3_gradient,
+    conv3x3_pays,
+    conv3x3_runs_on,
+)
+from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
+from reat_fast.kernels.strided_gradient import strided_gradient, strided_gradient_runs_on
+from reat_fast.kernels.triton_support import Backend, use_triton
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding, dilation, groups."""
+
+SAME = ((1, 1), (1, 1), (1, 1), 1)
+HALVED = ((2, 2), (1, 1), (1, 1), 1)
+SHORTCUT = ((2, 2), (0, 0), (1, 1), 1)
+
+
+class Beside(NamedTuple):
+    """The convolution of a shortcut, and the gradient of its output."""
+
+    grad: Tensor
+    weight: Tensor
+    geometry: Geometry
+
+
+def own_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    backend: Backend,
+) -> Tensor | None:
+    """Return what conv_relu does, or None where no kernel of ours is to compute it."""
+    if backend != "triton" or not use_triton(backend, x) or not _alike(x.dtype, (bias, residual)):
+        return None
+    stride, padding, dilation, groups = _plain(geometry)
+    fits = (residual is None or dense(residual)) and _plain(geometry) == SAME
+    if fits and conv3x3_runs_on(x, weight) and conv3x3_pays(x, len(weight), gradient=False):
+        return conv3x3(x, weight, bias, residual)
+    fits = residual is None and (dilation, groups) == ((1, 1), 1)
+    if fits and stem_conv_runs_on(x, weight, stride, padding):
+        return stem_conv(x, weight, bias, stride, padding)
+    return None
+
+
+def own_gradient(
+    masked: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    relu: Tensor | None,
+    other: Tensor | None,
+    beside: Beside | None,
+    geometry: Geometry,
+    backend: Backend,
+) -> Tensor | None:
+    """Return the gradient of x, conv^T(masked, weight) + other + beside's, where relu > 0.
+
+    None where no kernel of ours is to compute it.
+    """
+    if backend != "triton" or not use_triton(backend, masked):
+        return None
+    near = [tensor for tensor in (relu, other, *(beside or ())[:2]) if isinstance(tensor, Tensor)]
+    if not _alike(masked.dtype, near) or not all(map(dense, near)):
+        return None
+    channels = weight.shape[1]
+    fits = beside is None and _plain(geometry) == SAME
+    fits = fits and conv3x3_runs_on(masked, weight, gradient=True)
+    if fits and conv3x3_pays(masked, channels, gradient=True):
+        return conv3x3_gradient(masked, weight, relu, other)[:, : x.shape[1]]
+    fits = _plain(geometry) == HALVED and (beside is None or _is_shortcut(beside, weight))
+    if fits and strided_gradient_runs_on(masked, weight, x):
+        shortcut = None if beside is None else (beside.grad, beside.weight)
+        return strided_gradient(masked, weight, relu, other, shortcut)
+    return None
+
+
+def _is_shortcut(beside: Beside, weight: Tensor) -> bool:
+    single = beside.weight.shape == (*weight.shape[:2], 1, 1)
+    return single and _plain(beside.geometry) == SHORTCUT
+
+
+def _plain(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    stride, padding, dilation, groups = geometry
+    return tuple(stride), tuple(padding), tuple(dilation), groups
+
+
+def _alike(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> bool:
+    return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
