@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from old_triton import interprets_no_loop
 from test_frozen import conv_gradient_masks
 from torch import Tensor
 from torch.nn import functional as F
@@ -230,6 +231,7 @@ class Case:
         return torch.autograd.grad(loss, images)[0]
 
 
+@interprets_no_loop
 def test_a_network_of_them_has_the_gradient_of_the_other_form(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
