@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from contextlib import ExitStack
 
 import torch
@@ -30,6 +31,9 @@ from reat_fast.training.run import Run
 from reat_fast.training.schedule import learning_rate
 from reat_fast.training.stopping import Stopped, StopRequest
 
+START_SECONDS = 20.0
+"""By which the first process of a machine may start later than another that is refused."""
+
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
@@ -37,9 +41,9 @@ def main(arguments: list[str]) -> int:
     try:
         plan = make_plan(arguments, world)
     except (ValueError, OSError):
-        if world.local_rank == 0:
-            raise
-        return 2  # all processes of a machine were given the same; one says so
+        if world.local_rank > 0:
+            time.sleep(START_SECONDS)  # where the first is refused too, torchrun ends this one
+        raise
     stop = StopRequest(world)
     with ExitStack() as noticing:
         try:

@@ -142,6 +142,18 @@ def test_what_all_processes_find_wrong_is_said_once(data: Path, tmp_path: Path) 
     assert job.returncode != 0 and lines(error) == [told]
 
 
+def test_a_wrong_flag_is_said_once_where_the_first_process_starts_last(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(1)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    places = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
+    with torchrun(*SMALL, "--data", data, "--epochs", 0) as job:
+        _, error = job.communicate(timeout=120)
+    assert job.returncode != 0 and lines(error) == ["error: --epochs 0: must be at least 1"]
+
+
 def test_what_one_process_finds_wrong_is_said_by_it_alone(tmp_path: Path) -> None:
     for split, number in (("train", 8), ("test", 2)):
         for label in "ab":
