@@ -160,7 +160,9 @@ def _input_gradient(
     found: Tensor
     if masked is None:
         return other if other is None or relu is None else masked_sum(relu, other)
-    if _own_kernel(masked, weight, geometry, place.backend, gradient=True):
+    beside = relu is not None or other is not None  # of x, which has no channels that fill
+    fits = not (beside and _missing(x, weight, geometry[3]))
+    if fits and _own_kernel(masked, weight, geometry, place.backend, gradient=True):
         found = conv3x3_gradient(masked, weight, relu, other)
         return found[:, : x.shape[1]]
     stride, padding, dilation, groups = geometry
