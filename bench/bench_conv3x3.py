@@ -32,8 +32,7 @@ from reat_fast.config import flag
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels.conv3x3 import RESIDENT, TILES, Tile, why_not
-from reat_fast.kernels.fused_conv import conv_relu
-from reat_fast.kernels.masked_sum import masked_sum
+from reat_fast.kernels.fused_conv import _input_gradient, _Place, conv_relu
 from reat_fast.kernels.resident_conv import resident_conv_runs_on
 from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
 from reat_fast.networks.folding import CHANNELS
@@ -118,11 +117,11 @@ class Case:
         channels = self.x.shape[1]
 
         def library() -> Tensor:
-            geometry = (PAIR, PAIR, PAIR, False, [0, 0], 1, [True, False, False])
-            filled = F.pad(self.x, (0, 0, 0, 0, 0, self.weight.shape[1] - channels))
-            backward = torch.ops.aten.convolution_backward
-            found: Tensor = backward(self.behind, filled, self.weight, None, *geometry)[0]
-            return found[:, :channels] if relu is None else masked_sum(relu, found, other)
+            x, place = self.x if relu is None else relu, _Place(masks_input=relu is not None)
+            geometry = (PAIR, PAIR, PAIR, 1)
+            found = _input_gradient(x, self.weight, self.behind, other, None, geometry, place)
+            assert found is not None
+            return found
 
         def own(tile: Tile) -> Tensor:
             found = ours.conv3x3_gradient(self.behind, self.weight, relu, other, tile=tile)

@@ -182,7 +182,7 @@ def conv3x3(
     """Return relu(conv2d(x, weight, padding=1) + bias + residual); has no gradient of its own.
 
     x [B, C, H, W], weight [K, C, 3, 3], residual and output [B, K, H, W], bias [K]; x and weight as
-    conv3x3_runs_on says, the residual like the output. tile: unset, one by the shape.
+    conv3x3_runs_on says, the residual of the output's dtype. tile: unset, one by the shape.
     """
     output = _like(x, weight.shape[0])
     _launch(x, weight, bias, residual, None, output, tile, gradient=False)
@@ -225,6 +225,8 @@ def _launch(
     gradient: bool,
 ) -> None:
     depth, channels, height = x.shape[1], output.shape[1], x.shape[2]
+    bias = None if bias is None else bias.contiguous()
+    added, relu = (t if t is None else _beside(t, output) for t in (added, relu))
     tile = tile or choose_tile(x, channels)
     if tile.resident:
         launch_resident_conv(x, weight, bias, added, relu, output, gradient=gradient)
@@ -264,6 +266,15 @@ def _launch(
         num_warps=warps,
         num_stages=STAGES,
     )
+
+
+def _beside(tensor: Tensor, output: Tensor) -> Tensor:
+    """Return what is added or masks, where it lies otherwise than boxes demand as a copy."""
+    if tensor.shape != output.shape or tensor.dtype != output.dtype:
+        wrong, right = (f"{t.dtype} {list(t.shape)}" for t in (tensor, output))
+        raise ValueError(f"residual, other or relu is {wrong}, the result {right}")
+    tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def choose_tile(x: Tensor, channels: int) -> Tile:

@@ -80,7 +80,8 @@ def own_gradient(
     if not _alike(masked.dtype, near) or not all(map(dense, near)):
         return None
     channels = weight.shape[1]
-    fits = beside is None and _plain(geometry) == SAME
+    filled = channels != x.shape[1]  # which relu and other are not
+    fits = _plain(geometry) == SAME and beside is None and not (filled and near)
     fits = fits and conv3x3_runs_on(masked, weight, gradient=True)
     if fits and conv3x3_pays(masked, channels, gradient=True):
         return conv3x3_gradient(masked, weight, relu, other)[:, : x.shape[1]]

@@ -125,6 +125,7 @@ def _resident_conv_kernel(  # type: ignore[no-untyped-def]
     ready = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
     for k in gl.static_range(5):
         mbarrier.init(ready.index(k), count=1)
+    fence_async_shared()  # so that copies see the barriers
 
     mbarrier.expect(ready.index(3), 9 * CHANNELS * CHANNELS * 2)
     # With fewer inputs than CHANNELS the next taps follow, for outputs that are not stored.

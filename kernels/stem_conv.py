@@ -100,7 +100,8 @@ def stem_conv_runs_on(
     square = len(set(stride)) == 1 and len(set(padding)) == 1
     last = weight.is_contiguous(memory_format=torch.channels_last)
     length = x.shape[1] * weight.shape[2:].numel()
-    return square and last and length <= LONGEST and len(weight) <= WIDEST and x.numel() > 0
+    fits = x.shape[1] <= weight.shape[1] and length <= LONGEST and len(weight) <= WIDEST
+    return square and last and fits and x.numel() > 0
 
 
 def stem_conv(
@@ -130,7 +131,7 @@ def stem_conv(
     _stem_conv_kernel[(cdiv(size, PIXELS),)](
         x,
         weight,
-        bias,
+        None if bias is None else bias.contiguous(),
         output,
         *x.stride(),
         weight.stride(0),

@@ -118,7 +118,8 @@ def strided_gradient_runs_on(masked: Tensor, weight: Tensor, x: Tensor) -> bool:
         return False
     wide = all(width % 64 == 0 for width in weight.shape[:2]) and x.shape[3] <= 256
     halves = [2 * size for size in masked.shape[2:]] == list(x.shape[2:])
-    return wide and halves and masked.dtype == weight.dtype == x.dtype
+    fits = tuple(weight.shape[:2]) == (masked.shape[1], x.shape[1]) and len(masked) == len(x)
+    return wide and halves and fits and masked.dtype == weight.dtype == x.dtype
 
 
 def strided_gradient(

@@ -139,7 +139,7 @@ class Hopper:
             self.barriers: dict[tuple[int, int], Barrier] = {}
             self.queue: list[Callable[[], None]] = []
             self.stores: list[Callable[[], None]] = []
-            self.unseen = False
+            self.unseen = self.unseen_barriers = False
             kernel(*given, **named)
             assert not self.stores and not self.queue, "the program ended before its work"
             for barrier in self.barriers.values():
@@ -173,14 +173,15 @@ class Hopper:
         return Memory(self, whole, 0, list(shape), _strides(shape))
 
     def fence(self) -> None:
-        """Let copies see what was stored."""
-        self.unseen = False
+        """Let copies see what was stored, barriers too."""
+        self.unseen = self.unseen_barriers = False
 
     def barrier(self, memory: Memory) -> Barrier:
         return self.barriers[id(memory.data), memory.offset]
 
     def init(self, memory: Memory, count: int) -> None:
         assert count == 1
+        self.unseen_barriers = True
         self.barriers[id(memory.data), memory.offset] = Barrier()
 
     def expect(self, memory: Memory, size: int, pred: bool = True) -> None:
@@ -203,7 +204,7 @@ class Hopper:
     ) -> None:
         if not pred:
             return
-        assert to.shape == desc.block_shape
+        assert to.shape == desc.block_shape and not self.unseen_barriers, "a fence is missing"
 
         def copy() -> int:
             inside, where = desc.box(place)

@@ -67,6 +67,17 @@ def test_each_computation_is_the_librarys(channels: int, works: int) -> None:
             assert float((call().float() - exact).norm() / exact.norm()) < 2.0**-8
 
 
+@pytest.mark.parametrize("channels", [3, 64])
+def test_the_librarys_gradient_makes_no_pass_that_an_attack_does_not(channels: int) -> None:
+    case = bench.Case(Convolution(channels, 64, 3, 1, 1, 1, 6), 2, CPU)
+    relu = None if channels == 3 else case.relu
+    work = case.gradient("gradient", relu, None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        work.library()
+    names = {event.name.removeprefix("aten::") for event in profiled.events() or []}
+    assert "convolution_backward" in names and not names & {"constant_pad_nd", "pad", "clone"}
+
+
 @pytest.mark.interpreter
 def test_other_convolutions_are_left_out() -> None:
     taken = [shape for shape in convolutions("resnet18", 4) if bench.works(shape, 1, CPU)]

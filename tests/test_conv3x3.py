@@ -164,6 +164,49 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(device: str) -> N
         assert torch.equal(one, other)
 
 
+def test_what_is_added_and_what_masks_may_lie_otherwise(device: str) -> None:
+    drawn = Drawn((2, 32, 64, 6, 5), torch.float16, device, integers=True)
+
+    def otherwise(tensor: Tensor) -> tuple[Tensor, ...]:
+        room = tensor.new_zeros(tensor.numel() + 1)
+        shifted = room.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+        return tensor.contiguous(), shifted, tensor.repeat_interleave(2, 3)[..., ::2]
+
+    bias = torch.stack([drawn.bias] * 2, 1)[:, 0]
+    wanted = conv3x3(drawn.x, drawn.weight, drawn.bias, drawn.residual)
+    for residual in otherwise(drawn.residual):
+        assert torch.equal(conv3x3(drawn.x, drawn.weight, bias, residual), wanted)
+    given = drawn.behind, drawn.weight
+    wanted = conv3x3_gradient(*given, drawn.relu, drawn.other)
+    for relu, other in zip(otherwise(drawn.relu), otherwise(drawn.other), strict=True):
+        assert torch.equal(conv3x3_gradient(*given, relu, other), wanted)
+
+
+def test_what_is_added_has_the_shape_and_dtype_of_the_result(device: str) -> None:
+    drawn = Drawn((2, 32, 64, 6, 6), torch.float16, device)
+    for residual in (drawn.residual[:1], drawn.residual[:, :, :1, :1], drawn.residual.float()):
+        with pytest.raises(ValueError, match="residual"):
+            conv3x3(drawn.x, drawn.weight, None, residual)
+    with pytest.raises(ValueError, match="relu"):
+        conv3x3_gradient(drawn.behind, drawn.weight, drawn.relu[:, :8])
+
+
+def test_a_mask_on_fewer_channels_than_the_weight_has_is_the_librarys(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_conv, "conv3x3_pays", lambda x, channels, gradient: True)
+    drawn = Drawn((2, 8, 32, 6, 6), torch.float16, device, integers=True)
+    x = laid_out(drawn.relu[:, :3], torch.float16, device).requires_grad_()
+    output, same = fused_conv.conv_relu_linked(
+        x, drawn.weight, padding=(1, 1), masks_input=True, backend="triton"
+    )
+    found = torch.autograd.grad((output, same), x, (drawn.behind, torch.ones_like(x)))[0]
+    wanted = conv3x3_gradient_torch(
+        *double(drawn.behind * (output > 0), drawn.weight[:, :3], x, torch.ones_like(x))  # type: ignore[arg-type]
+    )
+    assert torch.equal(found.double(), wanted)
+
+
 def test_what_the_kernels_do_not_take_is_known(device: str) -> None:
     good = Drawn((2, 32, 64, 6, 6), torch.bfloat16, device)
     assert conv3x3_runs_on(good.x, good.weight)

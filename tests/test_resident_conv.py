@@ -99,6 +99,7 @@ def test_nan_passes_and_negative_zero_is_masked(hopper: Hopper) -> None:
         ("early", "late", "multiplied"),  # does not wait for products before the next boxes
         ("late", "early", "store_wait"),  # writes the next tile over one that is not stored yet
         ("early", "early", "fence"),
+        ("early", "early", "later fences"),  # but for that of the barriers
     ],
 )
 def test_a_kernel_that_does_not_wait_is_found_out(
@@ -107,6 +108,9 @@ def test_a_kernel_that_does_not_wait_is_found_out(
     hopper = Hopper(copies, products)
     if broken == "multiplied":
         monkeypatch.setattr(hopper, broken, lambda num_outstanding, deps: deps[0])
+    elif broken == "later fences":
+        fences = iter([hopper.fence])
+        monkeypatch.setattr(hopper, "fence", lambda: next(fences, lambda: None)())
     else:
         monkeypatch.setattr(hopper, broken, lambda *_: None)
     emulate(monkeypatch, resident_conv, hopper, KERNELS)

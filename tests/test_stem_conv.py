@@ -72,7 +72,7 @@ def test_sums_of_integers_are_exact_in_any_layout(device: str, layout: str) -> N
     torch.manual_seed(0)
     x = made((5, 3, 9, 8), torch.float16, device, integers=True)
     weight = made((64, 8, 3, 3), torch.float16, device, integers=True)
-    bias = torch.arange(-32, 32, device=device).half()
+    bias = torch.arange(-32, 32, 0.5, device=device).half()[::2]
     if layout == "contiguous":
         x = x.contiguous()
     if layout == "sliced":
@@ -96,6 +96,7 @@ def test_nan_spreads_as_far_as_the_kernel_reaches(device: str) -> None:
 def test_what_the_kernel_does_not_take_is_known(device: str) -> None:
     good = made((2, 3, 6, 6), torch.bfloat16, device)
     weight = made((64, 8, 3, 3), torch.bfloat16, device)
+    narrow = made((64, 2, 3, 3), torch.bfloat16, device)
     long = made((2, LONGEST // 9 + 1, 6, 6), torch.bfloat16, device)
     pairs = ((1, 1), (1, 1))
     assert stem_conv_runs_on(good, weight, *pairs)
@@ -103,6 +104,7 @@ def test_what_the_kernel_does_not_take_is_known(device: str) -> None:
         (good.float(), weight.float(), pairs),
         (good.half(), weight, pairs),
         (good, weight.contiguous(), pairs),
+        (good, narrow, pairs),
         (good, weight, ((1, 2), (1, 1))),
         (good, weight, ((1, 1), (0, 1))),
         (long, weight, pairs),
