@@ -229,7 +229,7 @@ def _ours(
                 continue
             found[name] = times(call)
         except Exception as error:  # of the compiler, or for lack of shared memory
-            notes.append(f"{name}: {str(error).splitlines()[0][:60]}")
+            notes.append(f"{name}: {(str(error) or repr(error)).splitlines()[0][:60]}")
     return found, notes
 
 

@@ -78,6 +78,15 @@ def test_the_librarys_gradient_makes_no_pass_that_an_attack_does_not(channels: i
     assert "convolution_backward" in names and not names & {"constant_pad_nd", "pad", "clone"}
 
 
+def test_an_error_without_words_is_a_note_by_its_name() -> None:
+    def fails() -> torch.Tensor:
+        raise AssertionError
+
+    x = torch.ones(2)
+    work = bench.Work("forward", x.clone, {"tile": fails}, x.clone)
+    assert bench._ours(work, lambda call: [0.0]) == ({}, ["tile: AssertionError()"])
+
+
 @pytest.mark.interpreter
 def test_other_convolutions_are_left_out() -> None:
     taken = [shape for shape in convolutions("resnet18", 4) if bench.works(shape, 1, CPU)]
