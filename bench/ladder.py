@@ -20,7 +20,7 @@ from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import give_back_freed_memory, keep_freed_memory
 from reat_fast.engine.precision import allowed_tf32, determinism
 from reat_fast.engine.reference_step import ReferenceStep
-from reat_fast.kernels import conv3x3, triton_support
+from reat_fast.kernels import boxes, triton_support
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
@@ -156,7 +156,7 @@ class Ladder:
         yield Rung("kernels", lambda: self._eager(Kind()))
         yield Rung("kernels, bf16", lambda: self._eager(replace(low, form="eager")), "bfloat16")
         for form in CAPTURED:
-            if form != "triton" or conv3x3.why_not(self._device) is None:
+            if form != "triton" or boxes.why_not(self._device) is None:
                 yield self._replayed(f"captured, {form}", replace(low, form=form))
         yield self._replayed("captured, tf32", Kind(precision="tf32"))
 

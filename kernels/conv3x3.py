@@ -15,20 +15,20 @@ pixels the columns, so that its second operand is what a box is in shared memory
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reat_fast.kernels.boxes import boxed, dense, image_boxes, tile_sides, why_not
 from reat_fast.kernels.resident_conv import (
     CHANNELS,
     PIXELS,
     launch_resident_conv,
     resident_conv_runs_on,
 )
-from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv, jit, tl
+from reat_fast.kernels.triton_support import cdiv, jit, tl
 
 
 class Tile(NamedTuple):
@@ -54,8 +54,6 @@ STAGES = 4
 """Boxes that are on their way at a time; those of the largest tile take 192 of 227 KiB."""
 MOST_CHANNELS = 256
 """Of an image of which the mask of the gradient still takes long enough."""
-CAPABILITY = (9, 0)
-"""The first that fetches boxes by itself."""
 
 
 def conv3x3_torch(
@@ -93,10 +91,13 @@ def _conv3x3_kernel(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    first_channel = tl.program_id(0) * CHANNELS
+    # Programs of the same pixels run side by side. One axis: the others end at 65,535.
+    parts = tl.cdiv(channels, CHANNELS)
+    first_channel = tl.program_id(0) % parts * CHANNELS
+    band = tl.program_id(0) // parts
     bands = tl.cdiv(height, ROWS)
-    image = tl.program_id(1) // bands * IMAGES
-    row = tl.program_id(1) % bands * ROWS
+    image = band // bands * IMAGES
+    row = band % bands * ROWS
     PIXELS: tl.constexpr = IMAGES * ROWS * WIDTH
 
     sums = tl.zeros((CHANNELS, PIXELS), dtype=tl.float32)
@@ -132,17 +133,6 @@ def _conv3x3_kernel(  # type: ignore[no-untyped-def]
     output_desc.store([image, row, 0, first_channel], pixels)
 
 
-def why_not(device: torch.device) -> str | None:
-    """Say what a device lacks to run the kernels, or nothing, as where Triton interprets them."""
-    if TensorDescriptor is None:
-        return "needs Triton 3.6: pip install triton"
-    if INTERPRETED:
-        return None
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, as an H100 is"
-    return None
-
-
 def conv3x3_runs_on(x: Tensor, weight: Tensor, *, gradient: bool = False) -> bool:
     """Say whether the kernels take x [B, C, H, W], or a gradient, and weight [K, C, 3, 3].
 
@@ -154,11 +144,10 @@ def conv3x3_runs_on(x: Tensor, weight: Tensor, *, gradient: bool = False) -> boo
         return False
     if why_not(x.device) is not None:
         return False
-    last = torch.channels_last
-    dense = all(t.is_contiguous(memory_format=last) and t.data_ptr() % 16 == 0 for t in (x, weight))
     written, read = weight.shape[:2] if not gradient else weight.shape[1::-1]
     widths = read == x.shape[1] and read % 32 == 0 and written % 8 == 0
-    return dense and widths and weight.shape[2:] == (3, 3) and x.shape[3] <= 128 and x.numel() > 0
+    laid = dense(x) and dense(weight) and widths
+    return laid and weight.shape[2:] == (3, 3) and x.shape[3] <= 128 and x.numel() > 0
 
 
 def conv3x3_pays(x: Tensor, channels: int, *, gradient: bool) -> bool:
@@ -232,28 +221,18 @@ def _launch(
         launch_resident_conv(x, weight, bias, added, relu, output, gradient=gradient)
         return
     pixels, tile_channels, warps, _ = tile
-    images, rows, width = _box(x, pixels)
+    sides = images, rows, width = tile_sides(x, pixels)
     block = DEPTH if depth % DEPTH == 0 else 32
-
-    def boxes(tensor: Tensor | None, last: int) -> object:
-        if tensor is None:
-            return None
-        batch, size, *place = tensor.shape
-        shape = [batch, *place, size]
-        # Those of dimensions of one element may be anything in PyTorch.
-        strides = [math.prod(shape[1:]), place[1] * size, size, 1]
-        return TensorDescriptor(tensor, shape, strides, [images, rows, width, last])
-
-    flat = weight.permute(0, 2, 3, 1).flatten(1)  # [K, 9 * C], of the same memory
-    weights = [block, tile_channels] if gradient else [tile_channels, block]
+    columns = 9 * weight.shape[1]
+    part = [block, tile_channels] if gradient else [tile_channels, block]
     bands = cdiv(len(x), images) * cdiv(height, rows)
-    _conv3x3_kernel[(cdiv(channels, tile_channels), bands)](
-        boxes(x, block),
-        TensorDescriptor.from_tensor(flat, weights),
+    _conv3x3_kernel[(cdiv(channels, tile_channels) * bands,)](
+        image_boxes(x, [*sides, block]),
+        boxed(weight, [len(weight), columns], [columns, 1], part),
         bias,
-        boxes(added, tile_channels),
-        boxes(relu, tile_channels),
-        boxes(output, tile_channels),
+        image_boxes(added, [*sides, tile_channels]),
+        image_boxes(relu, [*sides, tile_channels]),
+        image_boxes(output, [*sides, tile_channels]),
         height,
         channels,
         SUMMED=depth,
@@ -274,7 +253,7 @@ def _beside(tensor: Tensor, output: Tensor) -> Tensor:
         wrong, right = (f"{t.dtype} {list(t.shape)}" for t in (tensor, output))
         raise ValueError(f"residual, other or relu is {wrong}, the result {right}")
     tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if dense(tensor) else tensor.clone()
 
 
 def choose_tile(x: Tensor, channels: int) -> Tile:
@@ -285,16 +264,9 @@ def choose_tile(x: Tensor, channels: int) -> Tile:
     if resident_conv_runs_on(x, channels):
         return RESIDENT
     for tile in TILES:
-        images, rows, _ = _box(x, tile.pixels)
+        images, rows, _ = tile_sides(x, tile.pixels)
         bands = cdiv(len(x), images) * cdiv(x.shape[2], rows)
         fits = tile.channels == TILES[-1].channels or channels % tile.channels == 0
         if fits and bands * cdiv(channels, tile.channels) >= PROGRAMS:
             return tile
     return TILES[-1]
-
-
-def _box(x: Tensor, pixels: int) -> tuple[int, int, int]:
-    """Return images, rows and width of a tile: powers of two that cover whole rows."""
-    height, width = (1 << (size - 1).bit_length() for size in x.shape[2:])
-    rows = min(pixels // width, height)
-    return pixels // (width * rows), rows, width

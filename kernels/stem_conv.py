@@ -22,6 +22,8 @@ LONGEST = 64
 """Numbers of a product that one matrix may have."""
 WIDEST = 128
 """Channels of an output that one program writes."""
+FEW = 8
+"""Channels of images are fewer than fill the 16 bytes that libraries want."""
 
 
 @jit
@@ -100,7 +102,12 @@ def stem_conv_runs_on(
     square = len(set(stride)) == 1 and len(set(padding)) == 1
     last = weight.is_contiguous(memory_format=torch.channels_last)
     length = x.shape[1] * weight.shape[2:].numel()
-    fits = x.shape[1] <= weight.shape[1] and length <= LONGEST and len(weight) <= WIDEST
+    fits = (
+        x.shape[1] <= weight.shape[1]
+        and x.shape[1] < FEW
+        and length <= LONGEST
+        and len(weight) <= WIDEST
+    )
     return square and last and fits and x.numel() > 0
 
 

@@ -65,11 +65,13 @@ def _strided_gradient_kernel(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    first_channel = tl.program_id(0) * CHANNELS
+    PARTS: tl.constexpr = WRITTEN // CHANNELS
+    first_channel = tl.program_id(0) % PARTS * CHANNELS
+    band = tl.program_id(0) // PARTS
     bands = tl.cdiv(height, ROWS)
-    image = tl.program_id(1) // bands * IMAGES
-    row = tl.program_id(1) % bands * ROWS
-    kind = 3 - tl.program_id(2)  # those of most taps first, that none is left at the end
+    image = band // bands * IMAGES
+    row = band % bands * ROWS
+    kind = 3 - tl.program_id(1)  # those of most taps first, that none is left at the end
     odd_row = kind // 2
     odd_column = kind % 2
     PIXELS: tl.constexpr = IMAGES * ROWS * WIDTH
@@ -155,9 +157,8 @@ def strided_gradient(
         columns = 1 if tensor is None else tensor[0].numel()
         return boxed(tensor, [depth, columns], [columns, 1], [DEPTH, tile_channels])
 
-    _strided_gradient_kernel[
-        (channels // tile_channels, cdiv(batch, images) * cdiv(height, rows), 4)
-    ](
+    bands = cdiv(batch, images) * cdiv(height, rows)
+    _strided_gradient_kernel[(channels // tile_channels * bands, 4)](
         image_boxes(masked, [images, rows, padded, DEPTH]),
         matrix(weight),
         image_boxes(beside, [images, rows, padded, DEPTH]),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from reat_fast.attack import cross_entropy
 from reat_fast.config import Config
-from reat_fast.kernels import own_conv
+from reat_fast.kernels import fused_conv, own_conv
 from reat_fast.kernels.conv3x3 import (
     TILES,
     Tile,
@@ -194,7 +194,7 @@ def test_what_is_added_has_the_shape_and_dtype_of_the_result(device: str) -> Non
 def test_a_mask_on_fewer_channels_than_the_weight_has_is_the_librarys(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_conv, "conv3x3_pays", lambda x, channels, gradient: True)
+    monkeypatch.setattr(own_conv, "conv3x3_pays", lambda x, channels, gradient: True)
     drawn = Drawn((2, 8, 32, 6, 6), torch.float16, device, integers=True)
     x = laid_out(drawn.relu[:, :3], torch.float16, device).requires_grad_()
     output, same = fused_conv.conv_relu_linked(
@@ -331,7 +331,7 @@ def test_the_flag_says_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, device: str, precision: str, named: str
 ) -> None:
     if device == "cuda":  # whatever there is: the precision is what it lacks
-        monkeypatch.setattr("reat_fast.kernels.conv3x3.why_not", lambda device: None)
+        monkeypatch.setattr("reat_fast.kernels.boxes.why_not", lambda device: None)
     config = Config(attack_form="triton", precision=precision)  # type: ignore[arg-type]
     model = create_model("resnet8", 10)
     with pytest.raises(ValueError, match=f"--attack-form triton: .*{named}") as refused:

@@ -11,7 +11,7 @@ from torch import Tensor
 from reat_fast.attack import ascend, with_batch_statistics
 from reat_fast.config import Config
 from reat_fast.engine.precision import resolve_precision
-from reat_fast.kernels import conv3x3
+from reat_fast.kernels import boxes
 from reat_fast.methods.attacks import AttackLossName, choose_attack_loss, plan_attack
 from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
@@ -47,7 +47,7 @@ def resolve_form(config: Config, device: torch.device) -> Form:
 
 def _require_own_kernels(dtype: torch.dtype | None, device: torch.device) -> None:
     """Raise ValueError where no convolution would be computed by a kernel of ours."""
-    reason = conv3x3.why_not(device)
+    reason = boxes.why_not(device)
     if reason is not None:
         raise ValueError(f"--attack-form triton: {reason}; leave it out")
     if dtype is None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from reat_fast import reference
 from reat_fast.engine.augment import PolicyName, apply_policy
 from reat_fast.kernels import philox
+from reat_fast.kernels.boxes import why_not
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
-from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient, why_not
+from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
