@@ -3,7 +3,7 @@
 Forward with bias, sum and ReLU, and the input gradient with sum and mask, for each shape of a
 network that a kernel of ours takes, in bfloat16. The library's side is what the attack does without
 our kernels: cuDNN's fused forward, images filled to 8 channels; its input gradient and the pass
-that sums and masks. A result of ours has to be about as near to float32 as the library's before it
+that sums and masks. Where images are halved it is the gradient of convolution and shortcut. A result of ours has to be about as near to float32 as the library's before it
 is timed. Which tile is best for a shape, and whether it beats the library, is what choose_tile and
 conv3x3_pays of kernels/conv3x3.py have to be told.
 """
@@ -34,8 +34,14 @@ from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels.boxes import why_not
 from reat_fast.kernels.conv3x3 import RESIDENT, TILES, Tile
 from reat_fast.kernels.fused_conv import _input_gradient, _Place, conv_relu
+from reat_fast.kernels.own_conv import HALVED, SHORTCUT, Beside
 from reat_fast.kernels.resident_conv import resident_conv_runs_on
 from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
+from reat_fast.kernels.strided_gradient import (
+    strided_gradient,
+    strided_gradient_runs_on,
+    strided_gradient_torch,
+)
 from reat_fast.networks.folding import CHANNELS
 
 OTHERS = (Tile(128, 64, 8), Tile(256, 64, 8), Tile(128, 128, 8), Tile(64, 128, 4))
@@ -91,7 +97,7 @@ class Case:
             return values.contiguous(memory_format=torch.channels_last)
 
         self.x = made(batch_size, shape.in_width, shape.size, shape.size)
-        self.behind = made(batch_size, shape.out_width, shape.size, shape.size)
+        self.behind = made(batch_size, shape.out_width, shape.out_size, shape.out_size)
         weight = made(shape.out_width, shape.in_width, 3, 3) / (9 * shape.in_width) ** 0.5
         filled = F.pad(weight, (0, 0, 0, 0, 0, -shape.in_width % CHANNELS))
         self.weight = filled.contiguous(memory_format=torch.channels_last)
@@ -135,6 +141,31 @@ class Case:
         exact = partial(_in_float32, ours.conv3x3_gradient_torch, self.behind, narrow, relu, other)
         return Work(name, library, {_name(tile): partial(own, tile) for tile in tiles}, exact)
 
+    def halved(self, name: str) -> Work:
+        """Return the gradient of x where relu > 0, of this convolution and a shortcut beside it."""
+        beside = torch.randn_like(self.behind)
+        size = (*self.weight.shape[:2], 1, 1)
+        weight = torch.randn(size, device=beside.device, dtype=beside.dtype)
+        weight = weight.contiguous(memory_format=torch.channels_last) / size[1] ** 0.5
+
+        def library() -> Tensor:
+            near, place = Beside(beside, weight, SHORTCUT), _Place(masks_input=True)
+            given = (self.relu, self.weight, self.behind, None, near, HALVED, place)
+            found = _input_gradient(*given)
+            assert found is not None
+            return found
+
+        given = (self.behind, self.weight, self.relu, None)
+        own: dict[str, Callable[[], Tensor]] = {}
+        if strided_gradient_runs_on(self.behind, self.weight, self.x):
+            own["strided"] = partial(strided_gradient, *given, (beside, weight))
+
+        def exact() -> Tensor:
+            wide = (None if tensor is None else tensor.float() for tensor in given)
+            return strided_gradient_torch(*wide, (beside.float(), weight.float()))  # type: ignore[arg-type]
+
+        return Work(name, library, own, exact)
+
     def _tiles(self, read: Tensor, written: int) -> list[Tile]:
         resident = resident_conv_runs_on(read, written)
         return [tile for tile in CANDIDATES if resident or not tile.resident]
@@ -142,9 +173,12 @@ class Case:
 
 def works(shape: Convolution, batch_size: int, device: torch.device) -> list[Work]:
     """Return what an attack asks of a convolution, as far as kernels of ours compute it."""
-    if (shape.kernel, shape.stride, shape.padding, shape.groups) != (3, 1, 1, 1):
+    if (shape.kernel, shape.padding, shape.groups) != (3, 1, 1) or shape.stride > 2:
         return []
     case = Case(shape, batch_size, device)
+    if shape.stride == 2:
+        work = case.halved("gradients, mask")
+        return [work] if work.own else []
     found = [case.forward("forward", None)]
     if shape.in_width < CHANNELS:  # of images, before which no ReLU stands
         found.append(case.gradient("gradient", None, None))
