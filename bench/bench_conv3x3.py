@@ -3,9 +3,10 @@
 Forward with bias, sum and ReLU, and the input gradient with sum and mask, for each shape of a
 network that a kernel of ours takes, in bfloat16. The library's side is what the attack does without
 our kernels: cuDNN's fused forward, images filled to 8 channels; its input gradient and the pass
-that sums and masks. Where images are halved it is the gradient of convolution and shortcut. A result of ours has to be about as near to float32 as the library's before it
-is timed. Which tile is best for a shape, and whether it beats the library, is what choose_tile and
-conv3x3_pays of kernels/conv3x3.py have to be told.
+that sums and masks. Where images are halved it is the gradient of convolution and shortcut. A
+result of ours has to be about as near to float32 as the library's before it is timed. Which tile is
+best for a shape, and whether it beats the library, is what choose_tile and conv3x3_pays of
+kernels/conv3x3.py have to be told.
 """
 
 from __future__ import annotations
@@ -161,8 +162,8 @@ class Case:
             own["strided"] = partial(strided_gradient, *given, (beside, weight))
 
         def exact() -> Tensor:
-            wide = (None if tensor is None else tensor.float() for tensor in given)
-            return strided_gradient_torch(*wide, (beside.float(), weight.float()))  # type: ignore[arg-type]
+            wide: list[Any] = [None if tensor is None else tensor.float() for tensor in given]
+            return strided_gradient_torch(*wide, (beside.float(), weight.float()))
 
         return Work(name, library, own, exact)
 

@@ -21,6 +21,7 @@ from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import prepare
+from reat_fast.kernels.strided_gradient import strided_gradient
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 from reat_fast.kernels.triton_support import Backend
 
@@ -180,6 +181,13 @@ def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
         expected = torch.where(relu > 0, gradient + other.double(), 0)
         error = worst(conv3x3_gradient(behind, weight, relu, other), expected)
         yield Row("conv3x3", f"{case}, gradient, relative", name, error, GRADIENT[dtype])
+        halves = behind[:, :, :4, :8].contiguous(memory_format=torch.channels_last)
+        leaf = x.double().requires_grad_()
+        reached = F.conv2d(leaf, weight.double(), stride=2, padding=1)
+        (gradient,) = torch.autograd.grad(reached, leaf, halves.double())
+        expected = torch.where(relu > 0, gradient + other.double(), 0)
+        error = worst(strided_gradient(halves, weight, relu, other), expected)
+        yield Row("strided_gradient", f"{case}, relative", name, error, GRADIENT[dtype])
 
 
 def _attack_tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
