@@ -200,7 +200,7 @@ def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
     attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", attack)]
     few = ImageSet(image_set.images, image_set.labels % 3)
     done: list[int] = []
-    with pytest.raises(ValueError, match="needs 4 classes, the model has 3"):
+    with pytest.raises(ValueError, match="^--attacks: Auto.* needs 4 classes, the model has 3"):
         evaluate.evaluate(model, few, attacks, 3, progress=done.append)
     assert done == []
 
