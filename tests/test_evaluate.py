@@ -153,6 +153,11 @@ def test_a_test_image_that_is_damaged_while_a_run_trains_may_be_left_out_then(
     # What is damaged of the training images since hinders no evaluation either.
     (tmp_path / "data/train/class0/1.png").write_bytes(b"damaged since")
     assert run_command(evaluate.main, [*evaluation, "--skip-bad"]) == 0
+    capsys.readouterr()
+    assert run_command(train.main, ["--resume", str(run), "--skip-bad"]) == 2
+    error = capsys.readouterr().err
+    assert "put back what is damaged" in error and "class0/1.png" in error
+    assert error.count("\n") == 1
 
 
 @pytest.fixture
