@@ -276,6 +276,12 @@ class Config:
                 self.fused or self.precision != "bf16",
                 "the reference of --no-fused computes in float32 or tf32",
             ),
+            "attack_form": (
+                self.attack_form in ("auto", "eager")
+                or (self.fused and self.attack_batchnorm == "eval" and self.attack != "free"),
+                "is one of the folded network, which --no-fused, --attack-batchnorm train and "
+                "--attack free do not have; leave it out",
+            ),
             "update_form": (
                 self.fused or self.update_form == "eager",
                 "the reference of --no-fused is not compiled",

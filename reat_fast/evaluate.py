@@ -175,7 +175,13 @@ def main(arguments: list[str]) -> int:
     device = choose_device(options.device)
     began = time.perf_counter()
     state = SearchState(place.parent)
-    result, test_images = _evaluate_run(options, weights, folder, device, state)
+    try:
+        result, test_images = _evaluate_run(options, weights, folder, device, state)
+    except KeyboardInterrupt:
+        if not state.file.is_file():
+            raise
+        print("stopped; the same command goes on with AutoAttack where it stands", file=sys.stderr)
+        return 130
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
         out, result = write_beside_others(folder, result)

@@ -172,16 +172,10 @@ class TrainStep:
         start: noise like images, or None for what the attack draws, U(-eps, eps) in REAT.
         Returns images_adv [B, C, H, W], logits [B, K] before the update, the loss and its terms
         (scalars; bsl and tail in REAT), all detached. Leaves the model in train mode.
-        Errors: ValueError for images that are not floating-point and labels of another number; on a
-        CPU for labels of no class, too, which would have to be waited for elsewhere.
+        Errors: ValueError for images that are not of the model's type and labels of another shape
+        or type; on a CPU for labels of no class, too, which would have to be waited for elsewhere.
         """
-        if not images.is_floating_point():
-            raise ValueError(f"images: {images.dtype}; divide bytes by 255")
-        if len(labels) != len(images):
-            raise ValueError(f"labels: {len(labels)} of them for {len(images)} images")
-        classes = len(self.statistics.counts)
-        if labels.device.type == "cpu" and not ({*labels.tolist()} <= {*range(classes)}):
-            raise ValueError(f"labels: must be numbers of classes, 0 to {classes - 1}")
+        self._refuse_misfits(images, labels, start)
         scale = self.attack.noise_scale(labels, self.epoch)
         begin = self.plan.draw_start(images, scale) if start is None else images + start
         return self._step(images, labels, begin, len(labels))
@@ -253,6 +247,22 @@ class TrainStep:
             self._free.load_state_dict(state)
         self.sums.load_state_dict(state)
         self.epoch.copy_(state["epoch"])
+
+    def _refuse_misfits(self, images: Tensor, labels: Tensor, start: Tensor | None) -> None:
+        """Raise ValueError for what no step can be taken on; waits for no device."""
+        wanted = next(self.model.parameters()).dtype
+        if images.dtype != wanted:
+            raise ValueError(f"images: {images.dtype}; give {wanted} in [0, 1], bytes over 255")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            given = f"{labels.dtype} of shape {list(labels.shape)}"
+            raise ValueError(
+                f"labels: {given}; give int64, a class for each of {len(images)} images"
+            )
+        if start is not None and start.shape != images.shape:
+            raise ValueError(f"start: {list(start.shape)}; give the shape of images, as noise has")
+        classes = len(self.statistics.counts)
+        if labels.device.type == "cpu" and not ({*labels.tolist()} <= {*range(classes)}):
+            raise ValueError(f"labels: must be numbers of classes, 0 to {classes - 1}")
 
     def _step(
         self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int

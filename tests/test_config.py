@@ -53,6 +53,9 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--momentum", "0", "--nesterov"], "--nesterov True: needs --momentum above 0"),
         (["--no-fused", "--precision", "bf16"], "--precision bf16: the reference"),
         (["--no-fused", "--graph", "on"], "--graph on: the reference"),
+        (["--no-fused", "--attack-form", "cudnn"], "--attack-form cudnn: is one of the folded"),
+        (["reat-batchnorm", "--attack-form", "cpu"], "--attack-form cpu: is one of the folded"),
+        (["--attack", "free", "--attack-form", "triton"], "--attack-form triton: is one of the"),
         (["--ema", "1"], "--ema 1.0: must lie in [0, 1)"),
         (["--label-smoothing", "2"], "--label-smoothing 2.0: must lie in [0, 1]"),
         (

@@ -153,6 +153,11 @@ def test_a_test_image_that_is_damaged_while_a_run_trains_may_be_left_out_then(
     # What is damaged of the training images since hinders no evaluation either.
     (tmp_path / "data/train/class0/1.png").write_bytes(b"damaged since")
     assert run_command(evaluate.main, [*evaluation, "--skip-bad"]) == 0
+    capsys.readouterr()
+    assert run_command(train.main, ["--resume", str(run), "--skip-bad"]) == 2
+    error = capsys.readouterr().err
+    assert "put back what is damaged" in error and "class0/1.png" in error
+    assert error.count("\n") == 1
 
 
 @pytest.fixture
@@ -200,7 +205,7 @@ def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
     attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", attack)]
     few = ImageSet(image_set.images, image_set.labels % 3)
     done: list[int] = []
-    with pytest.raises(ValueError, match="needs 4 classes, the model has 3"):
+    with pytest.raises(ValueError, match="^--attacks: Auto.* needs 4 classes, the model has 3"):
         evaluate.evaluate(model, few, attacks, 3, progress=done.append)
     assert done == []
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from made_data import made_npz
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from reat_fast import checkpoint, evaluate
 from reat_fast.cli.command import run_command
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack
+from reat_fast.evaluation import autoattack
 from reat_fast.evaluation.autoattack import AutoAttack
 
 
@@ -142,3 +143,26 @@ def test_a_terminal_gets_the_bar_and_a_pipe_does_not(
     assert not shown[-1].strip()  # gone when it is done
     assert run_command(evaluate.main, [*arguments, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_an_evaluation_stopped_within_autoattack_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def stop_at_the_second(search: AutoAttack, stage: str, rank: int, clean: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
+        seen.append(stage)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return clean
+
+    spec = checkpoint.ModelSpec("resnet8", 4, 3, 8, stem_stride=None, class_names=tuple("abcd"))
+    checkpoint.save_weights(tmp_path / "made.safetensors", spec.build(), spec)
+    data = made_npz(tmp_path / "made.npz", train=10, test=2)
+    arguments = [str(tmp_path / "made.safetensors"), "--dataset", "npz", "--data", str(data)]
+    arguments += ["--batch-size", "1", "--attacks", "aa"]
+    monkeypatch.setattr(AutoAttack, "_perturb", stop_at_the_second)
+    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
+    assert run_command(evaluate.main, arguments) == 130
+    told = "stopped; the same command goes on with AutoAttack where it stands\n"
+    assert capsys.readouterr().err == told

@@ -696,13 +696,28 @@ def test_a_step_trains_in_train_mode_whatever_the_mode_before() -> None:
     assert torch.equal(*logits)
 
 
-def test_bytes_and_labels_of_another_number_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (
+            {"images": torch.zeros(8, 3, 8, 8, dtype=torch.uint8)},
+            "images: torch.uint8; give torch.",
+        ),
+        ({"images": torch.rand(8, 3, 8, 8).double()}, "images: torch.float64; give torch.float32"),
+        ({"labels": torch.arange(4)}, "labels: torch.int64 of shape [4]; give int64, a class for"),
+        ({"labels": torch.zeros(8).int()}, "labels: torch.int32 of shape [8]; give int64"),
+        ({"labels": torch.eye(8)[:, :5]}, "labels: torch.float32 of shape [8, 5]; give int64"),
+        ({"labels": torch.eye(8)[:, :5].long()}, "labels: torch.int64 of shape [8, 5]; give int64"),
+        ({"start": torch.zeros(8, 3, 4, 4)}, "start: [8, 3, 4, 4]; give the shape of images"),
+    ],
+)
+def test_what_does_not_fit_the_step_is_refused_by_name(wrong: dict[str, Tensor], told: str) -> None:
     model = make_model()
     step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config())
-    with pytest.raises(ValueError, match="images: torch.uint8; divide bytes by 255"):
-        step(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 5)
-    with pytest.raises(ValueError, match="labels: 4 of them for 8 images"):
-        step(torch.rand(8, 3, 8, 8), torch.arange(4))
+    fits = {"images": torch.rand(8, 3, 8, 8), "labels": torch.arange(8) % 5}
+    with pytest.raises(ValueError) as refused:
+        step(**(fits | wrong))
+    assert str(refused.value).startswith(told)
 
 
 @pytest.mark.parametrize("counts", [COUNTS[:4], [*COUNTS, 1], [*COUNTS[:4], -1], [2.5] * 5, []])

@@ -564,7 +564,7 @@ def test_autoattack_on_data_of_few_classes_is_refused_before_a_run_is_trained(
     file, out = tmp_path / "sets.txt", tmp_path / "out"
     file.write_text("".join(f"{d.stem}: reat {SMALL} --data {d}\n" for d in sets))
     assert command(file, "--out", out, "--attacks", "pgd10", attack) == 2
-    told = f"error: {file}:2: --attacks aa: AutoAttack's targeted loss needs 4 classes, the model"
+    told = f"error: {file}:2: --attacks: AutoAttack's targeted loss needs 4 classes, the model"
     assert capsys.readouterr().err.startswith(told)
     assert trainer.commands == [] and not out.exists()
 

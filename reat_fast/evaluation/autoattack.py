@@ -79,8 +79,8 @@ def refuse_few_classes(classes: int) -> None:
     """Raise ValueError for fewer than four classes, where the DLR loss is not defined."""
     if classes < 4:
         raise ValueError(
-            f"--attacks aa: AutoAttack's targeted loss needs 4 classes, the model has "
-            f"{classes}; use pgd100 and cw100"
+            f"--attacks: AutoAttack's targeted loss needs 4 classes, the model has {classes}; "
+            "use pgd100 and cw100"
         )
 
 

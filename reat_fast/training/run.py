@@ -268,9 +268,11 @@ class Run:
         """
         same_images = state.get("images", self.images) == self.images  # older runs lack it
         if state["fingerprint"] != self.splits.fingerprint or not same_images:
+            notes = self.dataset.notes  # which images --skip-bad has left out
+            damaged = "".join(f", and put back what is damaged since ({note})" for note in notes)
             raise CheckpointError(
                 f"--resume {self.folder}: the training images are not those the run was begun "
-                "with; name the same data with --data"
+                f"with; name the same data with --data{damaged}"
             )
         if self._captured is not None:  # loading moves momentum
             self._captured.close()
