@@ -86,6 +86,18 @@ def place(request: pytest.FixtureRequest) -> tuple[Backend, str]:
     return backend, device
 
 
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Run a test once per place where kernels of ours run."""
+    place: str = request.param
+    return place
+
+
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(allocate)
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:

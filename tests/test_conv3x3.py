@@ -39,18 +39,6 @@ SHAPES = [  # batch, channels in and out, height, width
 ]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
-        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    """Run a test where the kernels run."""
-    place: str = request.param
-    return place
-
-
 def laid_out(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     return tensor.to(device, dtype).contiguous(memory_format=torch.channels_last)
 

@@ -21,18 +21,6 @@ CASES: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
-        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    """Run a test where the kernel runs."""
-    place: str = request.param
-    return place
-
-
 def made(shape: tuple[int, ...], dtype: torch.dtype, device: str, integers: bool = False) -> Tensor:
     values = torch.randint(-2, 3, shape).float() if integers else torch.randn(shape)
     return values.to(device, dtype).contiguous(memory_format=torch.channels_last)

@@ -17,24 +17,14 @@ from reat_fast.kernels.strided_gradient import (
     strided_gradient_torch,
 )
 
+pytestmark = interprets_no_loop
+
 SHAPES = [  # batch, channels in and out, height and width of x
     (2, 64, 128, 16, 16),
     (3, 128, 64, 6, 10),
     (1, 64, 64, 2, 2),
     (9, 64, 128, 8, 8),
 ]
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", id="interpreter", marks=[pytest.mark.interpreter, interprets_no_loop]),
-        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    """Run a test where the kernel runs."""
-    place: str = request.param
-    return place
 
 
 class Drawn:
