@@ -34,7 +34,7 @@ from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels.boxes import why_not
 from reat_fast.kernels.conv3x3 import RESIDENT, TILES, Tile
-from reat_fast.kernels.fused_conv import _input_gradient, _Place, conv_relu
+from reat_fast.kernels.fused_conv import Place, conv_relu, input_gradient
 from reat_fast.kernels.own_conv import HALVED, SHORTCUT, Beside
 from reat_fast.kernels.resident_conv import resident_conv_runs_on
 from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
@@ -125,9 +125,9 @@ class Case:
         channels = self.x.shape[1]
 
         def library() -> Tensor:
-            x, place = self.x if relu is None else relu, _Place(masks_input=relu is not None)
+            x, place = self.x if relu is None else relu, Place(masks_input=relu is not None)
             geometry = (PAIR, PAIR, PAIR, 1)
-            found = _input_gradient(x, self.weight, self.behind, other, None, geometry, place)
+            found = input_gradient(x, self.weight, self.behind, other, None, geometry, place)
             assert found is not None
             return found
 
@@ -150,9 +150,9 @@ class Case:
         weight = weight.contiguous(memory_format=torch.channels_last) / size[1] ** 0.5
 
         def library() -> Tensor:
-            near, place = Beside(beside, weight, SHORTCUT), _Place(masks_input=True)
+            near, place = Beside(beside, weight, SHORTCUT), Place(masks_input=True)
             given = (self.relu, self.weight, self.behind, None, near, HALVED, place)
-            found = _input_gradient(*given)
+            found = input_gradient(*given)
             assert found is not None
             return found
 

@@ -95,7 +95,7 @@ def _shaped_as_filled(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a conv_relu stands among others, and what computes it."""
 
     masks_input: bool = False
@@ -116,7 +116,7 @@ class _ConvRelu(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         geometry: Geometry,
-        place: _Place,
+        place: Place,
         shortcut: Tensor | None,
         shortcut_geometry: Geometry | None,
     ) -> tuple[Tensor, Tensor]:
@@ -145,18 +145,18 @@ class _ConvRelu(torch.autograd.Function):
             beside = None
             if other is not None and shortcut is not None:
                 beside, other = Beside(other, shortcut, ctx.shortcut_geometry), None
-            grad_x = _input_gradient(x, weight, masked, other, beside, ctx.geometry, ctx.place)
+            grad_x = input_gradient(x, weight, masked, other, beside, ctx.geometry, ctx.place)
         return grad_x, None, None, masked if ctx.has_residual else None, *(None,) * 4
 
 
-def _input_gradient(
+def input_gradient(
     x: Tensor,
     weight: Tensor,
     masked: Tensor | None,
     other: Tensor | None,
     beside: Beside | None,
     geometry: Geometry,
-    place: _Place,
+    place: Place,
 ) -> Tensor | None:
     """Return conv^T(masked, weight) + other + beside's, masked where x <= 0 if it is to do that."""
     relu = x if place.masks_input else None
@@ -210,12 +210,12 @@ def conv_relu(
     x [B, C, H, W] and weight [K, C / groups, R, S] of one dtype, bias [K], residual shaped like the
     output [B, K, H', W']; the rest as in torch.nn.functional.conv2d. Without groups the weight may
     be [K, C + n, R, S]: x is filled with n channels of zeros. The gradient of ReLU at 0 is 0, as in
-    PyTorch. float64 and CPU tensors take PyTorch's operators. backend: "triton" has what
-    kernels.conv3x3 takes computed there.
+    PyTorch. float64 and CPU tensors take PyTorch's operators. backend: "triton" has what a
+    kernel of ours takes computed by it (kernels.own_conv).
     Raises ValueError for a weight or bias that asks for a gradient, or a residual of another shape.
     """
     geometry = (stride, padding, dilation, groups)
-    return _apply(x, weight, bias, residual, geometry, _Place(backend=backend))[0]
+    return _apply(x, weight, bias, residual, geometry, Place(backend=backend))[0]
 
 
 def conv_relu_linked(
@@ -242,7 +242,7 @@ def conv_relu_linked(
     wait for memory: 1.7 of the 14.2 ms of a step of ResNet-18 on an H100 (python -m
     bench.step_kernels), while a kernel of ours for the gradient makes them as it writes.
     """
-    place = _Place(masks_input, reader_masks, backend)
+    place = Place(masks_input, reader_masks, backend)
     geometry = (stride, padding, dilation, groups)
     return _apply(x, weight, bias, residual, geometry, place, shortcut)
 
@@ -253,7 +253,7 @@ def _apply(
     bias: Tensor | None,
     residual: Tensor | None,
     geometry: Geometry,
-    place: _Place,
+    place: Place,
     shortcut: Shortcut | None = None,
 ) -> tuple[Tensor, Tensor]:
     beside, beside_geometry = shortcut or (None, None)

@@ -113,8 +113,8 @@ class Config:
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
     attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "cpu"] = "auto"
     """How the attacked network computes: op by op, compiled, by fused cuDNN (auto on a GPU in
-    bfloat16), with own kernels for 3x3 convolutions (triton, from Hopper on, not yet timed), or in
-    forms made for CPUs (cpu, auto there)."""
+    bfloat16), by kernels of ours where they take a convolution (triton, from Hopper on, not yet
+    timed), or in forms made for CPUs (cpu, auto there)."""
     update_form: Literal["eager", "compiled"] = "eager"
     """How the update computes: op by op, or compiled, once for each size of a batch."""
 

@@ -24,7 +24,7 @@ class Network(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the features [B, D] of images [B, C, H, W] in [0, 1]."""
-        raise NotImplementedError
+        raise NotImplementedError  # each architecture has its own
 
     def forward_features_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features [B, D] and the logits [B, K] of images [B, C, H, W] in [0, 1]."""

@@ -36,7 +36,7 @@ class FrozenNetwork:
     up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
     then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
     the sum optional, as one op with its own backward, the images padded to 8 channels; "triton" has
-    the 3x3 convolutions of stride 1 among them computed by kernels.conv3x3; "cpu" lets wide 3x3
+    those that a kernel of ours takes computed by it (kernels.own_conv); "cpu" lets wide 3x3
     convolutions multiply less and a strided one of the images find their gradient faster.
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
