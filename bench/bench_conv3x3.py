@@ -32,8 +32,8 @@ from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.config import flag
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
-from reat_fast.kernels.boxes import why_not
-from reat_fast.kernels.conv3x3 import RESIDENT, TILES, Tile
+from reat_fast.kernels.boxes import Tile, why_not
+from reat_fast.kernels.conv3x3 import RESIDENT, TILES
 from reat_fast.kernels.fused_conv import Place, conv_relu, input_gradient
 from reat_fast.kernels.own_conv import HALVED, SHORTCUT, Beside
 from reat_fast.kernels.resident_conv import resident_conv_runs_on

@@ -6,15 +6,30 @@ What of a box lies outside the tensor is zero when it is fetched, and left alone
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor
+from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv
 
 CAPABILITY = (9, 0)
 """The first that fetches boxes by itself."""
+PROGRAMS = 120
+"""How many an H100, of 132 processors, is kept busy by: a tile that makes fewer is too large."""
+
+
+class Tile(NamedTuple):
+    """What one program computes: pixels of whole rows times channels, by so many warps.
+
+    resident: by kernels.resident_conv, where weights stay.
+    """
+
+    pixels: int
+    channels: int
+    warps: int
+    resident: bool = False
 
 
 def why_not(device: torch.device) -> str | None:
@@ -55,3 +70,32 @@ def tile_sides(x: Tensor, pixels: int) -> tuple[int, int, int]:
     height, width = (1 << (size - 1).bit_length() for size in x.shape[2:])
     rows = min(pixels // width, height)
     return pixels // (width * rows), rows, width
+
+
+def largest_tile(tiles: Sequence[Tile], x: Tensor, channels: int, kinds: int = 1) -> Tile:
+    """Return the first tile that divides the channels and makes PROGRAMS, or the last.
+
+    x [B, C, H, W] is read, channels are written; kinds: programs of each tile.
+    """
+    last = tiles[-1]
+    for tile in tiles:
+        images, rows, _ = tile_sides(x, tile.pixels)
+        bands = cdiv(len(x), images) * cdiv(x.shape[2], rows)
+        fits = tile.channels == last.channels or channels % tile.channels == 0
+        if fits and kinds * bands * cdiv(channels, tile.channels) >= PROGRAMS:
+            return tile
+    return last
+
+
+def beside(tensor: Tensor | None, output: Tensor) -> Tensor | None:
+    """Return what is added or masks, where it lies otherwise than boxes demand as a copy.
+
+    Errors: ValueError for one of another shape or dtype than the result.
+    """
+    if tensor is None:
+        return None
+    if tensor.shape != output.shape or tensor.dtype != output.dtype:
+        wrong, right = (f"{t.dtype} {list(t.shape)}" for t in (tensor, output))
+        raise ValueError(f"residual, other or relu is {wrong}, the result {right}")
+    tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor if dense(tensor) else tensor.clone()

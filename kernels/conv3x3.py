@@ -15,13 +15,20 @@ pixels the columns, so that its second operand is what a box is in shared memory
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reat_fast.kernels.boxes import boxed, dense, image_boxes, tile_sides, why_not
+from reat_fast.kernels.boxes import (
+    Tile,
+    beside,
+    boxed,
+    dense,
+    image_boxes,
+    largest_tile,
+    tile_sides,
+    why_not,
+)
 from reat_fast.kernels.resident_conv import (
     CHANNELS,
     PIXELS,
@@ -30,24 +37,9 @@ from reat_fast.kernels.resident_conv import (
 )
 from reat_fast.kernels.triton_support import cdiv, jit, tl
 
-
-class Tile(NamedTuple):
-    """What one program computes: pixels of whole rows times channels, by so many warps.
-
-    resident: by kernels.resident_conv, where weights stay.
-    """
-
-    pixels: int
-    channels: int
-    warps: int
-    resident: bool = False
-
-
 TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 128, 4), Tile(128, 64, 4))
 """From the one that reads least for its products, whose sums fill 128 registers of a thread."""
 RESIDENT = Tile(PIXELS, CHANNELS, 4, True)
-PROGRAMS = 120
-"""How many an H100, of 132 processors, is kept busy by: a tile that makes fewer is too large."""
 DEPTH = 64
 """Channels that are multiplied at a time: 128 bytes of 16 bits, the widest rows of a box."""
 STAGES = 4
@@ -215,7 +207,7 @@ def _launch(
 ) -> None:
     depth, channels, height = x.shape[1], output.shape[1], x.shape[2]
     bias = None if bias is None else bias.contiguous()
-    added, relu = (t if t is None else _beside(t, output) for t in (added, relu))
+    added, relu = beside(added, output), beside(relu, output)
     tile = tile or choose_tile(x, channels)
     if tile.resident:
         launch_resident_conv(x, weight, bias, added, relu, output, gradient=gradient)
@@ -247,26 +239,11 @@ def _launch(
     )
 
 
-def _beside(tensor: Tensor, output: Tensor) -> Tensor:
-    """Return what is added or masks, where it lies otherwise than boxes demand as a copy."""
-    if tensor.shape != output.shape or tensor.dtype != output.dtype:
-        wrong, right = (f"{t.dtype} {list(t.shape)}" for t in (tensor, output))
-        raise ValueError(f"residual, other or relu is {wrong}, the result {right}")
-    tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor if dense(tensor) else tensor.clone()
-
-
 def choose_tile(x: Tensor, channels: int) -> Tile:
-    """Return the largest tile that divides the channels and makes PROGRAMS, or the smallest.
+    """Return the tile for an output of so many channels; where weights can be resident, they are.
 
-    Where weights can stay in shared memory, they do. x [B, C, H, W] is read, channels are written.
+    x [B, C, H, W] is what is read.
     """
     if resident_conv_runs_on(x, channels):
         return RESIDENT
-    for tile in TILES:
-        images, rows, _ = tile_sides(x, tile.pixels)
-        bands = cdiv(len(x), images) * cdiv(x.shape[2], rows)
-        fits = tile.channels == TILES[-1].channels or channels % tile.channels == 0
-        if fits and bands * cdiv(channels, tile.channels) >= PROGRAMS:
-            return tile
-    return TILES[-1]
+    return largest_tile(TILES, x, channels)

@@ -20,14 +20,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reat_fast.kernels.boxes import boxed, dense, image_boxes, tile_sides, why_not
+from reat_fast.kernels.boxes import (
+    Tile,
+    beside,
+    boxed,
+    dense,
+    image_boxes,
+    largest_tile,
+    tile_sides,
+    why_not,
+)
 from reat_fast.kernels.triton_support import cdiv, jit, tl
 
-TILES = ((256, 128, 8), (256, 64, 4), (128, 64, 4))
-"""Pixels, channels and warps, from the tile that reads least for its products. Those of x are a
-multiple of its channels, for else a tile would write to the next pixel."""
-PROGRAMS = 120
-"""How many an H100, of 132 processors, is kept busy by."""
+TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 64, 4))
+"""From the one that reads least for its products. Channels of x are a multiple of a tile's, for
+else it would write to the next pixel."""
+KINDS = 4
 DEPTH = 64
 STAGES = 4
 
@@ -143,9 +151,10 @@ def strided_gradient(
     shape = (batch, channels, 2 * height, 2 * width)
     last = torch.channels_last
     gradient = torch.empty(shape, dtype=masked.dtype, device=masked.device, memory_format=last)
-    pixels, tile_channels, warps = _tile(masked, channels)
+    pixels, tile_channels, warps, _ = largest_tile(TILES, masked, channels, KINDS)
     images, rows, padded = tile_sides(masked, pixels)
-    beside, beside_weight = shortcut or (None, None)
+    other, relu = beside(other, gradient), beside(relu, gradient)
+    near, near_weight = shortcut or (None, None)
 
     def halves(tensor: Tensor | None) -> object:
         line = 2 * width * channels
@@ -158,11 +167,11 @@ def strided_gradient(
         return boxed(tensor, [depth, columns], [columns, 1], [DEPTH, tile_channels])
 
     bands = cdiv(batch, images) * cdiv(height, rows)
-    _strided_gradient_kernel[(channels // tile_channels * bands, 4)](
+    _strided_gradient_kernel[(channels // tile_channels * bands, KINDS)](
         image_boxes(masked, [images, rows, padded, DEPTH]),
         matrix(weight),
-        image_boxes(beside, [images, rows, padded, DEPTH]),
-        matrix(beside_weight),
+        image_boxes(near, [images, rows, padded, DEPTH]),
+        matrix(near_weight),
         halves(other),
         halves(relu),
         halves(gradient),
@@ -178,13 +187,3 @@ def strided_gradient(
         num_stages=STAGES,
     )
     return gradient
-
-
-def _tile(masked: Tensor, channels: int) -> tuple[int, int, int]:
-    """Return the first tile that divides the channels and makes PROGRAMS, or the last."""
-    for pixels, tile_channels, warps in TILES:
-        images, rows, _ = tile_sides(masked, pixels)
-        bands = cdiv(len(masked), images) * cdiv(masked.shape[2], rows)
-        if channels % tile_channels == 0 and 4 * bands * channels >= PROGRAMS * tile_channels:
-            return pixels, tile_channels, warps
-    return TILES[-1]

@@ -12,7 +12,7 @@ from bench import bench_conv3x3 as bench
 from bench.records import Figure
 from bench.traced import Convolution, convolutions
 from reat_fast.cli.command import run_command
-from reat_fast.kernels.conv3x3 import Tile
+from reat_fast.kernels.boxes import Tile
 
 SMALL = ["--device", "cpu", "--batch-size", "1", "--size", "4", "--shapes", "2"]
 ONCE = ["--calls", "1", "--repeats", "1"]

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from reat_fast.attack import cross_entropy
 from reat_fast.config import Config
 from reat_fast.kernels import fused_conv, own_conv
+from reat_fast.kernels.boxes import Tile
 from reat_fast.kernels.conv3x3 import (
     TILES,
-    Tile,
     choose_tile,
     conv3x3,
     conv3x3_gradient,

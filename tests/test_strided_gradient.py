@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reat_fast.kernels import strided_gradient as module
+from reat_fast.kernels.boxes import Tile, largest_tile
 from reat_fast.kernels.strided_gradient import (
     TILES,
     strided_gradient,
@@ -41,10 +42,10 @@ class Drawn:
             return laid_out(values, dtype, device)
 
         scale = 1 if integers else (4 * outputs) ** 0.5
-        self.masked, self.beside = (made(batch, outputs, height // 2, width // 2) for _ in "12")
+        self.masked, self.beside = (made(batch, outputs, height // 2, width // 2) for _ in range(2))
         self.weight = made(outputs, channels, 3, 3) / scale
         self.shortcut = self.beside, made(outputs, channels, 1, 1) / scale
-        self.x, self.other = (made(batch, channels, height, width) for _ in "12")
+        self.x, self.other = (made(batch, channels, height, width) for _ in range(2))
         self.relu = self.x.relu()
 
 
@@ -80,7 +81,7 @@ def test_sums_of_integers_are_exact_with_any_of_the_operands(device: str, parts:
 
 @pytest.mark.parametrize("tile", TILES)
 def test_every_tile_gives_exact_sums_of_integers(
-    device: str, tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    device: str, tile: Tile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TILES", (tile,))
     drawn = Drawn((3, 128, 64, 8, 8), torch.float16, device, integers=True)
@@ -102,7 +103,8 @@ def test_every_tile_gives_exact_sums_of_integers(
 def test_tiles_are_as_large_as_keeps_a_gpu_busy(
     shape: tuple[int, ...], tile: tuple[int, int, int]
 ) -> None:
-    assert module._tile(torch.empty(shape, device="meta"), shape[1] // 2) == tile
+    masked = torch.empty(shape, device="meta")
+    assert largest_tile(TILES, masked, shape[1] // 2, module.KINDS)[:3] == tile
 
 
 def test_it_is_the_gradient_of_autograd() -> None:
@@ -143,3 +145,12 @@ def test_what_the_kernel_does_not_take_is_known(device: str) -> None:
         (good.masked[:0], good.weight, good.x[:0]),
     ):
         assert not strided_gradient_runs_on(masked, weight, x)
+
+
+def test_what_lies_otherwise_is_copied_and_what_does_not_fit_is_named(device: str) -> None:
+    drawn = Drawn((2, 64, 64, 4, 4), torch.float16, device, integers=True)
+    wanted = strided_gradient(drawn.masked, drawn.weight, drawn.relu, drawn.other)
+    turned = drawn.relu.contiguous(), drawn.other.contiguous()
+    assert torch.equal(strided_gradient(drawn.masked, drawn.weight, *turned), wanted)
+    with pytest.raises(ValueError, match=r"is torch.float16 \[2, 64, 1, 1\], the result"):
+        strided_gradient(drawn.masked, drawn.weight, drawn.relu[:, :, :1, :1])
