@@ -97,7 +97,9 @@ def _draw_accuracies(axes: Axes, rows: Rows) -> None:
     for name, label, colour, line, marker in drawn:
         epochs, values = column(rows, name)
         if epochs:
-            axes.plot(epochs, values, line, color=colour, label=label, marker=marker, ms=3.5)
+            # A marker on the edge, at 100 %, is drawn whole.
+            (drawn_line,) = axes.plot(epochs, values, line, color=colour, label=label, ms=3.5)
+            drawn_line.set(marker=marker, clip_on=False)
     axes.set_title("accuracy in %")
     axes.set_ylim(0, 100)
     _finish_epochs(axes)
