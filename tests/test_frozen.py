@@ -336,6 +336,35 @@ def test_fusing_changes_nothing_whoever_reads_whom(seed: int) -> None:
     assert_equal_to_rounding(frozen, model, torch.rand(2, 8, 4, 4, dtype=torch.float64))
 
 
+class OwnCalls(nn.Module):
+    """Convolutions that are called as functions, on weights of the network's own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = images
+        for call in (
+            lambda x: F.conv2d(x, self.weight),
+            lambda x: F.conv2d(x, self.weight * 2, None, (1, 1), (0, 0), (1, 1), 1),
+            lambda x: F.conv2d(x, self.weight, None, (1, 1), (0, 0), (1, 1), 1),
+            lambda x: F.conv2d(x, weight=self.weight, bias=None),
+        ):
+            maps = F.relu(self.convs[0](maps))
+            maps = F.relu(self.convs[1](maps)) + call(maps)
+        return maps.mean((2, 3))
+
+
+def test_a_convolution_that_a_network_calls_itself_is_left_as_it_is_called() -> None:
+    torch.manual_seed(0)
+    model = OwnCalls().double()
+    frozen = FrozenNetwork(model, form="cudnn")
+    assert frozen.fused == 8
+    assert_equal_to_rounding(frozen, model, torch.rand(2, 8, 4, 4, dtype=torch.float64))
+
+
 class DataDependent(nn.Module):
     """Take another path for bright images, which no trace can follow."""
 

@@ -166,9 +166,11 @@ def _link(network: nn.Module, graph: fx.Graph) -> None:
         }
         other = others.get(node)
         with graph.inserting_before(node):
-            if other is not None and _is_plain_conv2d(other):
-                weight = graph.get_attr(str(other.args[1].target))  # type: ignore[union-attr]
-                flags["shortcut"] = (weight, other.args[3:])
+            if other is not None and _is_shortcut(other):
+                _, weight, _, *geometry = other.args
+                # Named anew, as it stands further down in the graph.
+                again = graph.get_attr(str(weight.target))  # type: ignore[union-attr]
+                flags["shortcut"] = (again, tuple(geometry))
             linked = graph.call_function(conv_relu_linked, node.args, {**node.kwargs, **flags})
             output = graph.call_function(operator.getitem, (linked, 0))
             if other is not None:
@@ -184,9 +186,15 @@ def _link(network: nn.Module, graph: fx.Graph) -> None:
             other.replace_input_with(linked.all_input_nodes[0], second)
 
 
-def _is_plain_conv2d(node: fx.Node) -> bool:
-    """Say whether a node is the call of a convolution without bias that _joined_bias made."""
-    return node.target is F.conv2d and node.args[2] is None and not node.kwargs
+def _is_shortcut(node: fx.Node) -> bool:
+    """Say whether a node is a convolution without bias as _joined_bias writes it.
+
+    A network's own calls of conv2d may have anything as weight, and arguments by name or left out.
+    """
+    if node.target is not F.conv2d or node.kwargs or len(node.args) != 7:
+        return False
+    _, weight, bias, *_ = node.args
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and bias is None
 
 
 def _can_mask(network: nn.Module, node: fx.Node, readers: list[fx.Node]) -> bool:
