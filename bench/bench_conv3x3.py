@@ -5,8 +5,7 @@ network that a kernel of ours takes, in bfloat16. The library's side is what the
 our kernels: cuDNN's fused forward, images filled to 8 channels; its input gradient and the pass
 that sums and masks. Where images are halved it is the gradient of convolution and shortcut. A
 result of ours has to be about as near to float32 as the library's before it is timed. Which tile is
-best for a shape, and whether it beats the library, is what choose_tile and conv3x3_pays of
-kernels/conv3x3.py have to be told.
+best for a shape is what choose_tile of kernels/conv3x3.py has to be told.
 """
 
 from __future__ import annotations
@@ -64,6 +63,8 @@ class Options:
     """Height and width of the images."""
     shapes: int | None = None
     """Only so many shapes, from the first layer on; unset: all."""
+    chosen: bool = False
+    """Only the tile that an attack takes, in place of all."""
     calls: int = 10
     """Calls of which one time is the mean."""
     repeats: int = 5
@@ -92,7 +93,11 @@ class Work:
 class Case:
     """Random tensors of a convolution, channels_last, in bfloat16."""
 
-    def __init__(self, shape: Convolution, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: Convolution, batch_size: int, device: torch.device, chosen: bool = False
+    ) -> None:
+        self._chosen = chosen
+
         def made(*size: int) -> Tensor:
             values = torch.randn(size, device=device).to(torch.bfloat16)
             return values.contiguous(memory_format=torch.channels_last)
@@ -168,15 +173,19 @@ class Case:
         return Work(name, library, own, exact)
 
     def _tiles(self, read: Tensor, written: int) -> list[Tile]:
+        if self._chosen:
+            return [ours.choose_tile(read, written)]
         resident = resident_conv_runs_on(read, written)
         return [tile for tile in CANDIDATES if resident or not tile.resident]
 
 
-def works(shape: Convolution, batch_size: int, device: torch.device) -> list[Work]:
+def works(
+    shape: Convolution, batch_size: int, device: torch.device, *, chosen: bool = False
+) -> list[Work]:
     """Return what an attack asks of a convolution, as far as kernels of ours compute it."""
     if (shape.kernel, shape.padding, shape.groups) != (3, 1, 1) or shape.stride > 2:
         return []
-    case = Case(shape, batch_size, device)
+    case = Case(shape, batch_size, device, chosen)
     if shape.stride == 2:
         work = case.halved("gradients, mask")
         return [work] if work.own else []
@@ -209,7 +218,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with stoppable():
             for shape, count in shapes[: options.shapes]:
-                for work in works(shape, options.batch_size, device):
+                for work in works(shape, options.batch_size, device, chosen=options.chosen):
                     figures = _row(shape, count, work, options, device)
                     if options.keep:
                         record(figures, device.type, command)

@@ -23,7 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.host_time import host_seconds, host_waits
-from bench.ladder import DEFAULT, RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step
+from bench.ladder import RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step, default_rung
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stop, Stopped, stoppable
 from bench.timing import matrix_rate, seconds, timed
@@ -133,8 +133,9 @@ def _report(
 
     keep([timing.figure(shape) for timing in timings])  # first: nothing later can lose them
     _print(options, device, timings, flops, matrix_rate(device))
-    if any(timing.rung.name == DEFAULT for timing in timings):
-        keep(_host_figures(ladder, shape))
+    default = default_rung(device)
+    if any(timing.rung.name == default for timing in timings):
+        keep(_host_figures(ladder, default, shape))
 
 
 def _time(
@@ -208,18 +209,18 @@ def _warmed_up(rung: Rung) -> Step:
     return step
 
 
-def _host_figures(ladder: Ladder, shape: str) -> list[Figure]:
+def _host_figures(ladder: Ladder, default: str, shape: str) -> list[Figure]:
     """Measure and print what the captured step of the default costs the host."""
-    if DEFAULT not in ladder.captured:
+    if default not in ladder.captured:
         return []
-    captured = ladder.captured[DEFAULT]
+    captured = ladder.captured[default]
 
     def step() -> object:
         return captured.train_on(ladder.batch)
 
-    name = f"step: {DEFAULT}, host"
+    name = f"step: {default}, host"
     host, waits = Figure.of(name, host_seconds(step), "s", shape, "bfloat16"), host_waits(step)
-    print(f"{DEFAULT}: {host.value * 1e6:.0f} us of the host a step, which waits {waits} times")
+    print(f"{default}: {host.value * 1e6:.0f} us of the host a step, which waits {waits} times")
     return [host, Figure(f"{name} waits", waits, 0, 1, "waits", shape, "bfloat16")]
 
 

@@ -60,8 +60,8 @@ WIDE = (
 )
 """Rungs of the ladder that WideResNet climbs too."""
 
-WHOLE = ("captured, cudnn", "baseline, max-autotune")
-"""The default beside what compiles for minutes."""
+WHOLE = ("captured, cudnn", "captured, triton", "baseline, max-autotune")
+"""The defaults, from Hopper on and before, beside what compiles for minutes."""
 
 LENIENT = "--strict-markers --import-mode=importlib"
 """The addopts of pyproject.toml without --strict-config."""

@@ -24,7 +24,7 @@ from reat_fast.kernels import boxes, triton_support
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
-from reat_fast.networks.frozen import DEFAULT_FORM, Form
+from reat_fast.networks.frozen import DEFAULT_FORM, Form, fastest_form
 from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
@@ -33,8 +33,6 @@ Step = Callable[[], object]
 Returned = TypeVar("Returned")
 
 CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "triton")
-DEFAULT = "captured, cudnn"
-"""The rung that training takes on a GPU unless told otherwise."""
 
 RECORDED: dict[str, Mode] = {
     "baseline, compiled": "reduce-overhead",
@@ -45,6 +43,11 @@ while it records, it frees the workspaces of cuBLAS, which graphs captured befor
 
 RECORDED_AFTER = 3
 """Steps after which such a rung only replays: torch.compile warms up, records and replays."""
+
+
+def default_rung(device: torch.device) -> str:
+    """Name the rung that training takes on a GPU unless told otherwise."""
+    return f"captured, {fastest_form(torch.bfloat16, device)}"
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,12 @@ class Ladder:
         yield self._replayed("captured, tf32", Kind(precision="tf32"))
 
     def _last_rungs(self) -> Iterator[Rung]:
-        low = Kind(precision="bf16", form="cudnn")
-        name = "captured, cudnn, deterministic"
+        low = Kind(precision="bf16", form=fastest_form(torch.bfloat16, self._device))
+        default = default_rung(self._device)
+        name = f"{default}, deterministic"
         yield Rung(name, lambda: _under(determinism, lambda: self._capture(name, low)), "bfloat16")
         update = replace(low, update_form="compiled")
-        yield self._replayed("captured, cudnn, compiled update", update)
+        yield self._replayed(f"{default}, compiled update", update)
         whole = replace(update, form="compiled")
         yield self._replayed("captured, compiled, compiled update", whole)
         for name, mode in RECORDED.items():

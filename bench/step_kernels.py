@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.ladder import DEFAULT, Labels, Ladder, Step
+from bench.ladder import Labels, Ladder, Step, default_rung
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.env import environment
 from reat_fast.storage.whole_files import write_text
@@ -31,8 +31,8 @@ REPLAYS = 3
 class Options:
     """List the kernels of a captured training step by the time they take."""
 
-    rungs: tuple[str, ...] = (DEFAULT,)
-    """Captured rungs of the ladder of bench_step."""
+    rungs: tuple[str, ...] = ()
+    """Captured rungs of the ladder of bench_step; unset: what training takes."""
     model: str = "resnet18"
     """A network of reat_fast.models."""
     batch_size: int = 128
@@ -61,15 +61,16 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError("no CUDA device was found: only there a step is captured")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
+    device = torch.device("cuda")
     ladder = Ladder(
-        torch.device("cuda"),
+        device,
         model=options.model,
         batch_size=options.batch_size,
         labels=options.labels,
     )
     rungs = {rung.name: rung for rung in ladder.rungs() if rung.name.startswith("captured")}
     found = {}
-    for name in options.rungs:
+    for name in options.rungs or [default_rung(device)]:
         if name not in rungs:
             raise ValueError(f"--rungs {name!r}: captured ones are {', '.join(map(repr, rungs))}")
         kernels = summed(_launched(rungs[name].make()), REPLAYS)

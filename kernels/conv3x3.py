@@ -44,8 +44,6 @@ DEPTH = 64
 """Channels that are multiplied at a time: 128 bytes of 16 bits, the widest rows of a box."""
 STAGES = 4
 """Boxes that are on their way at a time; those of the largest tile take 192 of 227 KiB."""
-MOST_CHANNELS = 256
-"""Of an image of which the mask of the gradient still takes long enough."""
 
 
 def conv3x3_torch(
@@ -140,16 +138,6 @@ def conv3x3_runs_on(x: Tensor, weight: Tensor, *, gradient: bool = False) -> boo
     widths = read == x.shape[1] and read % 32 == 0 and written % 8 == 0
     laid = dense(x) and dense(weight) and widths
     return laid and weight.shape[2:] == (3, 3) and x.shape[3] <= 128 and x.numel() > 0
-
-
-def conv3x3_pays(x: Tensor, channels: int, *, gradient: bool) -> bool:
-    """Say whether a kernel should beat cuDNN's and the pass behind it; predicted, not measured.
-
-    Where weights are resident it should both ways. Elsewhere it reads about what cuDNN's kernels
-    read, so what it can save is the pass over an input gradient, which is the larger the fewer
-    channels there are (docs/performance.md). x [B, C, H, W] is read, channels are written.
-    """
-    return choose_tile(x, channels).resident or (gradient and channels <= MOST_CHANNELS)
 
 
 def conv3x3(

@@ -112,9 +112,9 @@ class Config:
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
     attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "cpu"] = "auto"
-    """How the attacked network computes: op by op, compiled, by fused cuDNN (auto on a GPU in
-    bfloat16), by kernels of ours where they take a convolution (triton, from Hopper on, not yet
-    timed), or in forms made for CPUs (cpu, auto there)."""
+    """How the attacked network computes: op by op, compiled, by fused cuDNN, by kernels of ours
+    where they take a convolution (triton, from Hopper on), or in forms made for CPUs (cpu). auto in
+    bfloat16 on a GPU is triton on an H100 or H200 and cudnn elsewhere; on a CPU it is cpu."""
     update_form: Literal["eager", "compiled"] = "eager"
     """How the update computes: op by op, or compiled, once for each size of a batch."""
 

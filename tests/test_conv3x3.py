@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from reat_fast.attack import cross_entropy
 from reat_fast.config import Config
+from reat_fast.engine.step_attack import resolve_form
 from reat_fast.kernels import fused_conv, own_conv
 from reat_fast.kernels.boxes import Tile
 from reat_fast.kernels.conv3x3 import (
@@ -19,13 +20,12 @@ from reat_fast.kernels.conv3x3 import (
     conv3x3,
     conv3x3_gradient,
     conv3x3_gradient_torch,
-    conv3x3_pays,
     conv3x3_runs_on,
     conv3x3_torch,
 )
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import ResNet
-from reat_fast.networks.frozen import FrozenNetwork
+from reat_fast.networks.frozen import FrozenNetwork, fastest_form
 from reat_fast.step import TrainStep, make_optimizer
 
 SMALL = Tile(64, 32, 4)
@@ -181,9 +181,8 @@ def test_what_is_added_has_the_shape_and_dtype_of_the_result(device: str) -> Non
 
 
 def test_a_mask_on_fewer_channels_than_the_weight_has_is_the_librarys(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str,
 ) -> None:
-    monkeypatch.setattr(own_conv, "conv3x3_pays", lambda x, channels, gradient: True)
     drawn = Drawn((2, 8, 32, 6, 6), torch.float16, device, integers=True)
     x = laid_out(drawn.relu[:, :3], torch.float16, device).requires_grad_()
     output, same = fused_conv.conv_relu_linked(
@@ -236,11 +235,18 @@ def test_tiles_are_as_large_as_keeps_a_gpu_busy(shape: tuple[int, ...], tile: Ti
     assert choose_tile(torch.empty(shape, device="meta"), shape[1]) == tile
 
 
-def test_where_they_should_pay_is_by_the_pass_they_save() -> None:
-    for channels, pays in ((64, True), (256, True), (512, False)):
-        x = torch.empty(128, channels, 4, 4, device="meta")
-        assert conv3x3_pays(x, channels, gradient=True) == pays
-        assert not conv3x3_pays(x, channels, gradient=False)
+def test_they_are_chosen_where_they_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, low = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(own_conv, "why_not", lambda device: None)
+    for capability, form in (((9, 0), "triton"), ((10, 0), "cudnn")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert fastest_form(low, cuda) == resolve_form(Config(precision="bf16"), cuda) == form
+        assert fastest_form(torch.float16, cuda) == form
+        assert fastest_form(torch.float32, cuda) == "eager"
+    monkeypatch.setattr(own_conv, "why_not", lambda device: "needs something")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert fastest_form(low, cuda) == "cudnn"
+    assert fastest_form(low, torch.device("cpu")) == "eager"
 
 
 class Case:
@@ -264,9 +270,8 @@ class Case:
 
 @interprets_no_loop
 def test_a_network_of_them_has_the_gradient_of_the_other_form(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str,
 ) -> None:
-    monkeypatch.setattr(own_conv, "conv3x3_pays", lambda x, channels, gradient: True)
     case = Case(device)
     gradients = []
     for form, dtype in (("eager", None), ("cudnn", torch.bfloat16), ("triton", torch.bfloat16)):
@@ -282,10 +287,7 @@ def test_a_network_of_them_has_the_gradient_of_the_other_form(
 
 
 @pytest.mark.gpu
-def test_a_network_of_them_can_be_captured_with_its_refresh(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(own_conv, "conv3x3_pays", lambda x, channels, gradient: True)
+def test_a_network_of_them_can_be_captured_with_its_refresh() -> None:
     case = Case("cuda")
     frozen = FrozenNetwork(case.model, torch.bfloat16, "triton")
 

@@ -63,6 +63,8 @@ def conv_gradient_masks() -> Iterator[list[list[bool]]]:
     masks: list[list[bool]] = []
 
     class Watch(TorchDispatchMode):
+        supports_higher_order_operators = True  # as on a GPU Triton kernels in operators are
+
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
         ) -> Any:

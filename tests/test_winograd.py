@@ -150,5 +150,5 @@ def test_it_is_the_form_of_a_cpu() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert resolve_form(Config(), cpu) == "cpu"
     assert resolve_form(Config(precision="bf16"), cpu) == "eager"
-    assert resolve_form(Config(), cuda) == "cudnn"
+    assert resolve_form(Config(precision="float32"), cuda) == "eager"
     assert resolve_form(Config(attack_form="eager"), cpu) == "eager"

@@ -16,7 +16,7 @@ from reat_fast.methods.attacks import AttackLossName, choose_attack_loss, plan_a
 from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import require_compiler
-from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.networks.frozen import Form, FrozenNetwork, fastest_form
 from reat_fast.objective import ClassStatistics
 
 
@@ -32,17 +32,11 @@ def resolve_attack_loss(config: Config) -> AttackLossName:
 
 
 def resolve_form(config: Config, device: torch.device) -> Form:
-    """Say how the attacked network computes when the configuration leaves it open.
-
-    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.3, which starts
-    without compiling (python -m bench.bench_step). docs/performance.md has compiled and cpu.
-    """
+    """Say how the attacked network computes when the configuration leaves it open."""
     if config.attack_form != "auto":
         return config.attack_form
     low = resolve_precision(config, device) == "bf16"
-    if device.type == "cuda":
-        return "cudnn" if low else "eager"
-    return "eager" if low else "cpu"
+    return fastest_form(torch.bfloat16 if low else torch.float32, device)
 
 
 def _require_own_kernels(dtype: torch.dtype | None, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from reat_fast.attack import evaluating
 from reat_fast.engine.precision import Precision, allowed_tf32, full_precision
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
-from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.networks.frozen import FrozenNetwork, fastest_form
 
 
 class Victim:
@@ -109,14 +109,10 @@ class Victim:
         return half if half(filled_up(images)).isfinite().all() else self._network(None)
 
     def _network(self, dtype: torch.dtype | None) -> FrozenNetwork:
-        """Return the folded network in 16 bits, or, for None, as fine as the model; made once.
-
-        In 16 bits on a GPU it has the form that is fastest in training.
-        """
+        """Return the folded network in 16 bits, or, for None, as fine as the model; made once."""
         if dtype not in self._networks:
-            fine: Form = "eager" if self._on_gpu else "cpu"
-            low: Form = "cudnn" if self._on_gpu else "eager"
-            form = fine if dtype is None else low
+            weight = next(self._source.parameters())
+            form = fastest_form(dtype or weight.dtype, weight.device)
             self._networks[dtype] = FrozenNetwork(self._source, dtype, form)
         return self._networks[dtype]
 
