@@ -16,8 +16,10 @@ from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv
 
 CAPABILITY = (9, 0)
 """The first that fetches boxes by itself."""
-PROGRAMS = 120
-"""How many an H100, of 132 processors, is kept busy by: a tile that makes fewer is too large."""
+PROCESSORS = 132
+"""Of an H100."""
+PROGRAMS = PROCESSORS // 2 + 1
+"""A tile that makes fewer is too large: half of it has all programs run at once still."""
 
 
 class Tile(NamedTuple):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reat_fast.kernels.boxes import (
+    PROCESSORS,
     Tile,
     beside,
     boxed,
@@ -39,6 +40,8 @@ from reat_fast.kernels.triton_support import cdiv, jit, tl
 
 TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 128, 4), Tile(128, 64, 4))
 """From the one that reads least for its products, whose sums fill 128 registers of a thread."""
+LEAST_OF_USE = 0.8
+"""Share of the products in all waves of programs, of which cuDNN's smaller tiles waste fewer."""
 RESIDENT = Tile(PIXELS, CHANNELS, 4, True)
 DEPTH = 64
 """Channels that are multiplied at a time: 128 bytes of 16 bits, the widest rows of a box."""
@@ -140,6 +143,23 @@ def conv3x3_runs_on(x: Tensor, weight: Tensor, *, gradient: bool = False) -> boo
     return laid and weight.shape[2:] == (3, 3) and x.shape[3] <= 128 and x.numel() > 0
 
 
+def conv3x3_pays(x: Tensor, channels: int) -> bool:
+    """Say whether to expect that a kernel of ours beats cuDNN's and the pass behind it.
+
+    x [B, C, H, W] is read, channels are written. On an H100 those with resident weights do; the
+    others where the largest tile, or else one wave of programs, leaves few processors and products
+    unused: 128 images of 128 channels 16x16 in 17.8 us against 21.7, but 28x28, of which tiles of
+    32x8 waste a quarter, in 67.5 against 52.0 (python -m bench.bench_conv3x3). docs/performance.md.
+    """
+    tile = choose_tile(x, channels)
+    if tile.resident:
+        return True
+    waves = cdiv(_programs(x, channels, tile), PROCESSORS)
+    made = waves * PROCESSORS * tile.pixels * tile.channels
+    of_use = x.numel() // x.shape[1] * channels
+    return of_use >= LEAST_OF_USE * made and (waves == 1 or tile == TILES[0])
+
+
 def conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -205,8 +225,7 @@ def _launch(
     block = DEPTH if depth % DEPTH == 0 else 32
     columns = 9 * weight.shape[1]
     part = [block, tile_channels] if gradient else [tile_channels, block]
-    bands = cdiv(len(x), images) * cdiv(height, rows)
-    _conv3x3_kernel[(cdiv(channels, tile_channels) * bands,)](
+    _conv3x3_kernel[(_programs(x, channels, tile),)](
         image_boxes(x, [*sides, block]),
         boxed(weight, [len(weight), columns], [columns, 1], part),
         bias,
@@ -225,6 +244,11 @@ def _launch(
         num_warps=warps,
         num_stages=STAGES,
     )
+
+
+def _programs(x: Tensor, channels: int, tile: Tile) -> int:
+    images, rows, _ = tile_sides(x, tile.pixels)
+    return cdiv(channels, tile.channels) * cdiv(len(x), images) * cdiv(x.shape[2], rows)
 
 
 def choose_tile(x: Tensor, channels: int) -> Tile:

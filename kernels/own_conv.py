@@ -1,8 +1,8 @@
 """Which kernel of ours computes a convolution of the attack, if one does.
 
-Each takes some shapes, of which every one that was timed on an H100 was computed faster than by
-cuDNN and the pass behind it (docs/performance.md). They are asked for by backend="triton"; what
-none of them takes is the library's.
+Each takes some shapes, those that an H100 computes faster by it than by cuDNN and the pass behind
+it (docs/performance.md). They are asked for by backend="triton"; what none of them takes is the
+library's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from reat_fast.kernels.boxes import dense, why_not
 from reat_fast.kernels.conv3x3 import (
     conv3x3,
     conv3x3_gradient,
+    conv3x3_pays,
     conv3x3_runs_on,
 )
 from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
@@ -63,7 +64,7 @@ def own_forward(
         return None
     stride, padding, dilation, groups = _plain(geometry)
     fits = (residual is None or dense(residual)) and _plain(geometry) == SAME
-    if fits and conv3x3_runs_on(x, weight):
+    if fits and conv3x3_runs_on(x, weight) and conv3x3_pays(x, len(weight)):
         return conv3x3(x, weight, bias, residual)
     fits = residual is None and (dilation, groups) == ((1, 1), 1)
     if fits and stem_conv_runs_on(x, weight, stride, padding):
@@ -93,7 +94,8 @@ def own_gradient(
     channels = weight.shape[1]
     filled = channels != x.shape[1]  # which relu and other are not
     fits = _plain(geometry) == SAME and beside is None and not (filled and near)
-    if fits and conv3x3_runs_on(masked, weight, gradient=True):
+    fits = fits and conv3x3_runs_on(masked, weight, gradient=True)
+    if fits and conv3x3_pays(masked, channels):
         return conv3x3_gradient(masked, weight, relu, other)[:, : x.shape[1]]
     fits = _plain(geometry) == HALVED and (beside is None or _is_shortcut(beside, weight))
     if fits and strided_gradient_runs_on(masked, weight, x):

@@ -20,6 +20,7 @@ from reat_fast.kernels.conv3x3 import (
     conv3x3,
     conv3x3_gradient,
     conv3x3_gradient_torch,
+    conv3x3_pays,
     conv3x3_runs_on,
     conv3x3_torch,
 )
@@ -181,8 +182,9 @@ def test_what_is_added_has_the_shape_and_dtype_of_the_result(device: str) -> Non
 
 
 def test_a_mask_on_fewer_channels_than_the_weight_has_is_the_librarys(
-    device: str,
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(own_conv, "conv3x3_pays", lambda x, channels: True)
     drawn = Drawn((2, 8, 32, 6, 6), torch.float16, device, integers=True)
     x = laid_out(drawn.relu[:, :3], torch.float16, device).requires_grad_()
     output, same = fused_conv.conv_relu_linked(
@@ -235,6 +237,33 @@ def test_tiles_are_as_large_as_keeps_a_gpu_busy(shape: tuple[int, ...], tile: Ti
     assert choose_tile(torch.empty(shape, device="meta"), shape[1]) == tile
 
 
+@pytest.mark.parametrize(
+    ("read", "written", "pays"),
+    [
+        # Of 128 images, as timed on an H100.
+        ((128, 128, 16, 16), 128, True),
+        ((128, 256, 8, 8), 256, True),
+        ((128, 512, 4, 4), 512, True),
+        ((128, 128, 28, 28), 128, False),
+        ((128, 256, 14, 14), 256, False),
+        ((128, 512, 7, 7), 512, False),
+        ((128, 160, 32, 32), 160, False),
+        ((128, 160, 32, 32), 16, False),
+        ((128, 64, 32, 32), 8, False),  # where weights cannot be resident
+        ((128, 320, 16, 16), 320, False),
+        ((128, 640, 8, 8), 640, False),
+        # The last batch of an epoch, and one of an evaluation.
+        ((113, 128, 16, 16), 128, True),
+        ((1000, 128, 16, 16), 128, True),
+        ((1000, 512, 4, 4), 512, True),
+    ],
+)
+def test_they_pay_where_a_gpu_has_little_to_waste(
+    read: tuple[int, ...], written: int, pays: bool
+) -> None:
+    assert conv3x3_pays(torch.empty(read, device="meta"), written) == pays
+
+
 def test_they_are_chosen_where_they_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, low = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(own_conv, "why_not", lambda device: None)
@@ -270,8 +299,9 @@ class Case:
 
 @interprets_no_loop
 def test_a_network_of_them_has_the_gradient_of_the_other_form(
-    device: str,
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(own_conv, "conv3x3_pays", lambda x, channels: True)
     case = Case(device)
     gradients = []
     for form, dtype in (("eager", None), ("cudnn", torch.bfloat16), ("triton", torch.bfloat16)):
@@ -287,7 +317,10 @@ def test_a_network_of_them_has_the_gradient_of_the_other_form(
 
 
 @pytest.mark.gpu
-def test_a_network_of_them_can_be_captured_with_its_refresh() -> None:
+def test_a_network_of_them_can_be_captured_with_its_refresh(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(own_conv, "conv3x3_pays", lambda x, channels: True)
     case = Case("cuda")
     frozen = FrozenNetwork(case.model, torch.bfloat16, "triton")
 

@@ -18,6 +18,7 @@ from reat_fast.kernels.conv3x3 import (
     conv3x3,
     conv3x3_gradient,
     conv3x3_gradient_torch,
+    conv3x3_pays,
     conv3x3_torch,
 )
 
@@ -139,6 +140,7 @@ def test_on_hopper_it_takes_images_of_64_channels(monkeypatch: pytest.MonkeyPatc
             x = torch.empty(2, 64, 32, width, device="cuda")
             assert resident_conv.resident_conv_runs_on(x, channels) == takes
             assert (choose_tile(x, channels) == RESIDENT) == takes
+            assert conv3x3_pays(x, channels) == takes
         capability[0] = 10
         assert not resident_conv.resident_conv_runs_on(
             torch.empty(2, 64, 32, 32, device="cuda"), 64
