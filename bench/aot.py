@@ -38,12 +38,14 @@ from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import Noise, prepare
 from reat_fast.kernels.resident_conv import launch_resident_conv
 from reat_fast.kernels.stem_conv import stem_conv
+from reat_fast.kernels.strided_conv import strided_conv
 from reat_fast.kernels.strided_gradient import strided_gradient
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
 # Ops whose kernels are launched from one architecture on, or on one.
-ONLY = {"conv3x3": (90, 100), "strided_gradient": (90, 100), "resident_conv": (90,)}
+BOXES = ("conv3x3", "strided_conv", "strided_gradient")
+ONLY = {**dict.fromkeys(BOXES, (90, 100)), "resident_conv": (90,)}
 # Bytes of shared memory a block may have, from the table of technical specifications in NVIDIA's
 # CUDA C++ programming guide. The compiler does not check it: a launch would fail.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -119,6 +121,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     weights = _channels_last(128, 64, 3, 3), _channels_last(128, 64, 1, 1)
     launch = partial(strided_gradient, beside, weights[0], maps, maps, (beside, weights[1]))
     yield _name("strided_gradient", maps), launch
+    launch = partial(strided_conv, maps, weights[0], beside[0, :, 0, 0], weights[1])
+    yield _name("strided_conv", maps), launch
     for channels, dtype in ((3, torch.bfloat16), (1, torch.float16)):
         images = torch.zeros(128, channels, 32, 32, dtype=dtype)
         weight = _channels_last(64, 8, 3, 3).to(dtype)

@@ -32,7 +32,7 @@ Labels = Literal["uniform", "long-tailed"]
 Step = Callable[[], object]
 Returned = TypeVar("Returned")
 
-CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "triton")
+CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "triton", "trial")
 
 RECORDED: dict[str, Mode] = {
     "baseline, compiled": "reduce-overhead",
@@ -159,7 +159,7 @@ class Ladder:
         yield Rung("kernels", lambda: self._eager(Kind()))
         yield Rung("kernels, bf16", lambda: self._eager(replace(low, form="eager")), "bfloat16")
         for form in CAPTURED:
-            if form != "triton" or boxes.why_not(self._device) is None:
+            if form not in ("triton", "trial") or boxes.why_not(self._device) is None:
                 yield self._replayed(f"captured, {form}", replace(low, form=form))
         yield self._replayed("captured, tf32", Kind(precision="tf32"))
 

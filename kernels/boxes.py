@@ -51,11 +51,6 @@ def dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=last) and tensor.data_ptr() % 16 == 0
 
 
-def boxed(tensor: Tensor | None, shape: list[int], strides: list[int], box: list[int]) -> Any:
-    """Describe memory as of a shape, in steps of elements, taken in boxes; None for no tensor."""
-    return None if tensor is None else TensorDescriptor(tensor, shape, strides, box)
-
-
 def image_boxes(tensor: Tensor | None, box: list[int]) -> Any:
     """Describe images [B, C, H, W], channels_last, as [B, H, W, C]."""
     if tensor is None:
@@ -64,7 +59,26 @@ def image_boxes(tensor: Tensor | None, box: list[int]) -> Any:
     shape = [batch, *place, channels]
     # Those that PyTorch gives dimensions of one element may be anything.
     strides = [math.prod(shape[1:]), place[1] * channels, channels, 1]
-    return boxed(tensor, shape, strides, box)
+    return TensorDescriptor(tensor, shape, strides, box)
+
+
+def half_boxes(tensor: Tensor | None, box: list[int]) -> Any:
+    """Describe images [B, C, H, W] of even sides, channels_last, as [B, H / 2, 2, W / 2, 2 * C]."""
+    if tensor is None:
+        return None
+    batch, channels, height, width = tensor.shape
+    line = width * channels
+    shape = [batch, height // 2, 2, width // 2, 2 * channels]
+    strides = [height * line, 2 * line, line, 2 * channels, 1]
+    return TensorDescriptor(tensor, shape, strides, box)
+
+
+def weight_boxes(weight: Tensor | None, box: list[int]) -> Any:
+    """Describe a weight [K, C, R, S], channels_last, as a matrix [K, R * S * C]."""
+    if weight is None:
+        return None
+    columns = weight[0].numel()
+    return TensorDescriptor(weight, [len(weight), columns], [columns, 1], box)
 
 
 def tile_sides(x: Tensor, pixels: int) -> tuple[int, int, int]:

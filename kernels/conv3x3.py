@@ -23,11 +23,11 @@ from reat_fast.kernels.boxes import (
     PROCESSORS,
     Tile,
     beside,
-    boxed,
     dense,
     image_boxes,
     largest_tile,
     tile_sides,
+    weight_boxes,
     why_not,
 )
 from reat_fast.kernels.resident_conv import (
@@ -223,11 +223,10 @@ def _launch(
     pixels, tile_channels, warps, _ = tile
     sides = images, rows, width = tile_sides(x, pixels)
     block = DEPTH if depth % DEPTH == 0 else 32
-    columns = 9 * weight.shape[1]
     part = [block, tile_channels] if gradient else [tile_channels, block]
     _conv3x3_kernel[(_programs(x, channels, tile),)](
         image_boxes(x, [*sides, block]),
-        boxed(weight, [len(weight), columns], [columns, 1], part),
+        weight_boxes(weight, part),
         bias,
         image_boxes(added, [*sides, tile_channels]),
         image_boxes(relu, [*sides, tile_channels]),

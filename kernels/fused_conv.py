@@ -9,7 +9,8 @@ output, so neither the sum before the ReLU nor the convolution's own output is k
 
 Where x is itself such an output, the mask of that one is [x > 0]: the reader of x can apply it to
 the gradient as it makes it, beside the gradient that another reader sends back (conv_relu_linked).
-Where that is the convolution of a shortcut, both gradients can be made in one kernel.
+Where that is the convolution of a shortcut, one kernel can make both outputs, and one both
+gradients.
 
 cuDNN's fused engines want input channels that fill 16 bytes, which those of images do not. So w may
 have more input channels than x: x is read as if zeros followed, and their gradient is left out.
@@ -26,11 +27,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from reat_fast.kernels.masked_sum import masked_sum
-from reat_fast.kernels.own_conv import Beside, Geometry, own_forward, own_gradient
+from reat_fast.kernels.own_conv import Beside, Geometry, Shortcut, own_forward, own_gradient
 from reat_fast.kernels.triton_support import Backend
-
-Shortcut = tuple[Tensor, Geometry]
-"""Weight and geometry of a convolution without bias."""
 
 
 def conv_relu_torch(
@@ -120,19 +118,21 @@ class _ConvRelu(torch.autograd.Function):
         shortcut: Tensor | None,
         shortcut_geometry: Geometry | None,
     ) -> tuple[Tensor, Tensor]:
-        output = own_forward(x, weight, bias, residual, geometry, place.backend)
-        if output is None:
+        beside = None
+        if shortcut is not None and shortcut_geometry is not None:
+            beside = shortcut, shortcut_geometry
+        own = own_forward(x, weight, bias, residual, beside, geometry, place.backend)
+        if own is None:
             # cuDNN has no such engine for float64.
             form = _conv_relu_cudnn if x.is_cuda and x.dtype != torch.float64 else conv_relu_torch
-            output = form(x, weight, bias, residual, *geometry)
+            own = form(x, weight, bias, residual, *geometry), None
+        output, second = own
         ctx.geometry, ctx.has_residual, ctx.place = geometry, residual is not None, place
         ctx.shortcut_geometry = shortcut_geometry
         ctx.save_for_backward(x, weight, None if place.reader_masks else output, shortcut)
         ctx.set_materialize_grads(False)
-        if shortcut is None or shortcut_geometry is None:
-            return output, x.view_as(x)
-        stride, padding, dilation, groups = shortcut_geometry
-        second = F.conv2d(x, shortcut, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+        if second is None:
+            second = x.view_as(x) if beside is None else _convolved(x, *beside)
         return output, second
 
     @staticmethod
@@ -172,6 +172,11 @@ def input_gradient(
     if relu is not None:
         return masked_sum(relu, found, other, out=found)
     return found if other is None else found + other
+
+
+def _convolved(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _convolved_back(x: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:

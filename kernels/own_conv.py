@@ -1,8 +1,8 @@
 """Which kernel of ours computes a convolution of the attack, if one does.
 
 Each takes some shapes, those that an H100 computes faster by it than by cuDNN and the pass behind
-it (docs/performance.md). They are asked for by backend="triton"; what none of them takes is the
-library's.
+it (docs/performance.md). They are asked for by backend="triton"; "trial" adds those that no GPU has
+timed yet. What none of them takes is the library's.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from reat_fast.kernels.conv3x3 import (
     conv3x3_runs_on,
 )
 from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
+from reat_fast.kernels.strided_conv import strided_conv, strided_conv_runs_on
 from reat_fast.kernels.strided_gradient import strided_gradient, strided_gradient_runs_on
 from reat_fast.kernels.triton_support import Backend, use_triton
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation, groups."""
+Shortcut = tuple[Tensor, Geometry]
+"""Weight and geometry of a convolution without bias."""
 
 SAME = ((1, 1), (1, 1), (1, 1), 1)
 HALVED = ((2, 2), (1, 1), (1, 1), 1)
 SHORTCUT = ((2, 2), (0, 0), (1, 1), 1)
 
-
+OWN: tuple[Backend, ...] = ("triton", "trial")
 MEASURED = (9, 0)
 """The compute capability on which they were timed."""
 
@@ -56,19 +59,27 @@ def own_forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    shortcut: Shortcut | None,
     geometry: Geometry,
     backend: Backend,
-) -> Tensor | None:
-    """Return what conv_relu does, or None where no kernel of ours is to compute it."""
-    if backend != "triton" or not use_triton(backend, x) or not _alike(x.dtype, (bias, residual)):
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return what conv_relu does, or None where no kernel of ours is to compute it.
+
+    The second is the shortcut's convolution of x, where the same kernel computes it.
+    """
+    if backend not in OWN or not use_triton(backend, x) or not _alike(x.dtype, (bias, residual)):
         return None
     stride, padding, dilation, groups = _plain(geometry)
     fits = (residual is None or dense(residual)) and _plain(geometry) == SAME
     if fits and conv3x3_runs_on(x, weight) and conv3x3_pays(x, len(weight)):
-        return conv3x3(x, weight, bias, residual)
+        return conv3x3(x, weight, bias, residual), None
+    fits = backend == "trial" and residual is None and _plain(geometry) == HALVED
+    if fits and strided_conv_runs_on(x, weight):
+        near = shortcut[0] if shortcut is not None and _is_shortcut(shortcut, weight) else None
+        return strided_conv(x, weight, bias, near)
     fits = residual is None and (dilation, groups) == ((1, 1), 1)
     if fits and stem_conv_runs_on(x, weight, stride, padding):
-        return stem_conv(x, weight, bias, stride, padding)
+        return stem_conv(x, weight, bias, stride, padding), None
     return None
 
 
@@ -86,7 +97,7 @@ def own_gradient(
 
     None where no kernel of ours is to compute it.
     """
-    if backend != "triton" or not use_triton(backend, masked):
+    if backend not in OWN or not use_triton(backend, masked):
         return None
     near = [tensor for tensor in (relu, other, *(beside or ())[:2]) if isinstance(tensor, Tensor)]
     if not _alike(masked.dtype, near) or not all(map(dense, near)):
@@ -97,16 +108,18 @@ def own_gradient(
     fits = fits and conv3x3_runs_on(masked, weight, gradient=True)
     if fits and conv3x3_pays(masked, channels):
         return conv3x3_gradient(masked, weight, relu, other)[:, : x.shape[1]]
-    fits = _plain(geometry) == HALVED and (beside is None or _is_shortcut(beside, weight))
+    fits = _plain(geometry) == HALVED and (beside is None or _is_shortcut(beside[1:], weight))
     if fits and strided_gradient_runs_on(masked, weight, x):
         shortcut = None if beside is None else (beside.grad, beside.weight)
         return strided_gradient(masked, weight, relu, other, shortcut)
     return None
 
 
-def _is_shortcut(beside: Beside, weight: Tensor) -> bool:
-    single = beside.weight.shape == (*weight.shape[:2], 1, 1)
-    return single and _plain(beside.geometry) == SHORTCUT
+def _is_shortcut(shortcut: Shortcut, weight: Tensor) -> bool:
+    """Say whether a convolution of stride 2 and that of a shortcut can be computed together."""
+    near, geometry = shortcut
+    alike = near.shape == (*weight.shape[:2], 1, 1) and near.dtype == weight.dtype and dense(near)
+    return alike and _plain(geometry) == SHORTCUT
 
 
 def _plain(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:

@@ -23,11 +23,12 @@ from torch.nn import functional as F
 from reat_fast.kernels.boxes import (
     Tile,
     beside,
-    boxed,
     dense,
+    half_boxes,
     image_boxes,
     largest_tile,
     tile_sides,
+    weight_boxes,
     why_not,
 )
 from reat_fast.kernels.triton_support import cdiv, jit, tl
@@ -156,25 +157,16 @@ def strided_gradient(
     other, relu = beside(other, gradient), beside(relu, gradient)
     near, near_weight = shortcut or (None, None)
 
-    def halves(tensor: Tensor | None) -> object:
-        line = 2 * width * channels
-        shape = [batch, height, 2, width, 2 * channels]
-        strides = [2 * height * line, 2 * line, line, 2 * channels, 1]
-        return boxed(tensor, shape, strides, [images, rows, 1, padded, tile_channels])
-
-    def matrix(tensor: Tensor | None) -> object:
-        columns = 1 if tensor is None else tensor[0].numel()
-        return boxed(tensor, [depth, columns], [columns, 1], [DEPTH, tile_channels])
-
+    half = [images, rows, 1, padded, tile_channels]
     bands = cdiv(batch, images) * cdiv(height, rows)
     _strided_gradient_kernel[(channels // tile_channels * bands, KINDS)](
         image_boxes(masked, [images, rows, padded, DEPTH]),
-        matrix(weight),
+        weight_boxes(weight, [DEPTH, tile_channels]),
         image_boxes(near, [images, rows, padded, DEPTH]),
-        matrix(near_weight),
-        halves(other),
-        halves(relu),
-        halves(gradient),
+        weight_boxes(near_weight, [DEPTH, tile_channels]),
+        half_boxes(other, half),
+        half_boxes(relu, half),
+        half_boxes(gradient, half),
         height,
         SUMMED=depth,
         WRITTEN=channels,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "triton", "trial"]
 
 triton: Any
 tl: Any
@@ -60,13 +60,14 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     """Choose between the Triton kernel and the PyTorch form of an op.
 
     `auto` is Triton on CUDA tensors where it is installed, else PyTorch; `triton` on a CPU tensor
-    needs TRITON_INTERPRET=1. Raises ValueError for an unknown backend, and where no kernel can run.
+    needs TRITON_INTERPRET=1; `trial` is that, with kernels that no GPU has timed yet. Raises
+    ValueError for an unknown backend, and where no kernel can run.
     """
     if backend == "torch":
         return False
     if backend == "auto":
         return tensor.device.type == "cuda" and TRITON_INSTALLED
-    if backend != "triton":
+    if backend not in ("triton", "trial"):
         raise ValueError(f"backend={backend!r} is unknown: give 'auto', 'torch' or 'triton'")
     if not TRITON_INSTALLED:
         raise ValueError(

@@ -111,10 +111,11 @@ class Config:
     """What the attack maximises; auto is ce where REAT's rbl cannot change an example."""
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
-    attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "cpu"] = "auto"
+    attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "trial", "cpu"] = "auto"
     """How the attacked network computes: op by op, compiled, by fused cuDNN, by kernels of ours
-    where they take a convolution (triton, from Hopper on), or in forms made for CPUs (cpu). auto in
-    bfloat16 on a GPU is triton on an H100 or H200 and cudnn elsewhere; on a CPU it is cpu."""
+    where they take a convolution (triton, from Hopper on), those that no GPU has timed yet among
+    them (trial), or in forms made for CPUs (cpu). auto in bfloat16 on a GPU is triton on an H100 or
+    H200 and cudnn elsewhere; on a CPU it is cpu."""
     update_form: Literal["eager", "compiled"] = "eager"
     """How the update computes: op by op, or compiled, once for each size of a batch."""
 

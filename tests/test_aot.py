@@ -28,12 +28,13 @@ WIDE = {
     "_masked_sum_kernel": (True, True),
     "_conv3x3_kernel": (False, False),  # fetches and stores boxes
     "_resident_conv_kernel": (False, False),
+    "_strided_conv_kernel": (False, False),
     "_strided_gradient_kernel": (False, False),
     "_stem_conv_kernel": (False, True),  # gathers single numbers
 }
 # Boxes are there from Hopper on, and one kernel names instructions that only Hopper has.
 MISSING = {
-    "cuda:80": {"_conv3x3_kernel", "_strided_gradient_kernel", "_resident_conv_kernel"},
+    "cuda:80": {f"_{name}_kernel" for name in (*aot.BOXES, "resident_conv")},
     "cuda:90": set(),
     "cuda:100": {"_resident_conv_kernel"},
 }
@@ -94,7 +95,7 @@ def test_a_policy_fuses_no_product_with_a_sum(rows: list[aot.Compiled]) -> None:
 def test_every_dot_becomes_matrix_instructions_of_its_target(rows: list[aot.Compiled]) -> None:
     expected = {"cuda:80": {"HMMA"}, "cuda:90": {"HGMMA"}, "cuda:100": {"UTCHMMA"}}
     dots = [row for row in rows if row.dots > 0]
-    convolutions = ("conv3x3", "strided_gradient", "resident_conv", "stem_conv")
+    convolutions = (*aot.BOXES, "resident_conv", "stem_conv")
     assert {row.kernel for row in dots} == {
         *("_pairwise_kernel", *(f"_{name}_kernel" for name in convolutions))
     }

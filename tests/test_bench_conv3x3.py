@@ -57,7 +57,7 @@ def test_a_wrong_result_is_not_timed(
 
 @pytest.mark.interpreter
 @interprets_no_loop
-@pytest.mark.parametrize(("channels", "stride", "works"), [(32, 1, 4), (3, 1, 2), (64, 2, 1)])
+@pytest.mark.parametrize(("channels", "stride", "works"), [(32, 1, 4), (3, 1, 2), (64, 2, 2)])
 def test_each_computation_is_the_librarys(channels: int, stride: int, works: int) -> None:
     torch.manual_seed(0)
     found = bench.works(Convolution(channels, 64, 3, stride, 1, 1, 6), 2, CPU)
@@ -66,7 +66,7 @@ def test_each_computation_is_the_librarys(channels: int, stride: int, works: int
         exact = work.exact()
         assert not any(name == "resident" for name in work.own)
         for call in (work.library, *list(work.own.values())[-2:]):
-            assert float((call().float() - exact).norm() / exact.norm()) < 2.0**-8
+            assert bench.distance(call(), exact) < 2.0**-8
 
 
 @pytest.mark.parametrize("channels", [3, 64])

@@ -22,7 +22,7 @@ from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 from reat_fast.networks.compiling import compile_whole
 from reat_fast.networks.folding import Fold, fold_batchnorms_, fuse_relus
 
-Form = Literal["eager", "compiled", "cudnn", "triton", "cpu"]
+Form = Literal["eager", "compiled", "cudnn", "triton", "trial", "cpu"]
 # Takes any network and dtype; fastest_form has a faster one.
 DEFAULT_FORM: Form = "eager"
 
@@ -32,7 +32,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def fastest_form(dtype: torch.dtype, device: torch.device) -> Form:
     """Return the form that starts without compiling and is the fastest for a dtype on a device.
 
-    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.5, triton 11.4
+    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.3, triton 10.8
     (python -m bench.bench_step). docs/performance.md has those of a CPU and compiled ones.
     """
     low = dtype.itemsize < 4
@@ -49,8 +49,9 @@ class FrozenNetwork:
     up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
     then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
     the sum optional, as one op with its own backward, the images padded to 8 channels; "triton" has
-    those that a kernel of ours takes computed by it (kernels.own_conv); "cpu" lets wide 3x3
-    convolutions multiply less and a strided one of the images find their gradient faster.
+    those that a kernel of ours takes computed by it (kernels.own_conv), "trial" by kernels that no
+    GPU has timed yet, too; "cpu" lets wide 3x3 convolutions multiply less and a strided one of the
+    images find their gradient faster.
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
     a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
@@ -74,8 +75,8 @@ class FrozenNetwork:
             batchnorm.to(precision)
         self._kept_own, self._kept_source = _kept(own, network, self._folds)
         self._copy, self.fused = own, 0
-        if form in ("cudnn", "triton"):
-            self._copy, self.fused = fuse_relus(own, "triton" if form == "triton" else "auto")
+        if form in ("cudnn", "triton", "trial"):
+            self._copy, self.fused = fuse_relus(own, "auto" if form == "cudnn" else form)
         self.transformed: list[WinogradConv2d] = []
         if form == "cpu" and self._dtype.itemsize >= 4:  # the sums are too fine for bfloat16
             self.transformed = use_winograd_(own)

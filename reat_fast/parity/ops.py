@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.prepare import prepare
+from reat_fast.kernels.strided_conv import strided_conv
 from reat_fast.kernels.strided_gradient import strided_gradient
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 from reat_fast.kernels.triton_support import Backend
@@ -62,6 +63,7 @@ def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     yield from _l2_step(device, backend)
     yield from _masked_sum(device, backend)
     yield from _conv3x3(device, backend)
+    yield from _strided(device, backend)
     yield from _class_loss(device, backend)
     yield from _tail_penalty(device, backend)
     yield from _rbl_weights(device)
@@ -162,12 +164,7 @@ def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
     if backend == "torch" or why_not(device) is not None:
         return
     for outputs, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16)):
-        made = generator()
-
-        def drawn(*shape: int, made: torch.Generator = made, dtype: torch.dtype = dtype) -> Tensor:
-            values = torch.randn(shape, generator=made).to(device, dtype)
-            return values.contiguous(memory_format=torch.channels_last)
-
+        drawn = _maps(device, dtype)
         x, behind = drawn(2, 64, 8, 16), drawn(2, outputs, 8, 16)
         weight, residual = drawn(outputs, 64, 3, 3) / 24, drawn(*behind.shape)
         relu, other = drawn(*x.shape).relu(), drawn(*x.shape)
@@ -181,13 +178,41 @@ def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
         expected = torch.where(relu > 0, gradient + other.double(), 0)
         error = worst(conv3x3_gradient(behind, weight, relu, other), expected)
         yield Row("conv3x3", f"{case}, gradient, relative", name, error, GRADIENT[dtype])
-        halves = behind[:, :, :4, :8].contiguous(memory_format=torch.channels_last)
+
+
+def _strided(device: torch.device, backend: Backend) -> Iterator[Row]:
+    """Compare both ways of a 3x3 convolution of stride 2 where kernels of ours can run."""
+    if backend == "torch" or why_not(device) is not None:
+        return
+    for outputs, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16)):
+        drawn = _maps(device, dtype)
+        x, behind = drawn(2, 64, 8, 16), drawn(2, outputs, 4, 8)
+        weight, shortcut = drawn(outputs, 64, 3, 3) / 24, drawn(outputs, 64, 1, 1) / 8
+        relu, other = drawn(*x.shape).relu(), drawn(*x.shape)
         leaf = x.double().requires_grad_()
         reached = F.conv2d(leaf, weight.double(), stride=2, padding=1)
-        (gradient,) = torch.autograd.grad(reached, leaf, halves.double())
+        output, beside = strided_conv(x, weight, None, shortcut)
+        assert beside is not None
+        case, name = f"64 to {outputs} channels", name_of(dtype)
+        error = worst(output, reached.detach().relu())
+        yield Row("strided_conv", f"{case}, relative", name, error, GRADIENT[dtype])
+        error = worst(beside, F.conv2d(x.double(), shortcut.double(), stride=2))
+        yield Row("strided_conv", f"{case}, shortcut, relative", name, error, GRADIENT[dtype])
+        (gradient,) = torch.autograd.grad(reached, leaf, behind.double())
         expected = torch.where(relu > 0, gradient + other.double(), 0)
-        error = worst(strided_gradient(halves, weight, relu, other), expected)
+        error = worst(strided_gradient(behind, weight, relu, other), expected)
         yield Row("strided_gradient", f"{case}, relative", name, error, GRADIENT[dtype])
+
+
+def _maps(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return what draws tensors of a shape, one after another, channels_last."""
+    made = generator()
+
+    def drawn(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=made).to(device, dtype)
+        return values.contiguous(memory_format=torch.channels_last)
+
+    return drawn
 
 
 def _attack_tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
