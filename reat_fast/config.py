@@ -170,9 +170,9 @@ class Config:
 
     evaluation: Literal["held-out", "official", "none"] = "held-out"
     """Chooses the best epoch: PGD-10 on held-out images, or (official) PGD-20 on the test set."""
-    eval_every: int = 5
-    """Epochs between two evaluations on the held-out images, a fifth of them once the learning rate
-    has fallen and the best epoch is looked for."""
+    eval_every: int | None = None
+    """Epochs between two evaluations; unset: 1 with --evaluation official, and 5 on the held-out
+    images, where it is a fifth once the learning rate has fallen and the best epoch is sought."""
     select: Literal["best", "last"] = "best"
     """Which weights are evaluated on the test set at the end: last, or best, those of the largest
     robust accuracy on the held-out images since the learning rate fell to half its peak or less."""
@@ -333,7 +333,6 @@ QUICKSTART = Config(
     lr=0.2,
     schedule="onecycle",
     augment=False,
-    eval_every=5,
     select="last",
 )
 

@@ -496,7 +496,9 @@ def test_processes_share_the_training_but_not_the_evaluations(
         ("--eval-every 3 --epochs 8", [2, 5, 6, 7]),
         ("--eval-every 3 --epochs 8 --schedule constant", [2, 5, 7]),
         ("--eval-every 10 --epochs 9 --schedule multistep --milestones 3", [3, 5, 7, 8]),
-        ("--eval-every 3 --epochs 8 --evaluation official", list(range(8))),
+        ("--eval-every 3 --epochs 8 --evaluation official", [2, 5, 7]),
+        ("--epochs 8 --evaluation official", list(range(8))),
+        ("--epochs 8 --select last", [4, 7]),
         ("--eval-every 3 --epochs 8 --evaluation none", []),
         ("--eval-every 3 --epochs 8 --held-out 0", []),
         ("--eval-every 9 --epochs 2", [1]),
@@ -505,7 +507,9 @@ def test_processes_share_the_training_but_not_the_evaluations(
 def test_every_few_epochs_and_at_the_end_weights_are_evaluated(
     flags: str, due: list[int], data: Path, tmp_path: Path
 ) -> None:
-    arguments = ["reat", *SMALL, *flags.split(), "--data", str(data)]
+    own = SMALL.index("--eval-every")
+    small = [*SMALL[:own], *SMALL[own + 2 :]]
+    arguments = ["reat", *small, *flags.split(), "--data", str(data)]
     planned = Run(make_plan([*arguments, "--run-dir", str(tmp_path / "run")]))
     epochs = range(planned.config.epochs)
     assert [epoch for epoch in epochs if selection.evaluation_is_due(planned, epoch)] == due
