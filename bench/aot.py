@@ -35,6 +35,7 @@ from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
+from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.kernels.prepare import Noise, prepare
 from reat_fast.kernels.resident_conv import launch_resident_conv
 from reat_fast.kernels.stem_conv import stem_conv
@@ -112,6 +113,15 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
         yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
+    for shape, classes, dtype in (
+        ((128, 512, 4, 4), 10, torch.bfloat16),
+        ((128, 640, 8, 8), 100, torch.bfloat16),
+        ((128, 2048, 4, 4), 10, torch.float16),
+        ((128, 512, 7, 7), 200, torch.float32),
+    ):
+        maps = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight, bias = maps.new_zeros(classes, shape[1]), maps.new_zeros(classes)
+        yield _name("pooled_linear", maps), partial(_there_and_back, maps, weight, bias)
     for batch, width, size in ((128, 128, 16), (64, 160, 32)):
         maps = _channels_last(batch, width, size, size)
         weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)
@@ -141,6 +151,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             grad, nonfinite = adv.to(dtype), torch.zeros((), dtype=torch.int64)
             move = partial(step, adv, grad, adv.clone(), 2 / 255, 8 / 255, nonfinite=nonfinite)
             yield _name(f"{step.__name__} gradient", grad), partial(move, backend="triton")
+
+
+def _there_and_back(maps: Tensor, weight: Tensor, bias: Tensor) -> None:
+    leaf = maps.requires_grad_()
+    logits = pooled_linear(leaf, weight, bias, masks_input=True, backend="triton")
+    torch.autograd.grad(logits, leaf, logits.detach())
 
 
 def _name(op: str, tensor: Tensor) -> str:

@@ -22,6 +22,7 @@ from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.policy import run_policy
+from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.kernels.prepare import prepare
 from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.kernels.triton_support import Backend
@@ -106,6 +107,25 @@ def _class_loss_case(batch: int, classes: int, dtype: torch.dtype) -> Case:
     return Case(f"class_loss B={batch} C={classes} {str(dtype)[6:]}", make)
 
 
+def _pooled_linear_case(batch: int, width: int, side: int, classes: int) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        maps = torch.randn(batch, width, side, side, device="cuda", dtype=torch.bfloat16).relu()
+        maps = maps.contiguous(memory_format=torch.channels_last).requires_grad_()
+        weight = torch.randn(classes, width, device="cuda", dtype=torch.bfloat16)
+        bias, grad = weight[:, 0].clone(), weight.new_ones(batch, classes)
+
+        def call(backend: Backend) -> object:
+            logits = pooled_linear(maps, weight, bias, masks_input=True, backend=backend)
+            return torch.autograd.grad(logits, maps, grad)
+
+        # Maps are read for the average and for the mask, and their gradient is written.
+        return call, maps.numel() * 3 * maps.element_size()
+
+    # torch.compile keeps an autograd.Function's own backward: nothing would be compared.
+    name = f"pooled_linear B={batch} C={width} {side}x{side} K={classes}"
+    return Case(name, make, compared=("triton", "torch"))
+
+
 def _tail_case(batch: int, width: int, form: Any) -> Case:
     def make() -> tuple[Callable[[Backend], object], int]:
         features = torch.randn(batch, width, device="cuda").requires_grad_()
@@ -132,6 +152,16 @@ CASES = [
     ),
     *(_step_case("linf_step", linf_step_, 8192, d) for d in (torch.float32, torch.bfloat16)),
     *(_class_loss_case(*shape, torch.float32) for shape in ((128, 10), (1024, 100), (1024, 1000))),
+    *(
+        _pooled_linear_case(*shape)
+        for shape in (
+            (128, 512, 4, 10),
+            (1024, 512, 4, 10),
+            (128, 640, 8, 10),
+            (128, 512, 4, 100),
+            (128, 512, 4, 200),
+        )
+    ),
     *(
         _tail_case(*shape, form)
         for shape in ((128, 512), (1024, 640))

@@ -153,7 +153,7 @@ def _class_loss_kernel(  # type: ignore[no-untyped-def]
         gradient -= tl.where(is_label, label_weights[:, None], 0.0)
         if SMOOTHED:
             gradient -= shares[None, :]
-        tl.store(gradient_ptr + places, gradient, mask=exists)
+        tl.store(gradient_ptr + places, gradient.to(gradient_ptr.dtype.element_ty), mask=exists)
 
 
 @torch.library.triton_op("reat_fast::class_loss_rows", mutates_args=())
@@ -175,15 +175,31 @@ def class_loss_rows(
         return class_loss_rows_torch(
             logits, labels, offsets, weights, label_smoothing, with_gradient
         )
+    shape = logits.shape if with_gradient else (0,)
+    gradient = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    losses, predictions = _launch(
+        logits, labels, offsets, weights, label_smoothing, gradient, with_gradient
+    )
+    return losses, gradient, predictions
+
+
+def _launch(
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    label_smoothing: float,
+    gradient: Tensor,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel, which writes into `gradient`; return losses and predictions."""
     batch, classes = logits.shape
-    logits = logits.contiguous()
     losses = torch.empty(batch, dtype=torch.float32, device=logits.device)
-    gradient = losses.new_empty((batch, classes) if with_gradient else 0)
     predictions = torch.empty(batch, dtype=torch.int64, device=logits.device)
     columns = 1 << (classes - 1).bit_length()
     rows = max(1, BLOCK_ELEMENTS // columns)
     wrap_triton(_class_loss_kernel)[(cdiv(batch, rows),)](
-        logits,
+        logits.contiguous(),
         labels.contiguous(),
         None if offsets is None else offsets.contiguous(),
         None if weights is None else weights.contiguous(),
@@ -199,7 +215,7 @@ def class_loss_rows(
         COLUMNS=columns,
         num_warps=max(4, columns // 512),
     )
-    return losses, gradient, predictions
+    return losses, predictions
 
 
 def class_loss(
@@ -225,14 +241,7 @@ def class_loss(
     the weights, balanced softmax (arXiv 2007.10740) for the offsets.
     """
     _check(logits, labels, offsets, weights, label_smoothing, reduction, histogram)
-    fits = logits.dtype != torch.float64 and logits.shape[1] <= MOST_CLASSES
-    empty = logits.numel() == 0  # no grid to launch; a process may have no share of a short batch
-    if not fits and backend == "triton":
-        raise ValueError(
-            f"backend='triton' takes float32, bfloat16 or float16 logits of up to {MOST_CLASSES} "
-            f"classes, got {logits.dtype} and {logits.shape[1]}: give backend='torch'"
-        )
-    if not (use_triton(backend, logits) and fits) or empty:
+    if not _use_kernel(logits, backend):
         if histogram is not None:
             _count_(histogram, logits.argmax(1))
         return class_loss_torch(
@@ -256,6 +265,43 @@ def class_loss(
     if reduction == "sum":
         return losses.sum()
     return losses.mean() if weights is None else losses.sum() / weights[labels].float().sum()
+
+
+def class_loss_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    weights: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Compute the gradient of the sum of class_loss over the rows, [B, C] like the logits.
+
+    The bits that autograd finds, without what an attack does not need: the sum, a gradient of one
+    for it, and the product and the rounding behind, four small kernels. Arguments and errors as in
+    class_loss; may not sync, and has no gradient of its own.
+    """
+    _check(logits, labels, offsets, weights, 0.0, "sum", None)
+    logits = logits.detach()
+    if _use_kernel(logits, backend):
+        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        _launch(logits, labels, offsets, weights, 0.0, gradient, True)
+        return gradient
+    with torch.enable_grad():
+        leaf = logits.requires_grad_()
+        total = class_loss_torch(leaf, labels, offsets=offsets, weights=weights, reduction="sum")
+    return torch.autograd.grad(total, leaf)[0]
+
+
+def _use_kernel(logits: Tensor, backend: Backend) -> bool:
+    fits = logits.dtype != torch.float64 and logits.shape[1] <= MOST_CLASSES
+    if not fits and backend == "triton":
+        raise ValueError(
+            f"backend='triton' takes float32, bfloat16 or float16 logits of up to {MOST_CLASSES} "
+            f"classes, got {logits.dtype} and {logits.shape[1]}: give backend='torch'"
+        )
+    # Without rows there is no grid to launch; a process may have no share of a short batch.
+    return use_triton(backend, logits) and fits and logits.numel() > 0
 
 
 class _ClassLoss(torch.autograd.Function):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.class_loss import class_loss, class_loss_gradient
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.triton_support import device_number
@@ -28,9 +29,28 @@ STEPS = {"linf": linf_step_, "l2": l2_step_}
 """One step of the attack in each norm, in place: along the sign of the gradient, or along it."""
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum the cross-entropy over the batch; a mean would shrink gradients by the batch size."""
-    return class_loss(logits, labels, reduction="sum")
+@dataclass(frozen=True, eq=False)
+class SummedClassLoss:
+    """Sum class_loss over the batch; a mean would shrink gradients by the batch size.
+
+    offsets, weights [C]: those of class_loss. `gradient` is what an attack wants of it.
+    """
+
+    offsets: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum for logits [B, C] and labels [B]."""
+        return class_loss(
+            logits, labels, offsets=self.offsets, weights=self.weights, reduction="sum"
+        )
+
+    def gradient(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the gradient of the sum by the logits, in one kernel."""
+        return class_loss_gradient(logits, labels, offsets=self.offsets, weights=self.weights)
+
+
+cross_entropy = SummedClassLoss()
 
 
 def pgd(
@@ -116,10 +136,18 @@ def _input_gradient(model: Classifier, images: Tensor, labels: Tensor, loss: Att
     if own is not None:
         gradient: Tensor = own(images, labels, loss)
         return gradient
-    images = images.detach().requires_grad_()
+    taken: torch.dtype = getattr(model, "images_dtype", images.dtype)
+    images = images.detach()
+    if taken.itemsize < images.dtype.itemsize:
+        # The network would round them itself, and its gradient would be made wide again: a step
+        # takes it as it is.
+        images = images.to(taken)
+    images.requires_grad_()
     with torch.enable_grad():
-        total = loss(model(images), labels)
-    return torch.autograd.grad(total, images)[0]
+        logits = model(images)
+        if not isinstance(loss, SummedClassLoss):
+            return torch.autograd.grad(loss(logits, labels), images)[0]
+    return torch.autograd.grad(logits, images, loss.gradient(logits, labels))[0]
 
 
 def _refuse(

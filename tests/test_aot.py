@@ -26,6 +26,8 @@ WIDE = {
     "_linf_step_kernel": (True, True),
     "_l2_step_kernel": (True, True),
     "_masked_sum_kernel": (True, True),
+    "_pooled_linear_kernel": (True, False),  # stores one number a class
+    "_pooled_linear_gradient_kernel": (True, True),
     "_conv3x3_kernel": (False, False),  # fetches and stores boxes
     "_resident_conv_kernel": (False, False),
     "_strided_conv_kernel": (False, False),
@@ -41,7 +43,11 @@ MISSING = {
 # Bytes of stack that are no spills: sine and cosine reduce large angles in an array of 7 words.
 ARRAYS = {"prepare normal uint8 [128, 32, 32, 3]": 32}
 # Tiles are those of Hopper; after the sums, Blackwell spills a little of the largest.
-SPILLED_BY_BLACKWELL = {"_conv3x3_kernel": 64, "_strided_gradient_kernel": 64}
+SPILLED_BY_BLACKWELL = {
+    "_conv3x3_kernel": 64,
+    "_strided_gradient_kernel": 64,
+    "_pooled_linear_kernel": 8,  # of float32 maps
+}
 # Rows of 40 bytes are not aligned to 16.
 NARROW_ROWS = "class_loss float32 [128, 10]"
 

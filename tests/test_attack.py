@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from reat_fast import reference
 from reat_fast.attack import (
     PGD,
+    Norm,
+    SummedClassLoss,
     cross_entropy,
     l2_noise,
     of_length,
@@ -55,6 +57,48 @@ def plain_pgd(
         start=made["noise"][0],
         loss=loss,
     )
+
+
+class Narrow(nn.Module):
+    """A network that rounds its images to bfloat16 and says so, or does not."""
+
+    def __init__(self, says: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.randn(8, 3 * 32 * 32).bfloat16()
+        self.taken: list[torch.dtype] = []
+        if says:
+            self.images_dtype = torch.bfloat16
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.taken.append(images.dtype)
+        return F.linear(images.to(torch.bfloat16).flatten(1), self.weight)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_as_narrow_as_the_network_moves_images_to_the_same_bits(norm: Norm) -> None:
+    torch.manual_seed(1)
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    results = []
+    for says in (True, False):
+        network, bad = Narrow(says), torch.zeros((), dtype=torch.int64)
+        start = torch.zeros_like(images)
+        found = pgd(network, images, labels, start=start, steps=3, norm=norm, nonfinite=bad)
+        results.append(found)
+        assert network.taken == [torch.bfloat16 if says else torch.float32] * 3 and bad == 0
+    assert torch.equal(*results)
+    # The images themselves stay as fine as they were.
+    assert not torch.equal(results[0], results[0].bfloat16().float())
+
+
+@pytest.mark.parametrize("named", [{}, {"offsets": 1.0}, {"weights": 2.0}])
+def test_the_summed_class_loss_attacks_as_any_loss_of_its_values(
+    model: nn.Module, made: dict[str, Tensor], named: dict[str, float]
+) -> None:
+    values = {name: value * torch.arange(1, 11) for name, value in named.items()}
+    loss = SummedClassLoss(**values)
+    found = attack(model, made, loss=loss)
+    assert torch.equal(found, attack(model, made, loss=lambda z, y: loss(z, y)))
 
 
 def test_rbl_cannot_change_an_adversarial_example(

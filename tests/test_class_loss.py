@@ -13,7 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from reat_fast.kernels import class_loss as module
-from reat_fast.kernels.class_loss import class_loss, class_loss_rows, class_loss_rows_torch
+from reat_fast.kernels.class_loss import (
+    class_loss,
+    class_loss_gradient,
+    class_loss_rows,
+    class_loss_rows_torch,
+)
 from reat_fast.kernels.triton_support import TRITON_INSTALLED
 
 PLACES = [
@@ -119,6 +124,26 @@ def test_half_precision_logits_cost_one_rounding_of_the_gradient(
 ) -> None:
     logits, labels, values = make_batch(batch, classes, dtype, device, **OPTIONS["all"])
     assert_equals_cross_entropy(logits, labels, values, "mean", backend)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", ["plain", "offsets and weights"])
+@pytest.mark.parametrize(("batch", "classes"), SIZES)
+def test_the_gradient_of_the_sum_alone_is_that_of_autograd_to_the_bit(
+    batch: int, classes: int, options: str, dtype: torch.dtype, backend: Any, device: str
+) -> None:
+    wanted = {} if options == "plain" else {"offsets": True, "weights": True}
+    logits, labels, values = make_batch(batch, classes, dtype, device, **wanted)
+    leaf = logits.clone().requires_grad_()
+    total = class_loss(leaf, labels, reduction="sum", backend=backend, **values)
+    (gradient,) = torch.autograd.grad(total, leaf)
+    found = class_loss_gradient(logits, labels, backend=backend, **values)
+    assert found.dtype == dtype and torch.equal(found, gradient)
+    turned = logits.t().contiguous().t()
+    assert torch.equal(class_loss_gradient(turned, labels, backend=backend, **values), gradient)
+    none = class_loss_gradient(logits[:0], labels[:0], backend=backend, **values)
+    assert none.shape == (0, classes)
 
 
 @everywhere

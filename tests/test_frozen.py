@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reat_fast.attack import cross_entropy
 from reat_fast.kernels.fused_conv import conv_relu_linked
+from reat_fast.kernels.pooled_linear import FEW_CLASSES, pooled_linear
+from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import NAMES, create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import Form, FrozenNetwork
@@ -131,14 +133,17 @@ def test_bfloat16_rounds_folded_weights_and_keeps_batchnorm(name: str, form: For
     # Some twenty layers, each rounding weights and maps by 2^-9 relative, mostly averaging out.
     assert 0 < float(error) < 0.05
     kinds = {type(m): m.weight.dtype for m in frozen._copy.modules() if hasattr(m, "weight")}
-    assert kinds[nn.Linear] == torch.bfloat16
+    assert kinds.get(nn.Linear, torch.bfloat16) == torch.bfloat16
     assert kinds.get(nn.Conv2d, torch.bfloat16) == torch.bfloat16
     assert kinds.get(nn.BatchNorm2d, torch.float32) == torch.float32
 
 
 @pytest.mark.parametrize("form", ["eager", "cudnn"])
-def test_refresh_takes_up_new_weights_and_statistics_in_the_same_memory(form: Form) -> None:
-    model = trained("preact_resnet18")
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+def test_refresh_takes_up_new_weights_and_statistics_in_the_same_memory(
+    name: str, form: Form
+) -> None:
+    model = trained(name)
     frozen = FrozenNetwork(model, form=form)
     images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     before = {name: t.data_ptr() for name, t in frozen._copy.state_dict().items()}
@@ -205,14 +210,99 @@ def test_gradients_meet_in_one_pass_and_shortcuts_add_no_bias_of_their_own() -> 
     assert isinstance(frozen._copy, torch.fx.GraphModule)
     nodes = list(frozen._copy.graph.nodes)
     # The stem and seven blocks are read by a convolution and a sum, or by two convolutions; the
-    # first convolution of each block by the second; the last block by the pooling.
+    # first convolution of each block by the second; the last block by the pooled linear layer.
     linked = [node for node in nodes if node.target is conv_relu_linked]
     assert [node.kwargs["masks_input"] for node in linked] == [False] + [True] * 16
-    assert [node.kwargs["reader_masks"] for node in linked] == [True] * 16 + [False]
+    assert [node.kwargs["reader_masks"] for node in linked] == [True] * 17
+    (pooled,) = [node for node in nodes if node.target is pooled_linear]
+    assert pooled.kwargs["masks_input"] and pooled.args[0].args == (linked[-1], 0)
     taken = Counter(node.args[1] for node in nodes if node.target is operator.getitem)
     assert taken == {0: 17, 1: 8}
     assert sum("shortcut" in node.kwargs for node in linked) == 3
-    assert not any(node.target is F.conv2d for node in nodes)
+    assert not any(node.target in (F.conv2d, operator.add) for node in nodes)
+    assert len(frozen._biases) == 3
+
+
+class Heads(nn.Module):
+    """A linear layer behind the average over the pixels, written in one of several ways."""
+
+    def __init__(self, pooling: str, classes: int = 5) -> None:
+        super().__init__()
+        self.conv, self.pooling = nn.Conv2d(3, 8, 3), pooling
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.fc = nn.Linear(8, classes, bias=pooling != "without bias")
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.relu(self.conv(images))
+        logits: Tensor
+        match self.pooling:
+            case "named":
+                logits = self.fc(torch.mean(maps, dim=[2, 3]))
+            case "adaptive":
+                logits = self.fc(self.flatten(self.pool(maps)))
+            case "flattened":
+                logits = self.fc(torch.flatten(self.pool(maps), 1))
+            case "read twice":
+                features = maps.mean((2, 3))
+                logits = self.fc(features) + features.sum(1, keepdim=True)
+            case "maps read twice":
+                logits = self.fc(maps.mean((2, 3))) + maps.amax((1, 2, 3))[:, None]
+            case "maps written":
+                maps = maps * 2
+                features = maps.mean((2, 3))
+                maps += 1  # what the average has not seen
+                logits = self.fc(features)
+            case "rows":
+                logits = self.fc(maps.mean((1, 2)).repeat(1, 2)[:, :8])
+            case "kept dimensions":
+                logits = self.fc(maps.mean((2, 3), keepdim=True).flatten(1))
+            case _:
+                logits = self.fc(maps.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("pooling", "classes", "fused", "masks"),
+    [
+        ("mean", 5, True, True),
+        ("without bias", 5, True, True),
+        ("named", 5, True, True),
+        ("adaptive", 5, True, True),
+        ("flattened", 5, True, True),
+        ("maps read twice", 5, True, False),
+        ("maps written", 5, True, False),
+        ("mean", FEW_CLASSES + 1, False, False),
+        ("read twice", 5, False, False),
+        ("rows", 5, False, False),
+        ("kept dimensions", 5, False, False),
+    ],
+)
+def test_an_average_and_the_linear_layer_that_reads_it_are_one(
+    pooling: str, classes: int, fused: bool, masks: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Heads(pooling, classes).double()
+    frozen = FrozenNetwork(model, form="cudnn")
+    assert isinstance(frozen._copy, torch.fx.GraphModule)
+    nodes = [node for node in frozen._copy.graph.nodes if node.target is pooled_linear]
+    assert [node.kwargs.get("masks_input", False) for node in nodes] == [masks] * fused
+    assert_equal_to_rounding(frozen, model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+    with torch.no_grad():
+        model.fc.weight.mul_(2)
+    frozen.refresh()
+    assert_equal_to_rounding(frozen, model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_the_cosine_head_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet8", 6, width=8)
+    use_cosine_head(model)
+    model.double()
+    with_statistics(model)
+    frozen = FrozenNetwork(model, form="cudnn")
+    assert isinstance(frozen._copy, torch.fx.GraphModule)
+    assert all(node.target is not pooled_linear for node in frozen._copy.graph.nodes)
+    assert_equal_to_rounding(frozen, model, torch.rand(2, 3, 16, 16, dtype=torch.float64))
 
 
 class ScaledConv(nn.Conv2d):

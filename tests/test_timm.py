@@ -18,6 +18,7 @@ import torch
 from test_frozen import assert_equal_to_rounding, with_statistics
 from torch import nn
 
+from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.models import create_model
 from reat_fast.networks.frozen import Form, FrozenNetwork
 
@@ -108,6 +109,14 @@ def test_folding_changes_nothing_but_rounding(
     assert frozen.fused == (fused if form == "cudnn" else 0)
     # The smallest image whose last maps still have a size.
     assert_equal_to_rounding(frozen, model, torch.rand(1, 3, 32, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "masks"), [("resnet18", True), ("seresnet18", False)])
+def test_the_average_and_the_linear_layer_behind_it_are_one(name: str, masks: bool) -> None:
+    frozen = FrozenNetwork(create_model(f"timm/{name}", 5), form="cudnn")
+    assert isinstance(frozen._copy, torch.fx.GraphModule)
+    (pooled,) = [node for node in frozen._copy.graph.nodes if node.target is pooled_linear]
+    assert pooled.kwargs.get("masks_input", False) == masks
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "test_efficientnet"])

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reat_fast.attack import AttackLoss, cross_entropy
+from reat_fast.attack import AttackLoss, SummedClassLoss, cross_entropy
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.prepare import Noise
@@ -106,15 +106,15 @@ def choose_attack_loss(
         case "ce":
             return cross_entropy
         case "bsl":
-            return partial(_shifted, offsets=statistics.log_counts)
+            return SummedClassLoss(offsets=statistics.log_counts)
         case "rbl":
             # The official loss divides by the batch's sum of weights: one positive number for all
             # samples, which no sign can see, and which would only shrink the gradient.
-            return partial(_weighted, weights=statistics.weights)
+            return SummedClassLoss(weights=statistics.weights)
         case "rbl_offsets":
             # Rarely predicted classes become likelier in the attacked softmax, so the attack pushes
             # images towards them: what re-balancing is for, in a form that reaches the sign.
-            return partial(_shifted, offsets=statistics.weights.log())
+            return SummedClassLoss(offsets=statistics.weights.log())
         case "kl":
             with torch.no_grad():
                 return partial(_divergence, clean=in_loss_precision(clean_logits()).softmax(1))
@@ -165,14 +165,6 @@ class FreePerturbation:
         """Take up a saved state, into the same memory; zeros where none had been made yet."""
         saved = state.get("free_perturbation")
         self._perturbation.copy_(torch.zeros_like(self._perturbation) if saved is None else saved)
-
-
-def _shifted(logits: Tensor, labels: Tensor, *, offsets: Tensor) -> Tensor:
-    return class_loss(logits, labels, offsets=offsets, reduction="sum")
-
-
-def _weighted(logits: Tensor, labels: Tensor, *, weights: Tensor) -> Tensor:
-    return class_loss(logits, labels, weights=weights, reduction="sum")
 
 
 def _divergence(logits: Tensor, labels: Tensor, *, clean: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 In eval mode BatchNorm is a constant scale and shift per channel. Where it reads a convolution whose
 output nothing else reads, both are one convolution. The same trace shows which convolutions end in
-ReLU, alone or after a residual sum.
+ReLU, alone or after a residual sum, and whether a linear layer reads the average over the pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reat_fast.kernels.fused_conv import conv_relu, conv_relu_linked
+from reat_fast.kernels.pooled_linear import FEW_CLASSES, pooled_linear
 from reat_fast.kernels.triton_support import Backend
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
@@ -37,6 +38,9 @@ CHANNELS = 8
 
 _RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
 _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+# With the kind of call, as a module may have any name.
+_MEANS: tuple[Any, ...] = (("call_method", "mean"), ("call_function", torch.mean))
+_FLATTENINGS: tuple[Any, ...] = (("call_method", "flatten"), ("call_function", torch.flatten))
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,23 @@ class Fold:
     bn: Any  # a BatchNorm; that its weight and statistics are there is seen to
     weight: Tensor
     bias: Tensor
+
+
+@dataclass(frozen=True)
+class JoinedBias:
+    """The bias of a convolution with that of the one whose output is added: total = own + other."""
+
+    total: Tensor
+    own: Tensor
+    other: Tensor
+
+
+class Fused(NamedTuple):
+    """A rewritten network, the number of fused convolutions, and biases that follow others."""
+
+    network: nn.Module
+    convolutions: int
+    biases: list[JoinedBias]
 
 
 def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
@@ -68,24 +89,28 @@ def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
     return folds
 
 
-def fuse_relus(network: nn.Module, backend: Backend = "auto") -> tuple[nn.Module, int]:
+def fuse_relus(network: nn.Module, backend: Backend = "auto") -> Fused:
     """Rewrite relu(conv(x)) and relu(conv(x) + y) of a network in eval mode as conv_relu.
 
-    backend: that of conv_relu. Weights of few input channels become views of memory with zeros
-    behind. Returns a network on the same weights and the number of fused convolutions; the given
-    network itself and 0 where it cannot be traced.
+    And linear(mean(x)) over the pixels as pooled_linear. backend: that of both. Weights of few
+    input channels become views of memory with zeros behind. Returns a network on the same weights,
+    in which the sums of joined biases are the caller's to write whenever one of them changes; the
+    given network itself and 0 where it cannot be traced.
     """
     graph = _trace(network)
     if graph is None:
-        return network, 0
+        return Fused(network, 0, [])
     for node in list(graph.nodes):
         if _calls(network, node, lambda module: type(module) is nn.Identity):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     relus = [node for node in graph.nodes if _is_relu(network, node)]
-    fused = sum(_fuse(network, graph, relu, backend) for relu in relus)
+    biases: list[JoinedBias] = []
+    fused = sum(_fuse(network, graph, relu, backend, biases) for relu in relus)
+    for linear in [node for node in graph.nodes if _calls(network, node, _is_small_linear)]:
+        _fuse_pooling(network, graph, linear, backend)
     _link(network, graph)
-    return (fx.GraphModule(network, graph) if fused else network), fused
+    return Fused(fx.GraphModule(network, graph) if fused else network, fused, biases)
 
 
 def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
@@ -108,7 +133,13 @@ def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
     return folds
 
 
-def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node, backend: Backend) -> bool:
+def _fuse(
+    network: nn.Module,
+    graph: fx.Graph,
+    relu: fx.Node,
+    backend: Backend,
+    biases: list[JoinedBias],
+) -> bool:
     """Put one conv_relu in the place of a ReLU and what it reads, if that allows it."""
     end: Any = relu.args[0] if relu.args else None
     if not isinstance(end, fx.Node) or len(end.users) != 1:
@@ -121,7 +152,9 @@ def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node, backend: Backend) 
     with graph.inserting_before(end):
         weight = graph.get_attr(f"{conv.target}.{name}")
         bias = None if module.bias is None else graph.get_attr(f"{conv.target}.bias")
-        summand, bias = _joined_bias(network, graph, residual, bias)
+        summand = residual
+        if residual is not None and _can_join(network, module, residual):
+            summand, bias = _join_biases(network, graph, conv, residual, biases)
         geometry = (module.stride, module.padding, module.dilation, module.groups)
         given = (conv.args[0], weight, bias, summand, *geometry)
         output = graph.call_function(conv_relu, given, {"backend": backend})
@@ -132,23 +165,66 @@ def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node, backend: Backend) 
     return True
 
 
-def _joined_bias(network: nn.Module, graph: fx.Graph, residual: Any, bias: Any) -> tuple[Any, Any]:
-    """Add the bias of a convolution that is the residual to that of the other: one pass less."""
-    if residual is None or bias is None or not _calls(network, residual, _is_biased_conv):
-        return residual, bias
-    if len(residual.users) != 1:
-        return residual, bias
-    module: Any = network.get_submodule(residual.target)
-    weight, own = (graph.get_attr(f"{residual.target}.{name}") for name in ("weight", "bias"))
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
+def _fuse_pooling(network: nn.Module, graph: fx.Graph, linear: fx.Node, backend: Backend) -> None:
+    """Put one pooled_linear in the place of a linear layer and of the average that it alone reads.
+
+    One that averages in two calls, the second of which flattens, is both.
+    """
+    end: Any = linear.args[0] if linear.args else None
+    replaced = [linear, end]
+    if _is_flatten(network, end) and len(end.users) == 1:
+        end = end.args[0]
+        replaced.append(end)
+        pooled = _calls(network, end, _is_average)
+    else:
+        pooled = _is_mean(end) or _calls(network, end, _is_flat_average)
+    if not pooled or len(end.users) != 1:
+        return
+    module: Any = network.get_submodule(str(linear.target))
+    with graph.inserting_before(end):  # the maps may be written to before the linear layer
+        weight = graph.get_attr(f"{linear.target}.weight")
+        bias = None if module.bias is None else graph.get_attr(f"{linear.target}.bias")
+        given = (end.args[0], weight, bias)
+        output = graph.call_function(pooled_linear, given, {"backend": backend})
+    linear.replace_all_uses_with(output)
+    for node in replaced:
+        graph.erase_node(node)
+
+
+def _can_join(network: nn.Module, module: nn.Module, residual: fx.Node) -> bool:
+    if not _calls(network, residual, _is_biased_conv) or len(residual.users) != 1:
+        return False
+    # A module in two places may be added to another convolution in each.
+    return module.bias is not None and not hasattr(module, "joined_bias")
+
+
+def _join_biases(
+    network: nn.Module,
+    graph: fx.Graph,
+    conv: fx.Node,
+    residual: fx.Node,
+    biases: list[JoinedBias],
+) -> tuple[fx.Node, fx.Node]:
+    """Take the bias from a convolution that is the residual, and add it to that of the other.
+
+    One pass over the maps less. The sum has memory of its own, for the many calls between two
+    changes of the weights.
+    """
+    module: Any = network.get_submodule(str(conv.target))
+    other: Any = network.get_submodule(str(residual.target))
+    module.register_buffer("joined_bias", module.bias + other.bias, persistent=False)
+    biases.append(JoinedBias(module.joined_bias, module.bias, other.bias))
+    weight = graph.get_attr(f"{residual.target}.weight")
+    geometry = (other.stride, other.padding, other.dilation, other.groups)
     plain = graph.call_function(F.conv2d, (residual.args[0], weight, None, *geometry))
-    return plain, graph.call_function(operator.add, (bias, own))
+    return plain, graph.get_attr(f"{conv.target}.joined_bias")
 
 
 def _link(network: nn.Module, graph: fx.Graph) -> None:
-    """Let the first reader of each conv_relu make the mask of its gradient, where that is one too.
+    """Let the first reader of each conv_relu make the mask of its gradient, where it can.
 
-    A second reader gets what it reads from the first, so that its gradient is there by then.
+    That is another, or the linear layer behind the average. A second reader gets what it reads from
+    the first, so that its gradient is there by then.
     """
     place = {node: index for index, node in enumerate(graph.nodes)}
     masked: dict[fx.Node, fx.Node] = {}  # each conv_relu, and whom it leaves its mask to
@@ -159,6 +235,9 @@ def _link(network: nn.Module, graph: fx.Graph) -> None:
             masked[node] = readers[0]
             if len(readers) == 2:
                 others[readers[0]] = readers[1]
+    for reader in masked.values():
+        if reader.target is pooled_linear:
+            reader.kwargs = {**reader.kwargs, "masks_input": True}
     for node in [node for node in graph.nodes if node.target is conv_relu]:
         flags: dict[str, Any] = {
             "masks_input": node in masked.values(),
@@ -187,7 +266,7 @@ def _link(network: nn.Module, graph: fx.Graph) -> None:
 
 
 def _is_shortcut(node: fx.Node) -> bool:
-    """Say whether a node is a convolution without bias as _joined_bias writes it.
+    """Say whether a node is a convolution without bias as _join_biases writes it.
 
     A network's own calls of conv2d may have anything as weight, and arguments by name or left out.
     """
@@ -198,7 +277,12 @@ def _is_shortcut(node: fx.Node) -> bool:
 
 
 def _can_mask(network: nn.Module, node: fx.Node, readers: list[fx.Node]) -> bool:
-    """Say whether one or two convolutions and nothing else read a node, the first as its input."""
+    """Say whether one or two convolutions and nothing else read a node, the first as its input.
+
+    Or a linear layer behind the average, alone.
+    """
+    if len(readers) == 1 and readers[0].target is pooled_linear:
+        return True
     if not 1 <= len(readers) <= 2 or not all(_only_reads(network, reader) for reader in readers):
         return False
     first = readers[0]
@@ -273,6 +357,48 @@ def _is_dense_conv(module: nn.Module) -> bool:
 
 def _is_biased_conv(module: nn.Module) -> bool:
     return _is_dense_conv(module) and module.bias is not None
+
+
+def _is_small_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.out_features <= FEW_CLASSES
+
+
+def _is_mean(node: Any) -> bool:
+    """Say whether a node is mean((2, 3)), however that is written."""
+    if not isinstance(node, fx.Node) or not node.args:
+        return False
+    if (node.op, node.target) not in _MEANS:
+        return False
+    named = dict(node.kwargs)
+    if len(node.args) == 1:
+        dims: Any = named.pop("dim", None)
+    else:
+        dims = node.args[1]
+    plain = len(node.args) <= 2 and named in ({}, {"keepdim": False})
+    return plain and isinstance(dims, (tuple, list)) and tuple(dims) == (2, 3)
+
+
+def _is_average(module: nn.Module) -> bool:
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+
+
+def _is_flat_average(module: Any) -> bool:
+    # By name, as timm need not be there.
+    if type(module).__name__ != "SelectAdaptivePool2d" or not _is_average(module.pool):
+        return False
+    return _flattens(module.flatten)
+
+
+def _is_flatten(network: nn.Module, node: Any) -> bool:
+    if not isinstance(node, fx.Node) or not node.args:
+        return False
+    if (node.op, node.target) in _FLATTENINGS:
+        return node.args[1:] == (1,) and not node.kwargs
+    return _calls(network, node, _flattens)
+
+
+def _flattens(module: nn.Module) -> bool:
+    return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
 
 
 def _is_relu(network: nn.Module, node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.own_conv import faster_on
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 from reat_fast.networks.compiling import compile_whole
-from reat_fast.networks.folding import Fold, fold_batchnorms_, fuse_relus
+from reat_fast.networks.folding import Fold, JoinedBias, fold_batchnorms_, fuse_relus
 
 Form = Literal["eager", "compiled", "cudnn", "triton", "trial", "cpu"]
 # Takes any network and dtype; fastest_form has a faster one.
@@ -55,7 +55,8 @@ class FrozenNetwork:
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
     a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
-    ones that "cpu" changed.
+    ones that "cpu" changed. images_dtype: what images are rounded to; the gradient of images given
+    in it is in it, too, and not made wide again.
     input_gradient: with "compiled", forward and gradient in one torch.compile region: a function
     of (images, labels, loss) that returns the gradient of the scalar loss(logits, labels) with
     respect to the images; else None, for torch.autograd does it.
@@ -66,19 +67,21 @@ class FrozenNetwork:
     ) -> None:
         own = copy.deepcopy(network).eval().requires_grad_(False)
         precision = next(network.parameters()).dtype
-        self._dtype = precision if dtype is None else dtype
+        self.images_dtype = precision if dtype is None else dtype
         self._folds = fold_batchnorms_(own, network)
         batchnorms = {n: m for n, m in own.named_modules() if isinstance(m, _BatchNorm)}
         self.unfolded = list(batchnorms)
-        own.to(self._dtype)
+        own.to(self.images_dtype)
         for batchnorm in batchnorms.values():
             batchnorm.to(precision)
         self._kept_own, self._kept_source = _kept(own, network, self._folds)
         self._copy, self.fused = own, 0
+        self._biases: list[JoinedBias] = []
         if form in ("cudnn", "triton", "trial"):
-            self._copy, self.fused = fuse_relus(own, "auto" if form == "cudnn" else form)
+            fused = fuse_relus(own, "auto" if form == "cudnn" else form)
+            self._copy, self.fused, self._biases = fused
         self.transformed: list[WinogradConv2d] = []
-        if form == "cpu" and self._dtype.itemsize >= 4:  # the sums are too fine for bfloat16
+        if form == "cpu" and self.images_dtype.itemsize >= 4:  # the sums are too fine for bfloat16
             self.transformed = use_winograd_(own)
             use_col2im_(own)
         self.input_gradient: Callable[[Tensor, Tensor, Loss], Tensor] | None = None
@@ -92,11 +95,16 @@ class FrozenNetwork:
         torch._foreach_copy_(self._kept_own, self._kept_source)
         if self._folds:
             self._fold()
+        if self._biases:
+            sums = torch._foreach_add(
+                [b.own for b in self._biases], [b.other for b in self._biases]
+            )
+            torch._foreach_copy_([b.total for b in self._biases], sums)
         for conv in self.transformed:
             conv.refresh_()
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._copy(images.to(self._dtype))
+        logits: Tensor = self._copy(images.to(self.images_dtype))
         return logits
 
     def _fold(self) -> None:

@@ -20,6 +20,7 @@ from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
+from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.kernels.prepare import prepare
 from reat_fast.kernels.strided_conv import strided_conv
 from reat_fast.kernels.strided_gradient import strided_gradient
@@ -62,6 +63,7 @@ def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     yield from _linf_step(device, backend)
     yield from _l2_step(device, backend)
     yield from _masked_sum(device, backend)
+    yield from _pooled_linear(device, backend)
     yield from _conv3x3(device, backend)
     yield from _strided(device, backend)
     yield from _class_loss(device, backend)
@@ -157,6 +159,24 @@ def _masked_sum(device: torch.device, backend: Backend) -> Iterator[Row]:
         expected = torch.where(output > 0, (first.double() + second.double()).to(dtype), 0)
         differing = int((masked_sum(output, first, second, backend=backend) != expected).sum())
         yield Row("masked_sum", "elements that differ", name_of(dtype), differing, 0)
+
+
+def _pooled_linear(device: torch.device, backend: Backend) -> Iterator[Row]:
+    made = generator()
+    maps = torch.randn(24, 512, 4, 4, generator=made).relu()
+    weight, grad = torch.randn(10, 512, generator=made), torch.randn(24, 10, generator=made)
+    for dtype, tolerance in GRADIENT.items():
+        x, matrix, behind = (t.to(device, dtype) for t in (maps, weight, grad))
+        leaf = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        found = pooled_linear(leaf, matrix, masks_input=True, backend=backend)
+        expected = x.double().mean((2, 3)) @ matrix.double().t()
+        error, name = worst(found.detach(), expected), name_of(dtype)
+        # PyTorch rounds the mean as well.
+        yield Row("pooled_linear", "logits, relative", name, error, 2 * tolerance)
+        (gradient,) = torch.autograd.grad(found, leaf, behind)
+        spread = (behind.double() @ matrix.double())[:, :, None, None] / 16
+        error = worst(gradient, torch.where(x > 0, spread, 0))
+        yield Row("pooled_linear", "gradient, relative", name, error, 2 * tolerance)
 
 
 def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
