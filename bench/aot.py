@@ -145,6 +145,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         backward = partial(launch_resident_conv, maps, weight, None, maps, maps, maps)
         case = _name("resident_conv gradient", maps)
         yield case, partial(backward, gradient=True, programs=132)
+        yield f"{case} overlapped", partial(backward, gradient=True, overlapped=True, programs=132)
     for step in (linf_step_, l2_step_):
         for dtype in (torch.float32, torch.bfloat16):
             adv = torch.zeros(128, 3, 32, 32)

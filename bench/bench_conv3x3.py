@@ -34,7 +34,7 @@ from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels import strided_conv as strided
 from reat_fast.kernels.boxes import Tile, why_not
-from reat_fast.kernels.conv3x3 import RESIDENT, TILES
+from reat_fast.kernels.conv3x3 import OVERLAPPED, RESIDENT, TILES
 from reat_fast.kernels.fused_conv import Place, conv_relu, input_gradient
 from reat_fast.kernels.own_conv import HALVED, SHORTCUT, Beside
 from reat_fast.kernels.resident_conv import resident_conv_runs_on
@@ -47,7 +47,7 @@ from reat_fast.kernels.strided_gradient import (
 from reat_fast.networks.folding import CHANNELS
 
 OTHERS = (Tile(128, 64, 8), Tile(256, 64, 8), Tile(128, 128, 8), Tile(64, 128, 4))
-CANDIDATES = (*TILES, RESIDENT, *OTHERS)
+CANDIDATES = (*TILES, RESIDENT, OVERLAPPED, *OTHERS)
 """Tiles that are tried: those that may be chosen, with other warps, and one of few pixels."""
 PAIR = (1, 1)
 """Stride and padding."""
@@ -316,7 +316,9 @@ def _both(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def _name(tile: Tile) -> str:
-    return "resident" if tile.resident else f"{tile.pixels}x{tile.channels}/{tile.warps}"
+    if tile.resident:
+        return "overlapped" if tile.overlapped else "resident"
+    return f"{tile.pixels}x{tile.channels}/{tile.warps}"
 
 
 def _in_float32(compute: Callable[..., Tensor], *given: Any) -> Tensor:

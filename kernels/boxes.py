@@ -25,13 +25,15 @@ PROGRAMS = PROCESSORS // 2 + 1
 class Tile(NamedTuple):
     """What one program computes: pixels of whole rows times channels, by so many warps.
 
-    resident: by kernels.resident_conv, where weights stay.
+    resident: by kernels.resident_conv, where weights stay; overlapped: a tile's end with the next
+    one's products.
     """
 
     pixels: int
     channels: int
     warps: int
     resident: bool = False
+    overlapped: bool = False
 
 
 def why_not(device: torch.device) -> str | None:

@@ -43,6 +43,8 @@ TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 128, 4), Tile(128, 64, 4
 LEAST_OF_USE = 0.8
 """Share of the products in all waves of programs, of which cuDNN's smaller tiles waste fewer."""
 RESIDENT = Tile(PIXELS, CHANNELS, 4, True)
+OVERLAPPED = RESIDENT._replace(overlapped=True)
+"""Not timed yet."""
 DEPTH = 64
 """Channels that are multiplied at a time: 128 bytes of 16 bits, the widest rows of a box."""
 STAGES = 4
@@ -218,9 +220,10 @@ def _launch(
     added, relu = beside(added, output), beside(relu, output)
     tile = tile or choose_tile(x, channels)
     if tile.resident:
-        launch_resident_conv(x, weight, bias, added, relu, output, gradient=gradient)
+        given = (x, weight, bias, added, relu, output)
+        launch_resident_conv(*given, gradient=gradient, overlapped=tile.overlapped)
         return
-    pixels, tile_channels, warps, _ = tile
+    pixels, tile_channels, warps, *_ = tile
     sides = images, rows, width = tile_sides(x, pixels)
     block = DEPTH if depth % DEPTH == 0 else 32
     part = [block, tile_channels] if gradient else [tile_channels, block]

@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reat_fast.kernels.boxes import dense, why_not
+from reat_fast.kernels.boxes import Tile, dense, why_not
 from reat_fast.kernels.conv3x3 import (
+    OVERLAPPED,
+    RESIDENT,
+    choose_tile,
     conv3x3,
     conv3x3_gradient,
     conv3x3_pays,
@@ -72,7 +75,7 @@ def own_forward(
     stride, padding, dilation, groups = _plain(geometry)
     fits = (residual is None or dense(residual)) and _plain(geometry) == SAME
     if fits and conv3x3_runs_on(x, weight) and conv3x3_pays(x, len(weight)):
-        return conv3x3(x, weight, bias, residual), None
+        return conv3x3(x, weight, bias, residual, tile=_tile(x, len(weight), backend)), None
     fits = backend == "trial" and residual is None and _plain(geometry) == HALVED
     if fits and strided_conv_runs_on(x, weight):
         near = shortcut[0] if shortcut is not None and _is_shortcut(shortcut, weight) else None
@@ -107,12 +110,18 @@ def own_gradient(
     fits = _plain(geometry) == SAME and beside is None and not (filled and near)
     fits = fits and conv3x3_runs_on(masked, weight, gradient=True)
     if fits and conv3x3_pays(masked, channels):
-        return conv3x3_gradient(masked, weight, relu, other)[:, : x.shape[1]]
+        tile = _tile(masked, channels, backend)
+        return conv3x3_gradient(masked, weight, relu, other, tile=tile)[:, : x.shape[1]]
     fits = _plain(geometry) == HALVED and (beside is None or _is_shortcut(beside[1:], weight))
     if fits and strided_gradient_runs_on(masked, weight, x):
         shortcut = None if beside is None else (beside.grad, beside.weight)
         return strided_gradient(masked, weight, relu, other, shortcut)
     return None
+
+
+def _tile(x: Tensor, channels: int, backend: Backend) -> Tile:
+    tile = choose_tile(x, channels)
+    return OVERLAPPED if tile == RESIDENT and backend == "trial" else tile
 
 
 def _is_shortcut(shortcut: Shortcut, weight: Tensor) -> bool:

@@ -139,7 +139,7 @@ def strided_conv(
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
 
     output, beside = made(), None if shortcut is None else made()
-    pixels, tile_channels, warps, _ = tile or largest_tile(TILES, output, channels)
+    pixels, tile_channels, warps, *_ = tile or largest_tile(TILES, output, channels)
     sides = images, rows, padded = tile_sides(output, pixels)
     block = DEPTH if depth % DEPTH == 0 else 32
     bands = cdiv(batch, images) * cdiv(height // 2, rows)

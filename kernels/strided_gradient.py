@@ -152,7 +152,7 @@ def strided_gradient(
     shape = (batch, channels, 2 * height, 2 * width)
     last = torch.channels_last
     gradient = torch.empty(shape, dtype=masked.dtype, device=masked.device, memory_format=last)
-    pixels, tile_channels, warps, _ = largest_tile(TILES, masked, channels, KINDS)
+    pixels, tile_channels, warps, *_ = largest_tile(TILES, masked, channels, KINDS)
     images, rows, padded = tile_sides(masked, pixels)
     other, relu = beside(other, gradient), beside(relu, gradient)
     near, near_weight = shortcut or (None, None)

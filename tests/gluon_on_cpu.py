@@ -31,6 +31,10 @@ class Memory:
     strides: list[int]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
     def values(self) -> Tensor:
         return self.data.as_strided(self.shape, self.strides, self.offset)
 
@@ -258,11 +262,11 @@ class Hopper:
 class Kernel:
     """A function of kernels: called by one, or launched."""
 
-    function: Callable[..., None]
+    function: Callable[..., Any]
     hopper: Hopper
 
-    def __call__(self, *given: Any, **named: Any) -> None:
-        self.function(*given, **named)
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.function(*given, **named)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         return partial(self.hopper.run, self.function, *grid)

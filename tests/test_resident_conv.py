@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from test_conv3x3 import Drawn, double
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reat_fast.kernels import resident_conv
+from reat_fast.kernels import resident_conv, resident_conv_gluon
 from reat_fast.kernels.conv3x3 import (
+    OVERLAPPED,
     RESIDENT,
     choose_tile,
     conv3x3,
@@ -22,7 +24,7 @@ from reat_fast.kernels.conv3x3 import (
     conv3x3_torch,
 )
 
-KERNELS = ("_fetch", "_resident_conv_kernel")
+KERNELS = ("_fetch", "_products", "_send_beside", "_finish", "_resident_conv_kernel")
 SIZES = [(3, 8, 32), (2, 5, 28), (2, 3, 40), (1, 9, 16), (2, 1, 64)]  # batch, height, width
 
 
@@ -30,11 +32,13 @@ SIZES = [(3, 8, 32), (2, 5, 28), (2, 3, 40), (1, 9, 16), (2, 1, 64)]  # batch, h
 def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Hopper:
     """Let the kernel run on CPU tensors, with its copies and products early or late."""
     stand_in = Hopper(*request.param)
-    emulate(monkeypatch, resident_conv, stand_in, KERNELS)
+    emulate(monkeypatch, resident_conv_gluon, stand_in, KERNELS)
     return stand_in
 
 
-def launched(drawn: Drawn, gradient: bool, which: list[bool], programs: int) -> tuple[Any, Any]:
+def launched(
+    drawn: Drawn, gradient: bool, which: list[bool], programs: int, overlapped: bool = False
+) -> tuple[Any, Any]:
     """Return what the kernel makes of some or all operands, and what is right in float64."""
     output = torch.empty_like(drawn.x if gradient else drawn.behind)
     first, second = which
@@ -46,29 +50,33 @@ def launched(drawn: Drawn, gradient: bool, which: list[bool], programs: int) -> 
         bias, residual = drawn.bias if first else None, drawn.residual if second else None
         given = (drawn.x, drawn.weight, bias, residual, None, output)
         wanted = conv3x3_torch(*double(drawn.x, drawn.weight, bias, residual))  # type: ignore[arg-type]
-    resident_conv.launch_resident_conv(*given, gradient=gradient, programs=programs)
+    resident_conv.launch_resident_conv(
+        *given, gradient=gradient, overlapped=overlapped, programs=programs
+    )
     return output, wanted
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("programs", [1, 4])
 @pytest.mark.parametrize("which", [[True, True], [True, False], [False, True], [False, False]])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_sums_of_integers_are_exact_whenever_copies_come(
-    hopper: Hopper, gradient: bool, which: list[bool], programs: int
+    hopper: Hopper, gradient: bool, which: list[bool], programs: int, overlapped: bool
 ) -> None:
     drawn = Drawn((3, 64, 64, 7, 32), torch.float16, "cpu", integers=True)
-    found, wanted = launched(drawn, gradient, which, programs)
+    found, wanted = launched(drawn, gradient, which, programs, overlapped)
     assert torch.equal(found.double(), wanted)
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_of_images_is_covered(
-    hopper: Hopper, size: tuple[int, int, int], gradient: bool
+    hopper: Hopper, size: tuple[int, int, int], gradient: bool, overlapped: bool
 ) -> None:
     batch, height, width = size
     drawn = Drawn((batch, 64, 64, height, width), torch.bfloat16, "cpu", integers=True)
-    found, wanted = launched(drawn, gradient, [True, True], 2)
+    found, wanted = launched(drawn, gradient, [True, True], 2, overlapped)
     # Integers up to 256 are exact in bfloat16; sums of 576 random signs come to some 25.
     assert float(wanted.abs().max()) <= 256
     assert torch.equal(found.double(), wanted)
@@ -92,6 +100,7 @@ def test_nan_passes_and_negative_zero_is_masked(hopper: Hopper) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize(
     ("copies", "products", "broken"),
     [
@@ -103,7 +112,7 @@ def test_nan_passes_and_negative_zero_is_masked(hopper: Hopper) -> None:
     ],
 )
 def test_a_kernel_that_does_not_wait_is_found_out(
-    monkeypatch: pytest.MonkeyPatch, copies: str, products: str, broken: str
+    monkeypatch: pytest.MonkeyPatch, copies: str, products: str, broken: str, overlapped: bool
 ) -> None:
     hopper = Hopper(copies, products)
     if broken == "multiplied":
@@ -113,10 +122,10 @@ def test_a_kernel_that_does_not_wait_is_found_out(
         monkeypatch.setattr(hopper, "fence", lambda: next(fences, lambda: None)())
     else:
         monkeypatch.setattr(hopper, broken, lambda *_: None)
-    emulate(monkeypatch, resident_conv, hopper, KERNELS)
+    emulate(monkeypatch, resident_conv_gluon, hopper, KERNELS)
     drawn = Drawn((2, 64, 64, 8, 32), torch.float16, "cpu", integers=True)
     try:
-        found, wanted = launched(drawn, False, [True, True], 1)
+        found, wanted = launched(drawn, False, [True, True], 1, overlapped)
     except AssertionError:
         return
     assert not torch.equal(found.double(), wanted)
@@ -128,7 +137,7 @@ def test_elsewhere_than_on_hopper_the_other_kernel_is_chosen() -> None:
     assert not choose_tile(output, 64).resident
 
 
-@pytest.mark.skipif(not resident_conv.GLUON_INSTALLED, reason="needs Triton with Gluon")
+@pytest.mark.skipif(not resident_conv_gluon.GLUON_INSTALLED, reason="needs Triton with Gluon")
 def test_on_hopper_it_takes_images_of_64_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
@@ -160,17 +169,17 @@ def test_on_a_gpu_it_is_exact_and_float64_rounded_once(
     size: tuple[int, int, int], inputs: int, dtype: torch.dtype
 ) -> None:
     batch, height, width = size
-    for integers in (True, False):
+    for integers, tile in itertools.product((True, False), (RESIDENT, OVERLAPPED)):
         drawn = Drawn((batch, inputs, 64, height, width), dtype, "cuda", integers=integers)
         results = []
         if inputs == 64:
             assert choose_tile(drawn.x, 64) == RESIDENT
             given: tuple[Tensor, ...] = (drawn.x, drawn.weight, drawn.bias, drawn.residual)
-            results.append((conv3x3(*given), conv3x3_torch(*double(*given))))  # type: ignore[arg-type]
+            results.append((conv3x3(*given, tile=tile), conv3x3_torch(*double(*given))))  # type: ignore[arg-type]
         assert choose_tile(drawn.behind, inputs) == RESIDENT
         given = (drawn.behind, drawn.weight, drawn.relu, drawn.other)
         wanted = conv3x3_gradient_torch(*double(*given))  # type: ignore[arg-type]
-        results.append((conv3x3_gradient(*given), wanted))
+        results.append((conv3x3_gradient(*given, tile=tile), wanted))
         # One rounding to the dtype of a sum of float32, of numbers that come to be about 1.
         rtol, atol = (0.0, 0.0) if integers else (torch.finfo(dtype).eps, 1e-5)
         for found, right in results:
