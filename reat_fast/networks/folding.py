@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reat_fast.kernels.fused_conv import conv_relu, conv_relu_linked
 from reat_fast.kernels.triton_support import Backend
+from reat_fast.networks.tracing import calls, is_add, is_relu, trace
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
 # other padding or an activation behind; any other subclass may treat its weights in its own way.
@@ -34,9 +33,6 @@ _BATCHNORMS = (
 
 CHANNELS = 8
 """What the channels of cuDNN's fused engines must be a multiple of: 16 bytes of bfloat16."""
-
-_RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
-_ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
 
 @dataclass(frozen=True)
@@ -75,14 +71,14 @@ def fuse_relus(network: nn.Module, backend: Backend = "auto") -> tuple[nn.Module
     behind. Returns a network on the same weights and the number of fused convolutions; the given
     network itself and 0 where it cannot be traced.
     """
-    graph = _trace(network)
+    graph = trace(network)
     if graph is None:
         return network, 0
     for node in list(graph.nodes):
-        if _calls(network, node, lambda module: type(module) is nn.Identity):
+        if calls(network, node, lambda module: type(module) is nn.Identity):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    relus = [node for node in graph.nodes if _is_relu(network, node)]
+    relus = [node for node in graph.nodes if is_relu(network, node)]
     fused = sum(_fuse(network, graph, relu, backend) for relu in relus)
     _link(network, graph)
     return (fx.GraphModule(network, graph) if fused else network), fused
@@ -90,19 +86,19 @@ def fuse_relus(network: nn.Module, backend: Backend = "auto") -> tuple[nn.Module
 
 def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
     """Name each convolution and the BatchNorm that can be folded into it."""
-    graph = _trace(network)
+    graph = trace(network)
     if graph is None:
         return []
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    uses = Counter(node.target for node in graph.nodes if node.op == "call_module")
     folds = []
     for node in graph.nodes:
         source: Any = node.args[0] if node.args else None
         if (
-            _calls(network, node, _is_plain_batchnorm)
-            and _calls(network, source, _is_plain_conv)
+            calls(network, node, _is_plain_batchnorm)
+            and calls(network, source, _is_plain_conv)
             and len(source.users) == 1
             # A module in two places has one weight for both.
-            and calls[source.target] == calls[node.target] == 1
+            and uses[source.target] == uses[node.target] == 1
         ):
             folds.append((source.target, node.target))
     return folds
@@ -134,7 +130,7 @@ def _fuse(network: nn.Module, graph: fx.Graph, relu: fx.Node, backend: Backend) 
 
 def _joined_bias(network: nn.Module, graph: fx.Graph, residual: Any, bias: Any) -> tuple[Any, Any]:
     """Add the bias of a convolution that is the residual to that of the other: one pass less."""
-    if residual is None or bias is None or not _calls(network, residual, _is_biased_conv):
+    if residual is None or bias is None or not calls(network, residual, _is_biased_conv):
         return residual, bias
     if len(residual.users) != 1:
         return residual, bias
@@ -208,7 +204,7 @@ def _can_mask(network: nn.Module, node: fx.Node, readers: list[fx.Node]) -> bool
 def _only_reads(network: nn.Module, node: fx.Node) -> bool:
     if node.target in (conv_relu, F.conv2d):
         return True
-    return _calls(network, node, lambda module: type(module) is nn.Conv2d)
+    return calls(network, node, lambda module: type(module) is nn.Conv2d)
 
 
 def _fill_channels_(conv: nn.Conv2d) -> str:
@@ -233,25 +229,19 @@ def _summands(network: nn.Module, end: fx.Node) -> tuple[Any, fx.Node | None]:
 
     A convolution added into another tensor, in place, is none: that tensor may be read later.
     """
-    if _calls(network, end, _is_dense_conv):
+    if calls(network, end, _is_dense_conv):
         return end, None
-    if not _is_add(end) or end.kwargs or len(end.args) != 2:
+    if not is_add(end) or end.kwargs or len(end.args) != 2:
         return None, None
     first, second = end.args
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
         return None, None
-    if _calls(network, first, _is_dense_conv):
+    if calls(network, first, _is_dense_conv):
         return first, second
     in_place = end.target in (operator.iadd, "add_")
-    if not in_place and _calls(network, second, _is_dense_conv):
+    if not in_place and calls(network, second, _is_dense_conv):
         return second, first
     return None, None
-
-
-def _calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return False
-    return kind(network.get_submodule(str(node.target)))
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
@@ -273,58 +263,3 @@ def _is_dense_conv(module: nn.Module) -> bool:
 
 def _is_biased_conv(module: nn.Module) -> bool:
     return _is_dense_conv(module) and module.bias is not None
-
-
-def _is_relu(network: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    if node.op == "call_function":
-        return node.target in _RELU_FUNCTIONS
-    return _calls(network, node, lambda module: type(module) is nn.ReLU)
-
-
-def _is_add(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("add", "add_")
-    return node.op == "call_function" and node.target in _ADD_FUNCTIONS
-
-
-def _trace(network: nn.Module) -> fx.Graph | None:
-    """Trace what a network in eval mode does with its convolutions and BatchNorms.
-
-    All that holds neither is one node. Returns None for a network that cannot be traced, as one
-    whose path depends on the values or the shape of the images.
-    """
-    try:
-        return _Tracer().trace(network)
-    except Exception:  # the network's own code meets stand-ins for tensors: anything can come of it
-        return None
-
-
-class _Proxy(fx.Proxy):
-    """Keep `a += b` what it is; fx would trace a + b, and another name of `a` would miss it."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.itruediv, other)
-
-    def _write(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if isinstance(module, (nn.Conv2d, _BatchNorm)):
-            return True
-        return not any(isinstance(m, (nn.Conv2d, _BatchNorm)) for m in module.modules())
