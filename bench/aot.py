@@ -30,6 +30,7 @@ from torch import Tensor
 
 from reat_fast.engine.augment import apply_policy
 from reat_fast.kernels import triton_support
+from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.class_loss import MOST_CLASSES, class_loss
 from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.l2 import l2_step_
@@ -110,6 +111,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
         yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
+    for width, size, dtype in (
+        (64, 32, torch.bfloat16),
+        (512, 4, torch.bfloat16),
+        (64, 32, torch.float16),
+        (64, 32, torch.float32),
+    ):
+        maps = _channels_last(128, width, size, size).to(dtype)
+        for added, relu in ((False, False), (False, True), (True, True)):
+            case = "batchnorm" + ", sum" * added + ", relu" * relu
+            yield _name(case, maps), partial(_batchnorm, maps, maps if added else None, relu)
     for batch, width, size in ((128, 128, 16), (64, 160, 32)):
         maps = _channels_last(batch, width, size, size)
         weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)
@@ -137,6 +148,15 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             grad, nonfinite = adv.to(dtype), torch.zeros((), dtype=torch.int64)
             move = partial(step, adv, grad, adv.clone(), 2 / 255, 8 / 255, nonfinite=nonfinite)
             yield _name(f"{step.__name__} gradient", grad), partial(move, backend="triton")
+
+
+def _batchnorm(x: Tensor, residual: Tensor | None, relu: bool) -> None:
+    """Launch the passes forward and backward."""
+    weight, bias, mean, variance = torch.zeros(4, x.shape[1])
+    x = x.detach().requires_grad_()
+    given = (x, weight, bias, mean, variance, _integers(1)[0], 0.1, 1e-5, residual, relu)
+    output = fused_batchnorm(*given, backend="triton")
+    output.backward(torch.zeros_like(output))
 
 
 def _name(op: str, tensor: Tensor) -> str:

@@ -152,16 +152,19 @@ class Ladder:
             yield Rung("folded, deterministic", lambda: self._deterministic(Kind()))
 
     def _gpu_rungs(self) -> Iterator[Rung]:
-        low = Kind(precision="bf16", form="cudnn")
-        yield Rung("kernels", lambda: self._eager(Kind()))
+        low = Kind(precision="bf16", form="cudnn", update_form="auto")
+        yield Rung("kernels", lambda: self._eager(Kind(update_form="auto")))
         yield Rung("kernels, bf16", lambda: self._eager(replace(low, form="eager")), "bfloat16")
         for form in CAPTURED:
             if form != "triton" or boxes.why_not(self._device) is None:
                 yield self._replayed(f"captured, {form}", replace(low, form=form))
-        yield self._replayed("captured, tf32", Kind(precision="tf32"))
+        if boxes.why_not(self._device) is None:
+            plain = replace(low, form="triton", update_form="eager")
+            yield self._replayed("captured, triton, eager update", plain)
+        yield self._replayed("captured, tf32", Kind(precision="tf32", update_form="auto"))
 
     def _last_rungs(self) -> Iterator[Rung]:
-        low = Kind(precision="bf16", form="cudnn")
+        low = Kind(precision="bf16", form="cudnn", update_form="auto")
         name = "captured, cudnn, deterministic"
         yield Rung(name, lambda: _under(determinism, lambda: self._capture(name, low)), "bfloat16")
         update = replace(low, update_form="compiled")

@@ -176,7 +176,13 @@ def _fits(x: Tensor, residual: Tensor | None, *others: Tensor) -> bool:
         return False
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return False
-    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in others)
+    return all(
+        tensor.dtype == torch.float32
+        and tensor.shape == x.shape[1:2]
+        and tensor.device == x.device
+        and tensor.is_contiguous()
+        for tensor in others
+    )
 
 
 def _matrix(x: Tensor, numbers: int = TILE) -> tuple[int, int, dict[str, int]]:

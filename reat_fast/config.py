@@ -115,8 +115,10 @@ class Config:
     """How the attacked network computes: op by op, compiled, by fused cuDNN (auto on a GPU in
     bfloat16), by kernels of ours where they take a convolution (triton, from Hopper on, not yet
     timed), or in forms made for CPUs (cpu, auto there)."""
-    update_form: Literal["eager", "compiled"] = "eager"
-    """How the update computes: op by op, or compiled, once for each size of a batch."""
+    update_form: Literal["auto", "eager", "fused", "compiled"] = "auto"
+    """How the update computes: op by op, with BatchNorm, the sum and the ReLU behind it in one op
+    of ours (fused, auto on a GPU unless BatchNorm is synchronised over processes), or compiled,
+    once for each size of a batch."""
 
     objective: Literal["bsl", "ce", "trades", "mart", "robal", "taet"] = "bsl"
     """What training minimises; docs/methods.md has the formulas."""
@@ -283,8 +285,8 @@ class Config:
                 "--attack free do not have; leave it out",
             ),
             "update_form": (
-                self.fused or self.update_form == "eager",
-                "the reference of --no-fused is not compiled",
+                self.fused or self.update_form in ("auto", "eager"),
+                "the reference of --no-fused computes op by op; leave it out",
             ),
             "graph": (self.fused or self.graph != "on", "the reference of --no-fused has no graph"),
             "workers": (whole(self.workers, 0), "must be 0 or more"),

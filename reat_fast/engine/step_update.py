@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +18,15 @@ from reat_fast.engine.distributed import (
     synchronise_batchnorm_,
 )
 from reat_fast.engine.epoch_sums import EpochSums
+from reat_fast.kernels import triton_support
 from reat_fast.methods.objectives import Forward, Objective, Part
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import compile_whole, require_compiler
+from reat_fast.networks.fused_update import FusedUpdate
 from reat_fast.objective import ClassStatistics
+
+UpdateForm = Literal["eager", "fused", "compiled"]
 
 
 class StepUpdate:
@@ -30,7 +35,7 @@ class StepUpdate:
     All of it is that of the step: its network, optimiser, objective, statistics, sums, epoch
     (int64, on the device), configuration and processes. autocast: makes the context in which the
     network computes.
-    Errors: ValueError for a compiled update that cannot be.
+    Errors: ValueError for a fused or compiled update that cannot be.
     """
 
     def __init__(
@@ -147,12 +152,38 @@ class StepUpdate:
             return self._features_logits(images)
 
 
+def resolve_update_form(config: Config, device: torch.device, world: World) -> UpdateForm:
+    """Say how the update computes when the configuration leaves it open."""
+    if config.update_form != "auto":
+        return config.update_form
+    on_gpu = device.type == "cuda" and triton_support.TRITON_INSTALLED
+    return "fused" if config.fused and on_gpu and not _synchronised(config, world) else "eager"
+
+
 def _features_logits(model: Network, config: Config, device: torch.device, world: World) -> Forward:
     """Return what computes features and logits as --update-form asks."""
-    if config.update_form == "eager":
+    form = resolve_update_form(config, device, world)
+    flag = f"--update-form {form}"
+    if form == "fused":
+        _require_fused(flag, config, device, world)
+        return FusedUpdate(model, "auto" if config.update_form == "auto" else "triton")
+    if form == "eager":
         return model.forward_features_logits
-    flag = "--update-form compiled"
     if world.size > 1:  # BatchNorm sums over the processes, which no compiled graph can hold
         raise ValueError(f"{flag}: works in one process; leave it out")
     require_compiler(flag, device)
     return compile_whole(model.forward_features_logits, flag)
+
+
+def _require_fused(flag: str, config: Config, device: torch.device, world: World) -> None:
+    """Raise ValueError where no BatchNorm would be computed by a kernel of ours."""
+    if _synchronised(config, world):
+        raise ValueError(
+            f"{flag}: its BatchNorm is of one process; add --no-sync-batchnorm, or leave it out"
+        )
+    if not triton_support.kernel_runs_on(torch.empty(0, device=device)):
+        raise ValueError(f"{flag}: needs Triton and a CUDA device; leave it out")
+
+
+def _synchronised(config: Config, world: World) -> bool:
+    return world.size > 1 and config.sync_batchnorm
