@@ -13,6 +13,7 @@ from torch import Tensor
 from reat_fast import reference
 from reat_fast.engine.augment import PolicyName, apply_policy
 from reat_fast.kernels import philox
+from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.boxes import why_not
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
@@ -61,6 +62,7 @@ def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     yield from _linf_step(device, backend)
     yield from _l2_step(device, backend)
     yield from _masked_sum(device, backend)
+    yield from _batchnorm(device, backend)
     yield from _conv3x3(device, backend)
     yield from _class_loss(device, backend)
     yield from _tail_penalty(device, backend)
@@ -155,6 +157,33 @@ def _masked_sum(device: torch.device, backend: Backend) -> Iterator[Row]:
         expected = torch.where(output > 0, (first.double() + second.double()).to(dtype), 0)
         differing = int((masked_sum(output, first, second, backend=backend) != expected).sum())
         yield Row("masked_sum", "elements that differ", name_of(dtype), differing, 0)
+
+
+def _batchnorm(device: torch.device, backend: Backend) -> Iterator[Row]:
+    for dtype, tolerance in GRADIENT.items():
+        if backend == "torch" and dtype != torch.float32:
+            continue  # PyTorch rounds the norm before the sum, and the sum again
+        made = torch.randn(3, 8, 64, 16, 16, generator=generator()).to(device, dtype)
+        x, residual, gradient = (t.contiguous(memory_format=torch.channels_last) for t in made)
+        weight, bias, mean, variance = torch.rand(4, 64, generator=generator()).to(device)
+        exact = [t.double().requires_grad_() for t in (x, weight, bias, residual)]
+        centred = exact[0] - exact[0].mean((0, 2, 3), keepdim=True)
+        spread = centred.square().mean((0, 2, 3), keepdim=True)
+        wide = [t.view(1, -1, 1, 1) for t in exact[1:3]]
+        before = centred * (spread + 1e-5).rsqrt() * wide[0] + wide[1] + exact[3]
+        # Rounding may decide whether a value near zero lets its gradient pass.
+        gradient = torch.where(before.abs() < 1e-4, 0, gradient)
+        expected = [F.relu(before), *torch.autograd.grad(F.relu(before), exact, gradient.double())]
+        expected.append(0.75 * variance.double() + 0.25 * x.double().var((0, 2, 3)))
+        given = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
+        statistics = (mean, variance, torch.tensor(0, device=device), 0.25, 1e-5)
+        found = fused_batchnorm(*given[:3], *statistics, given[3], True, backend=backend)
+        results = [found, *torch.autograd.grad(found, given, gradient), variance]
+        names = ("output", "of x", "of weight", "of bias", "of residual", "variance")
+        for case, value, wanted in zip(names, results, expected, strict=True):
+            allowed = tolerance if value.dtype == dtype else 4 * FLOAT32
+            error = worst(value.detach(), wanted.detach())
+            yield Row("batchnorm", f"{case}, relative", name_of(dtype), error, allowed)
 
 
 def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
