@@ -111,16 +111,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
         yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
-    for width, size, dtype in (
-        (64, 32, torch.bfloat16),
-        (512, 4, torch.bfloat16),
-        (64, 32, torch.float16),
-        (64, 32, torch.float32),
+    for width, size, dtype, added, relu in (
+        (64, 32, torch.bfloat16, False, False),
+        (64, 32, torch.bfloat16, False, True),
+        (64, 32, torch.bfloat16, True, True),
+        (512, 4, torch.bfloat16, True, True),
+        (64, 32, torch.float32, True, True),
     ):
         maps = _channels_last(128, width, size, size).to(dtype)
-        for added, relu in ((False, False), (False, True), (True, True)):
-            case = "batchnorm" + ", sum" * added + ", relu" * relu
-            yield _name(case, maps), partial(_batchnorm, maps, maps if added else None, relu)
+        case = "batchnorm" + ", sum" * added + ", relu" * relu
+        yield _name(case, maps), partial(_batchnorm, maps, maps if added else None, relu)
     for batch, width, size in ((128, 128, 16), (64, 160, 32)):
         maps = _channels_last(batch, width, size, size)
         weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)

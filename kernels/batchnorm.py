@@ -32,7 +32,7 @@ from reat_fast.kernels.batchnorm_triton import (
     _normalise_kernel,
     _statistics_kernel,
 )
-from reat_fast.kernels.triton_support import Backend, cdiv, use_triton, wrap_triton
+from reat_fast.kernels.triton_support import Backend, cdiv, use_triton
 
 TILE = 4096  # numbers of a tile: 32 a thread with 4 warps
 GRADIENT_TILE = 2048  # of one that is summed backward: more registers would keep programs waiting
@@ -119,9 +119,9 @@ class _BatchNorm(torch.autograd.Function):
         steps, chunks = _chunks(size, channels, tile)
         parts = x.new_empty((2, chunks, channels), dtype=torch.float32)
         across = cdiv(channels, tile["COLUMNS"])
-        wrap_triton(_statistics_kernel)[(chunks, across)](x, parts, size, channels, steps, **tile)
+        _statistics_kernel[(chunks, across)](x, parts, size, channels, steps, **tile)
         mean, rstd = torch.empty_like(weight), torch.empty_like(weight)
-        wrap_triton(_join_statistics_kernel)[(cdiv(channels, FINAL_CHANNELS),)](
+        _join_statistics_kernel[(cdiv(channels, FINAL_CHANNELS),)](
             *(parts, mean, rstd, running_mean, running_var, batches),
             *(size, channels, chunks, steps * tile["ROWS"], momentum, eps),
             CHUNKS=PROGRAMS,
@@ -130,7 +130,7 @@ class _BatchNorm(torch.autograd.Function):
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         output = torch.empty_like(x)
-        wrap_triton(_normalise_kernel)[(cdiv(size, tile["ROWS"]), across)](
+        _normalise_kernel[(cdiv(size, tile["ROWS"]), across)](
             *(x, residual, mean, rstd, weight, bias, output, size, channels), RELU=relu, **tile
         )
         ctx.mask = 0 if not relu else 1 if residual is None else 2
@@ -147,21 +147,21 @@ class _BatchNorm(torch.autograd.Function):
         masked = torch.empty_like(x) if ctx.mask == 2 else gradient
         parts = x.new_empty((2, chunks, channels), dtype=torch.float32)
         across = cdiv(channels, tile["COLUMNS"])
-        wrap_triton(_gradient_sums_kernel)[(chunks, across)](
+        _gradient_sums_kernel[(chunks, across)](
             *(gradient, x, output, masked, mean, rstd, weight, bias, parts),
             *(size, channels, steps),
             MASK=ctx.mask,
             **tile,
         )
         of_weight, of_bias = torch.empty_like(weight), torch.empty_like(weight)
-        wrap_triton(_join_gradients_kernel)[(cdiv(channels, FINAL_CHANNELS),)](
+        _join_gradients_kernel[(cdiv(channels, FINAL_CHANNELS),)](
             *(parts, rstd, of_weight, of_bias, channels, chunks),
             CHUNKS=PROGRAMS,
             COLUMNS=FINAL_CHANNELS,
         )
         _, _, tile = _matrix(x)
         of_x = torch.empty_like(x)
-        wrap_triton(_input_gradient_kernel)[(cdiv(size, tile["ROWS"]), across)](
+        _input_gradient_kernel[(cdiv(size, tile["ROWS"]), across)](
             *(masked, x, mean, rstd, weight, bias, of_weight, of_bias, of_x, size, channels),
             MASK=ctx.mask % 2,
             **tile,

@@ -177,7 +177,8 @@ def _batchnorm(device: torch.device, backend: Backend) -> Iterator[Row]:
         expected.append(0.75 * variance.double() + 0.25 * x.double().var((0, 2, 3)))
         given = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
         statistics = (mean, variance, torch.tensor(0, device=device), 0.25, 1e-5)
-        found = fused_batchnorm(*given[:3], *statistics, given[3], True, backend=backend)
+        inputs = (given[0], given[1], given[2], *statistics, given[3], True)
+        found = fused_batchnorm(*inputs, backend=backend)
         results = [found, *torch.autograd.grad(found, given, gradient), variance]
         names = ("output", "of x", "of weight", "of bias", "of residual", "variance")
         for case, value, wanted in zip(names, results, expected, strict=True):
