@@ -69,14 +69,16 @@ def kinds(update: FusedUpdate) -> list[str]:
     return found
 
 
-def outcome(network: nn.Module, forward: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+def outcome(
+    network: nn.Module, forward: Callable[[Tensor], Any], size: int = 16
+) -> dict[str, Tensor]:
     """Take two updates; return outputs, the last gradients, and all of the network's state."""
     made = torch.Generator().manual_seed(1)
     weight = next(network.parameters())
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     torch.manual_seed(2)
     for _ in range(2):
-        images = torch.rand(4, 3, 16, 16, generator=made).to(weight)
+        images = torch.rand(4, 3, size, size, generator=made).to(weight)
         features, logits = forward(images.requires_grad_())
         optimizer.zero_grad()
         (features.square().sum() + logits.sin().sum()).backward()
@@ -89,8 +91,11 @@ def outcome(network: nn.Module, forward: Callable[[Tensor], Any]) -> dict[str, T
     return {"features": features, "logits": logits, **found, **state}
 
 
-def assert_same_updates(network: nn.Module, update: FusedUpdate, plain: nn.Module) -> None:
-    found, wanted = outcome(network, update), outcome(plain, plain.forward_features_logits)  # type: ignore[arg-type]
+def assert_same_updates(
+    network: nn.Module, update: FusedUpdate, plain: nn.Module, size: int = 16
+) -> None:
+    found = outcome(network, update, size)
+    wanted = outcome(plain, plain.forward_features_logits, size)  # type: ignore[arg-type]
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name

@@ -6,6 +6,7 @@ runs. Where torchvision cannot be imported, as beside a torch without CUDA, empt
 
 from __future__ import annotations
 
+import copy
 import importlib.abc
 import importlib.machinery
 import sys
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from test_frozen import assert_equal_to_rounding, with_statistics
+from test_fused_update import assert_same_updates
 from torch import nn
 
 from reat_fast.models import create_model
 from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.networks.fused_update import FusedUpdate
 
 
 class _AnyName(type):
@@ -108,6 +111,25 @@ def test_folding_changes_nothing_but_rounding(
     assert frozen.fused == (fused if form == "cudnn" else 0)
     # The smallest image whose last maps still have a size.
     assert_equal_to_rounding(frozen, model, torch.rand(1, 3, 32, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("resnet18", 20),
+        ("seresnet18", 20),
+        ("mobilenetv3_small_050", 0),  # BatchNorms with an activation of their own
+        ("densenet121", 0),
+        ("convnext_atto", 0),
+    ],
+)
+def test_a_fused_update_computes_the_bits_of_the_network(name: str, fused: int) -> None:
+    torch.manual_seed(0)
+    network = create_model(f"timm/{name}", 5).train()
+    plain = copy.deepcopy(network)
+    update = FusedUpdate(network)
+    assert update.fused == fused
+    assert_same_updates(network, update, plain, 32)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "test_efficientnet"])
