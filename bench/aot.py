@@ -30,6 +30,7 @@ from torch import Tensor
 
 from reat_fast.engine.augment import apply_policy
 from reat_fast.kernels import triton_support
+from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.class_loss import MOST_CLASSES, class_loss
 from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.l2 import l2_step_
@@ -122,6 +123,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         maps = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
         weight, bias = maps.new_zeros(classes, shape[1]), maps.new_zeros(classes)
         yield _name("pooled_linear", maps), partial(_there_and_back, maps, weight, bias)
+    for width, size, dtype, added, relu in (
+        (64, 32, torch.bfloat16, False, False),
+        (64, 32, torch.bfloat16, False, True),
+        (64, 32, torch.bfloat16, True, True),
+        (512, 4, torch.bfloat16, True, True),
+        (64, 32, torch.float32, True, True),
+    ):
+        maps = _channels_last(128, width, size, size).to(dtype)
+        case = "batchnorm" + ", sum" * added + ", relu" * relu
+        yield _name(case, maps), partial(_batchnorm, maps, maps if added else None, relu)
     for batch, width, size in ((128, 128, 16), (64, 160, 32)):
         maps = _channels_last(batch, width, size, size)
         weight, bias = _channels_last(width, width, 3, 3), maps.new_zeros(width)
@@ -158,6 +169,15 @@ def _there_and_back(maps: Tensor, weight: Tensor, bias: Tensor) -> None:
     leaf = maps.requires_grad_()
     logits = pooled_linear(leaf, weight, bias, masks_input=True, backend="triton")
     torch.autograd.grad(logits, leaf, logits.detach())
+
+
+def _batchnorm(x: Tensor, residual: Tensor | None, relu: bool) -> None:
+    """Launch the passes forward and backward."""
+    weight, bias, mean, variance = torch.zeros(4, x.shape[1])
+    x = x.detach().requires_grad_()
+    given = (x, weight, bias, mean, variance, _integers(1)[0], 0.1, 1e-5, residual, relu)
+    output = fused_batchnorm(*given, backend="triton")
+    output.backward(torch.zeros_like(output))
 
 
 def _name(op: str, tensor: Tensor) -> str:

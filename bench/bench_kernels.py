@@ -18,6 +18,7 @@ import torch
 
 from bench.records import Figure, record
 from reat_fast.engine.augment import _choices, _policy
+from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
@@ -141,6 +142,28 @@ def _tail_case(batch: int, width: int, form: Any) -> Case:
     return Case(f"tail_penalty {form} B={batch} D={width}", make)
 
 
+def _batchnorm_case(batch: int, channels: int, size: int, residual: bool, relu: bool) -> Case:
+    def make() -> tuple[Callable[[Backend], object], int]:
+        made = torch.randn(3, batch, size, size, channels, device="cuda", dtype=torch.bfloat16)
+        x, added, gradient = made.permute(0, 1, 4, 2, 3)
+        summed = added.requires_grad_() if residual else None
+        weight, bias = torch.rand(2, channels, device="cuda").requires_grad_()
+        mean, variance = torch.rand(2, channels, device="cuda")
+        batches = torch.tensor(0, device="cuda")
+        inputs = [x.requires_grad_(), weight, bias, *([added] if residual else [])]
+
+        def call(backend: Backend) -> object:
+            statistics = (mean, variance, batches, 0.1, 1e-5)
+            output = fused_batchnorm(x, weight, bias, *statistics, summed, relu, backend=backend)
+            return torch.autograd.grad(output, inputs, gradient)
+
+        # Once each: x and the output forward, gradient, x, the mask and all that is written back.
+        return call, x.numel() * 2 * (5 + 3 * residual)
+
+    form = "batchnorm" + ", sum" * residual + ", relu" * relu
+    return Case(f"{form} B={batch} C={channels} {size}x{size}", make)
+
+
 CASES = [
     *(_prepare_case(batch) for batch in (128, 1024, 8192)),  # the last is beyond the L2 cache
     *(_policy_case("autoaugment", batch) for batch in (128, 1024)),
@@ -151,6 +174,12 @@ CASES = [
         for dtype in (torch.float32, torch.bfloat16)
     ),
     *(_step_case("linf_step", linf_step_, 8192, d) for d in (torch.float32, torch.bfloat16)),
+    *(
+        _batchnorm_case(128, channels, size, residual, True)
+        for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4))
+        for residual in (False, True)
+    ),
+    _batchnorm_case(128, 128, 16, False, False),
     *(_class_loss_case(*shape, torch.float32) for shape in ((128, 10), (1024, 100), (1024, 1000))),
     *(
         _pooled_linear_case(*shape)

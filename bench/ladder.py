@@ -168,6 +168,10 @@ class Ladder:
         default = default_rung(self._device)
         name = f"{default}, deterministic"
         yield Rung(name, lambda: _under(determinism, lambda: self._capture(name, low)), "bfloat16")
+        fused = replace(low, update_form="fused")
+        yield self._replayed(f"{default}, fused update", fused)
+        if boxes.why_not(self._device) is None:
+            yield self._replayed("captured, trial, fused update", replace(fused, form="trial"))
         update = replace(low, update_form="compiled")
         yield self._replayed(f"{default}, compiled update", update)
         whole = replace(update, form="compiled")

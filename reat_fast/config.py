@@ -116,8 +116,9 @@ class Config:
     where they take a convolution (triton, from Hopper on), those that no GPU has timed yet among
     them (trial), or in forms made for CPUs (cpu). auto in bfloat16 on a GPU is triton on an H100 or
     H200 and cudnn elsewhere; on a CPU it is cpu."""
-    update_form: Literal["eager", "compiled"] = "eager"
-    """How the update computes: op by op, or compiled, once for each size of a batch."""
+    update_form: Literal["eager", "fused", "compiled"] = "eager"
+    """How the update computes: op by op, with BatchNorm, the sum and the ReLU behind it in one op
+    of ours (fused; on a GPU, not yet timed), or compiled, once for each size of a batch."""
 
     objective: Literal["bsl", "ce", "trades", "mart", "robal", "taet"] = "bsl"
     """What training minimises; docs/methods.md has the formulas."""
@@ -285,7 +286,7 @@ class Config:
             ),
             "update_form": (
                 self.fused or self.update_form == "eager",
-                "the reference of --no-fused is not compiled",
+                "the reference of --no-fused computes op by op; leave it out",
             ),
             "graph": (self.fused or self.graph != "on", "the reference of --no-fused has no graph"),
             "workers": (whole(self.workers, 0), "must be 0 or more"),

@@ -16,6 +16,7 @@ from itertools import chain
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.triton_support import INTERPRETED, TRITON_INSTALLED, Backend
+from reat_fast.parity.convolutions import compare_convolutions
 from reat_fast.parity.ops import compare_ops
 from reat_fast.parity.steps import compare_steps
 
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str]) -> int:
             how = "Triton kernels" if kernels else "PyTorch forms"
             print(f"{how}{' in the interpreter' if INTERPRETED else ''} on {device}")
             print(f"{'op':15} {'case':62} {'dtype':9} {'error':>9} {'at most':>9}")
-        for row in chain(compare_ops(device, backend), compare_steps(device)):
+        ops = chain(compare_ops(device, backend), compare_convolutions(device, backend))
+        for row in chain(ops, compare_steps(device)):
             rows.append(row)
             if not options.json:
                 print(

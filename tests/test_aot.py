@@ -18,6 +18,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=st
 # The kernels with, for loads and for stores, whether 16 bytes at a time are possible.
 WIDE = {
     "_class_loss_kernel": (True, True),
+    "_statistics_kernel": (True, False),  # stores two numbers a channel
+    "_join_statistics_kernel": (True, False),
+    "_normalise_kernel": (True, True),
+    "_gradient_sums_kernel": (True, False),
+    "_join_gradients_kernel": (True, False),
+    "_input_gradient_kernel": (True, True),
     "_anchors_kernel": (True, False),  # stores one number a row
     "_official_kernel": (True, True),
     "_pairwise_kernel": (True, True),

@@ -148,12 +148,13 @@ def test_every_preset_replays_as_it_runs(preset: str, reproducible: None) -> Non
     replayed.close()
 
 
+@pytest.mark.parametrize("form", ["fused", "compiled"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_replays_of_a_compiled_update_equal_eager_calls_of_it(
-    precision: str, reproducible: None
+def test_replays_of_another_form_of_the_update_equal_its_eager_calls(
+    precision: str, form: str, reproducible: None
 ) -> None:
     torch.compiler.reset()
-    config = Config(precision=precision, lr=0.05, steps=2, update_form="compiled")  # type: ignore[arg-type]
+    config = Config(precision=precision, lr=0.05, steps=2, update_form=form)  # type: ignore[arg-type]
     eager, captured = make_step(config), make_step(config)
     batch = on_gpu(uint8_batch())
     replayed = CapturedStep(captured, batch)
@@ -166,14 +167,17 @@ def test_replays_of_a_compiled_update_equal_eager_calls_of_it(
     replayed.close()
 
 
-def test_a_compiled_update_is_near_the_eager_one_in_float32(reproducible: None) -> None:
+@pytest.mark.parametrize("form", ["fused", "compiled"])
+def test_another_form_of_the_update_is_near_the_eager_one_in_float32(
+    form: str, reproducible: None
+) -> None:
     torch.compiler.reset()
     losses = []
-    for form in ("eager", "compiled"):
-        config = Config(precision="float32", lr=0.05, steps=0, update_form=form)  # type: ignore[arg-type]
+    for one in ("eager", form):
+        config = Config(precision="float32", lr=0.05, steps=0, update_form=one)  # type: ignore[arg-type]
         step, batch = make_step(config), on_gpu(uint8_batch())
         losses.append(torch.stack([step.train_on(batch)["loss"] for _ in range(3)]))
-    # The compiler sums in another order; two updates pass float32 rounding on.
+    # Sums are in another order; two updates pass float32 rounding on.
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
 
 

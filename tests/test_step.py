@@ -551,6 +551,42 @@ def test_a_compiled_update_that_cannot_be_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+def test_a_fused_update_that_cannot_be_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(World, "take_from_main_", lambda self, tensors: None)
+    with pytest.raises(ValueError, match="--update-form fused: the reference of --no-fused"):
+        parse(["reat", "--no-fused", "--update-form", "fused"], "reat")
+    config, model = Config(update_form="fused"), make_model()
+    with pytest.raises(ValueError, match="--update-form fused: needs Triton and a CUDA device"):
+        TrainStep(model, make_optimizer(model, config), COUNTS, config)
+    with pytest.raises(ValueError, match="--update-form fused: .*; add --no-sync-batchnorm"):
+        TrainStep(model, make_optimizer(model, config), COUNTS, config, World(size=2))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("changes", [{}, {"awp": 0.01}, {"accumulate": 2}, {"precision": "bf16"}])
+def test_a_fused_update_is_near_the_eager_one_with_its_running_statistics(
+    changes: dict[str, Any],
+) -> None:
+    images, labels = make_batch()
+    results = []
+    for form in ("eager", "fused"):
+        config = Config(lr=0.125, update_form=form, steps=1, **changes)  # type: ignore[arg-type]
+        model = make_model()
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        outcome = step(images, labels, make_noise(images, 0))
+        results.append({"loss": outcome["loss"], **model.state_dict()})
+    # A bfloat16 has 8 bits, and PyTorch rounds before the residual sum as well.
+    low = changes.get("precision") == "bf16"
+    torch.testing.assert_close(results[1]["loss"], results[0]["loss"], rtol=0.01, atol=0)
+    for key, expected in results[0].items():
+        assert results[1][key].dtype == expected.dtype
+        if not low or "running" in key:  # sums in another order
+            atol = (0.02 if low else 1e-4) * float(expected.abs().max())
+            torch.testing.assert_close(results[1][key], expected, rtol=0, atol=atol, msg=key)
+
+
 @pytest.mark.parametrize("flag", ["update_form", "attack_form"])
 def test_a_missing_compiler_is_said_at_once(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")

@@ -6,6 +6,7 @@ runs. Where torchvision cannot be imported, as beside a torch without CUDA, empt
 
 from __future__ import annotations
 
+import copy
 import importlib.abc
 import importlib.machinery
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 from test_frozen import assert_equal_to_rounding, with_statistics
+from test_fused_update import assert_same_updates
 from torch import nn
 
 from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.models import create_model
 from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.networks.fused_update import FusedUpdate
 
 
 class _AnyName(type):
@@ -117,6 +120,25 @@ def test_the_average_and_the_linear_layer_behind_it_are_one(name: str, masks: bo
     assert isinstance(frozen._copy, torch.fx.GraphModule)
     (pooled,) = [node for node in frozen._copy.graph.nodes if node.target is pooled_linear]
     assert pooled.kwargs.get("masks_input", False) == masks
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("resnet18", 20),
+        ("seresnet18", 20),
+        ("mobilenetv3_small_050", 0),  # BatchNorms with an activation of their own
+        ("densenet121", 0),
+        ("convnext_atto", 0),
+    ],
+)
+def test_a_fused_update_computes_the_bits_of_the_network(name: str, fused: int) -> None:
+    torch.manual_seed(0)
+    network = create_model(f"timm/{name}", 5).train()
+    plain = copy.deepcopy(network)
+    update = FusedUpdate(network)
+    assert update.fused == fused
+    assert_same_updates(network, update, plain, 32)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "test_efficientnet"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from reat_fast import verify
 from reat_fast.cli.command import run_command
 from reat_fast.parity import ops
+from reat_fast.parity.convolutions import compare_convolutions
 
 
 def test_every_row_holds_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +50,7 @@ def test_an_error_that_is_not_a_number_does_not_hold() -> None:
 @interprets_no_loop
 def test_every_kernel_holds_in_the_interpreter() -> None:
     device = torch.device("cpu")
-    rows = list(ops.compare_ops(device, "triton"))
+    rows = [*ops.compare_ops(device, "triton"), *compare_convolutions(device, "triton")]
     assert len(rows) > 40 and all(row.ok for row in rows)
 
 

@@ -17,10 +17,12 @@ from reat_fast.engine.distributed import (
     synchronise_batchnorm_,
 )
 from reat_fast.engine.epoch_sums import EpochSums
+from reat_fast.kernels import triton_support
 from reat_fast.methods.objectives import Forward, Objective, Part
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import compile_whole, require_compiler
+from reat_fast.networks.fused_update import FusedUpdate
 from reat_fast.objective import ClassStatistics
 
 
@@ -30,7 +32,7 @@ class StepUpdate:
     All of it is that of the step: its network, optimiser, objective, statistics, sums, epoch
     (int64, on the device), configuration and processes. autocast: makes the context in which the
     network computes.
-    Errors: ValueError for a compiled update that cannot be.
+    Errors: ValueError for a fused or compiled update that cannot be.
     """
 
     def __init__(
@@ -151,8 +153,21 @@ def _features_logits(model: Network, config: Config, device: torch.device, world
     """Return what computes features and logits as --update-form asks."""
     if config.update_form == "eager":
         return model.forward_features_logits
-    flag = "--update-form compiled"
+    flag = f"--update-form {config.update_form}"
+    if config.update_form == "fused":
+        _require_fused(flag, config, device, world)
+        return FusedUpdate(model, "triton")
     if world.size > 1:  # BatchNorm sums over the processes, which no compiled graph can hold
         raise ValueError(f"{flag}: works in one process; leave it out")
     require_compiler(flag, device)
     return compile_whole(model.forward_features_logits, flag)
+
+
+def _require_fused(flag: str, config: Config, device: torch.device, world: World) -> None:
+    """Raise ValueError where no BatchNorm would be computed by a kernel of ours."""
+    if world.size > 1 and config.sync_batchnorm:
+        raise ValueError(
+            f"{flag}: its BatchNorm is of one process; add --no-sync-batchnorm, or leave it out"
+        )
+    if not triton_support.kernel_runs_on(torch.empty(0, device=device)):
+        raise ValueError(f"{flag}: needs Triton and a CUDA device; leave it out")

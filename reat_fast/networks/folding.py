@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reat_fast.kernels.fused_conv import conv_relu, conv_relu_linked
-from reat_fast.kernels.pooled_linear import FEW_CLASSES, pooled_linear
+from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.kernels.triton_support import Backend
+from reat_fast.networks.pooling import fuse_poolings
+from reat_fast.networks.tracing import calls, is_add, is_relu, trace
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
 # other padding or an activation behind; any other subclass may treat its weights in its own way.
@@ -35,12 +35,6 @@ _BATCHNORMS = (
 
 CHANNELS = 8
 """What the channels of cuDNN's fused engines must be a multiple of: 16 bytes of bfloat16."""
-
-_RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
-_ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
-# With the kind of call, as a module may have any name.
-_MEANS: tuple[Any, ...] = (("call_method", "mean"), ("call_function", torch.mean))
-_FLATTENINGS: tuple[Any, ...] = (("call_method", "flatten"), ("call_function", torch.flatten))
 
 
 @dataclass(frozen=True)
@@ -97,37 +91,36 @@ def fuse_relus(network: nn.Module, backend: Backend = "auto") -> Fused:
     in which the sums of joined biases are the caller's to write whenever one of them changes; the
     given network itself and 0 where it cannot be traced.
     """
-    graph = _trace(network)
+    graph = trace(network)
     if graph is None:
         return Fused(network, 0, [])
     for node in list(graph.nodes):
-        if _calls(network, node, lambda module: type(module) is nn.Identity):
+        if calls(network, node, lambda module: type(module) is nn.Identity):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    relus = [node for node in graph.nodes if _is_relu(network, node)]
+    relus = [node for node in graph.nodes if is_relu(network, node)]
     biases: list[JoinedBias] = []
     fused = sum(_fuse(network, graph, relu, backend, biases) for relu in relus)
-    for linear in [node for node in graph.nodes if _calls(network, node, _is_small_linear)]:
-        _fuse_pooling(network, graph, linear, backend)
+    fuse_poolings(network, graph, backend)
     _link(network, graph)
     return Fused(fx.GraphModule(network, graph) if fused else network, fused, biases)
 
 
 def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
     """Name each convolution and the BatchNorm that can be folded into it."""
-    graph = _trace(network)
+    graph = trace(network)
     if graph is None:
         return []
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    uses = Counter(node.target for node in graph.nodes if node.op == "call_module")
     folds = []
     for node in graph.nodes:
         source: Any = node.args[0] if node.args else None
         if (
-            _calls(network, node, _is_plain_batchnorm)
-            and _calls(network, source, _is_plain_conv)
+            calls(network, node, _is_plain_batchnorm)
+            and calls(network, source, _is_plain_conv)
             and len(source.users) == 1
             # A module in two places has one weight for both.
-            and calls[source.target] == calls[node.target] == 1
+            and uses[source.target] == uses[node.target] == 1
         ):
             folds.append((source.target, node.target))
     return folds
@@ -165,34 +158,8 @@ def _fuse(
     return True
 
 
-def _fuse_pooling(network: nn.Module, graph: fx.Graph, linear: fx.Node, backend: Backend) -> None:
-    """Put one pooled_linear in the place of a linear layer and of the average that it alone reads.
-
-    One that averages in two calls, the second of which flattens, is both.
-    """
-    end: Any = linear.args[0] if linear.args else None
-    replaced = [linear, end]
-    if _is_flatten(network, end) and len(end.users) == 1:
-        end = end.args[0]
-        replaced.append(end)
-        pooled = _calls(network, end, _is_average)
-    else:
-        pooled = _is_mean(end) or _calls(network, end, _is_flat_average)
-    if not pooled or len(end.users) != 1:
-        return
-    module: Any = network.get_submodule(str(linear.target))
-    with graph.inserting_before(end):  # the maps may be written to before the linear layer
-        weight = graph.get_attr(f"{linear.target}.weight")
-        bias = None if module.bias is None else graph.get_attr(f"{linear.target}.bias")
-        given = (end.args[0], weight, bias)
-        output = graph.call_function(pooled_linear, given, {"backend": backend})
-    linear.replace_all_uses_with(output)
-    for node in replaced:
-        graph.erase_node(node)
-
-
 def _can_join(network: nn.Module, module: nn.Module, residual: fx.Node) -> bool:
-    if not _calls(network, residual, _is_biased_conv) or len(residual.users) != 1:
+    if not calls(network, residual, _is_biased_conv) or len(residual.users) != 1:
         return False
     # A module in two places may be added to another convolution in each.
     return module.bias is not None and not hasattr(module, "joined_bias")
@@ -292,7 +259,7 @@ def _can_mask(network: nn.Module, node: fx.Node, readers: list[fx.Node]) -> bool
 def _only_reads(network: nn.Module, node: fx.Node) -> bool:
     if node.target in (conv_relu, F.conv2d):
         return True
-    return _calls(network, node, lambda module: type(module) is nn.Conv2d)
+    return calls(network, node, lambda module: type(module) is nn.Conv2d)
 
 
 def _fill_channels_(conv: nn.Conv2d) -> str:
@@ -317,25 +284,19 @@ def _summands(network: nn.Module, end: fx.Node) -> tuple[Any, fx.Node | None]:
 
     A convolution added into another tensor, in place, is none: that tensor may be read later.
     """
-    if _calls(network, end, _is_dense_conv):
+    if calls(network, end, _is_dense_conv):
         return end, None
-    if not _is_add(end) or end.kwargs or len(end.args) != 2:
+    if not is_add(end) or end.kwargs or len(end.args) != 2:
         return None, None
     first, second = end.args
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
         return None, None
-    if _calls(network, first, _is_dense_conv):
+    if calls(network, first, _is_dense_conv):
         return first, second
     in_place = end.target in (operator.iadd, "add_")
-    if not in_place and _calls(network, second, _is_dense_conv):
+    if not in_place and calls(network, second, _is_dense_conv):
         return second, first
     return None, None
-
-
-def _calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return False
-    return kind(network.get_submodule(str(node.target)))
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
@@ -357,100 +318,3 @@ def _is_dense_conv(module: nn.Module) -> bool:
 
 def _is_biased_conv(module: nn.Module) -> bool:
     return _is_dense_conv(module) and module.bias is not None
-
-
-def _is_small_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.out_features <= FEW_CLASSES
-
-
-def _is_mean(node: Any) -> bool:
-    """Say whether a node is mean((2, 3)), however that is written."""
-    if not isinstance(node, fx.Node) or not node.args:
-        return False
-    if (node.op, node.target) not in _MEANS:
-        return False
-    named = dict(node.kwargs)
-    if len(node.args) == 1:
-        dims: Any = named.pop("dim", None)
-    else:
-        dims = node.args[1]
-    plain = len(node.args) <= 2 and named in ({}, {"keepdim": False})
-    return plain and isinstance(dims, (tuple, list)) and tuple(dims) == (2, 3)
-
-
-def _is_average(module: nn.Module) -> bool:
-    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-
-
-def _is_flat_average(module: Any) -> bool:
-    # By name, as timm need not be there.
-    if type(module).__name__ != "SelectAdaptivePool2d" or not _is_average(module.pool):
-        return False
-    return _flattens(module.flatten)
-
-
-def _is_flatten(network: nn.Module, node: Any) -> bool:
-    if not isinstance(node, fx.Node) or not node.args:
-        return False
-    if (node.op, node.target) in _FLATTENINGS:
-        return node.args[1:] == (1,) and not node.kwargs
-    return _calls(network, node, _flattens)
-
-
-def _flattens(module: nn.Module) -> bool:
-    return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-
-
-def _is_relu(network: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    if node.op == "call_function":
-        return node.target in _RELU_FUNCTIONS
-    return _calls(network, node, lambda module: type(module) is nn.ReLU)
-
-
-def _is_add(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("add", "add_")
-    return node.op == "call_function" and node.target in _ADD_FUNCTIONS
-
-
-def _trace(network: nn.Module) -> fx.Graph | None:
-    """Trace what a network in eval mode does with its convolutions and BatchNorms.
-
-    All that holds neither is one node. Returns None for a network that cannot be traced, as one
-    whose path depends on the values or the shape of the images.
-    """
-    try:
-        return _Tracer().trace(network)
-    except Exception:  # the network's own code meets stand-ins for tensors: anything can come of it
-        return None
-
-
-class _Proxy(fx.Proxy):
-    """Keep `a += b` what it is; fx would trace a + b, and another name of `a` would miss it."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._write(operator.itruediv, other)
-
-    def _write(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if isinstance(module, (nn.Conv2d, _BatchNorm)):
-            return True
-        return not any(isinstance(m, (nn.Conv2d, _BatchNorm)) for m in module.modules())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +12,14 @@ from torch import Tensor
 from reat_fast import reference
 from reat_fast.engine.augment import PolicyName, apply_policy
 from reat_fast.kernels import philox
-from reat_fast.kernels.boxes import why_not
+from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
-from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.masked_sum import masked_sum
 from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.kernels.prepare import prepare
-from reat_fast.kernels.strided_conv import strided_conv
-from reat_fast.kernels.strided_gradient import strided_gradient
 from reat_fast.kernels.tail_penalty import Form, tail_penalty
 from reat_fast.kernels.triton_support import Backend
 
@@ -64,8 +60,7 @@ def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     yield from _l2_step(device, backend)
     yield from _masked_sum(device, backend)
     yield from _pooled_linear(device, backend)
-    yield from _conv3x3(device, backend)
-    yield from _strided(device, backend)
+    yield from _batchnorm(device, backend)
     yield from _class_loss(device, backend)
     yield from _tail_penalty(device, backend)
     yield from _rbl_weights(device)
@@ -179,60 +174,32 @@ def _pooled_linear(device: torch.device, backend: Backend) -> Iterator[Row]:
         yield Row("pooled_linear", "gradient, relative", name, error, 2 * tolerance)
 
 
-def _conv3x3(device: torch.device, backend: Backend) -> Iterator[Row]:
-    """Compare the convolution of 3x3 where a kernel of ours can run."""
-    if backend == "torch" or why_not(device) is not None:
-        return
-    for outputs, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16)):
-        drawn = _maps(device, dtype)
-        x, behind = drawn(2, 64, 8, 16), drawn(2, outputs, 8, 16)
-        weight, residual = drawn(outputs, 64, 3, 3) / 24, drawn(*behind.shape)
-        relu, other = drawn(*x.shape).relu(), drawn(*x.shape)
-        expected = F.relu(F.conv2d(x.double(), weight.double(), padding=1) + residual.double())
-        error = worst(conv3x3(x, weight, None, residual), expected)
-        case, name = f"64 to {outputs} channels", name_of(dtype)
-        yield Row("conv3x3", f"{case}, relative", name, error, GRADIENT[dtype])
-        leaf = x.double().requires_grad_()
-        reached = F.conv2d(leaf, weight.double(), padding=1)
-        (gradient,) = torch.autograd.grad(reached, leaf, behind.double())
-        expected = torch.where(relu > 0, gradient + other.double(), 0)
-        error = worst(conv3x3_gradient(behind, weight, relu, other), expected)
-        yield Row("conv3x3", f"{case}, gradient, relative", name, error, GRADIENT[dtype])
-
-
-def _strided(device: torch.device, backend: Backend) -> Iterator[Row]:
-    """Compare both ways of a 3x3 convolution of stride 2 where kernels of ours can run."""
-    if backend == "torch" or why_not(device) is not None:
-        return
-    for outputs, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16)):
-        drawn = _maps(device, dtype)
-        x, behind = drawn(2, 64, 8, 16), drawn(2, outputs, 4, 8)
-        weight, shortcut = drawn(outputs, 64, 3, 3) / 24, drawn(outputs, 64, 1, 1) / 8
-        relu, other = drawn(*x.shape).relu(), drawn(*x.shape)
-        leaf = x.double().requires_grad_()
-        reached = F.conv2d(leaf, weight.double(), stride=2, padding=1)
-        output, beside = strided_conv(x, weight, None, shortcut)
-        assert beside is not None
-        case, name = f"64 to {outputs} channels", name_of(dtype)
-        error = worst(output, reached.detach().relu())
-        yield Row("strided_conv", f"{case}, relative", name, error, GRADIENT[dtype])
-        error = worst(beside, F.conv2d(x.double(), shortcut.double(), stride=2))
-        yield Row("strided_conv", f"{case}, shortcut, relative", name, error, GRADIENT[dtype])
-        (gradient,) = torch.autograd.grad(reached, leaf, behind.double())
-        expected = torch.where(relu > 0, gradient + other.double(), 0)
-        error = worst(strided_gradient(behind, weight, relu, other), expected)
-        yield Row("strided_gradient", f"{case}, relative", name, error, GRADIENT[dtype])
-
-
-def _maps(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Return what draws tensors of a shape, one after another, channels_last."""
-    made = generator()
-
-    def drawn(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=made).to(device, dtype)
-        return values.contiguous(memory_format=torch.channels_last)
-
-    return drawn
+def _batchnorm(device: torch.device, backend: Backend) -> Iterator[Row]:
+    for dtype, tolerance in GRADIENT.items():
+        if backend == "torch" and dtype != torch.float32:
+            continue  # PyTorch rounds the norm before the sum, and the sum again
+        made = torch.randn(3, 8, 64, 16, 16, generator=generator()).to(device, dtype)
+        x, residual, gradient = (t.contiguous(memory_format=torch.channels_last) for t in made)
+        weight, bias, mean, variance = torch.rand(4, 64, generator=generator()).to(device)
+        exact = [t.double().requires_grad_() for t in (x, weight, bias, residual)]
+        centred = exact[0] - exact[0].mean((0, 2, 3), keepdim=True)
+        spread = centred.square().mean((0, 2, 3), keepdim=True)
+        wide = [t.view(1, -1, 1, 1) for t in exact[1:3]]
+        before = centred * (spread + 1e-5).rsqrt() * wide[0] + wide[1] + exact[3]
+        # Rounding may decide whether a value near zero lets its gradient pass.
+        gradient = torch.where(before.abs() < 1e-4, 0, gradient)
+        expected = [F.relu(before), *torch.autograd.grad(F.relu(before), exact, gradient.double())]
+        expected.append(0.75 * variance.double() + 0.25 * x.double().var((0, 2, 3)))
+        given = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
+        statistics = (mean, variance, torch.tensor(0, device=device), 0.25, 1e-5)
+        inputs = (given[0], given[1], given[2], *statistics, given[3], True)
+        found = fused_batchnorm(*inputs, backend=backend)
+        results = [found, *torch.autograd.grad(found, given, gradient), variance]
+        names = ("output", "of x", "of weight", "of bias", "of residual", "variance")
+        for case, value, wanted in zip(names, results, expected, strict=True):
+            allowed = tolerance if value.dtype == dtype else 4 * FLOAT32
+            error = worst(value.detach(), wanted.detach())
+            yield Row("batchnorm", f"{case}, relative", name_of(dtype), error, allowed)
 
 
 def _attack_tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

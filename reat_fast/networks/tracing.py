@@ -1,0 +1,176 @@
+"""What a network does with its convolutions and BatchNorms, as a graph by torch.fx."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
+_ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+
+
+def trace(network: nn.Module) -> fx.Graph | None:
+    """Trace what a network in eval mode does with its convolutions and BatchNorms.
+
+    All that holds neither is one node. Returns None for a network that cannot be traced, as one
+    whose path depends on the values or the shape of the images.
+    """
+    try:
+        return _Tracer().trace(network)
+    except Exception:  # the network's own code meets stand-ins for tensors: anything can come of it
+        return None
+
+
+def trace_training(network: nn.Module, method: str) -> fx.Graph | None:
+    """Trace a method of a network in train mode, whatever its modules' modes are now.
+
+    What a replay of the graph could not do again is refused: a random choice of the network's own
+    code, a tensor it makes, a context such as no_grad or autocast, an attribute it sets. Returns
+    None there, too.
+    """
+    inlined = [module for module in network.modules() if is_traced_into(module)]
+    try:
+        with _no_random_numbers(), _in_train_mode(inlined):
+            return _TrainingTracer(method).trace(network)
+    except Exception:  # as above
+        return None
+
+
+def is_traced_into(module: nn.Module) -> bool:
+    """Say whether a graph holds what a module does; all others it calls, as they are by then."""
+    if isinstance(module, (nn.Conv2d, _BatchNorm)):
+        return False
+    return any(isinstance(m, (nn.Conv2d, _BatchNorm)) for m in module.modules())
+
+
+def calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
+    """Say whether a node calls a module of a kind."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    return kind(network.get_submodule(str(node.target)))
+
+
+def is_relu(network: nn.Module, node: fx.Node) -> bool:
+    """Say whether a node is a ReLU, in place or not."""
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    if node.op == "call_function":
+        return node.target in _RELU_FUNCTIONS
+    return calls(network, node, lambda module: type(module) is nn.ReLU)
+
+
+def is_add(node: fx.Node) -> bool:
+    """Say whether a node is a sum, in place or not."""
+    if node.op == "call_method":
+        return node.target in ("add", "add_")
+    return node.op == "call_function" and node.target in _ADD_FUNCTIONS
+
+
+class _Proxy(fx.Proxy):
+    """Keep `a += b` what it is; fx would trace a + b, and another name of `a` would miss it."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._write(operator.itruediv, other)
+
+    def _write(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return not is_traced_into(module)
+
+
+class _TrainingTracer(_Tracer):
+    proxy_buffer_attributes = True  # what is written to a buffer is part of the graph
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.traced_func_name = method
+        self._context = _context()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self._context:
+            raise ValueError("a graph has no contexts")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            raise ValueError("a graph would keep this tensor for ever")
+        return super().create_arg(a)
+
+
+def _context() -> tuple[bool, bool, int]:
+    depth = torch.autocast_increment_nesting()  # of contexts that switch it on or off
+    torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth
+
+
+@contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Raise ValueError where a block drew random numbers, and take that back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        before = _random_states(devices)
+        try:
+            yield
+            if _random_states(devices) != before:
+                raise ValueError("a graph would keep this choice for ever")
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _random_states(devices: Iterable[int]) -> list[object]:
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    numpy: Any = np.random.get_state()
+    keys = (numpy[1].tobytes(), *numpy[2:])
+    return [random.getstate(), keys, *(state.numpy().tobytes() for state in states)]
+
+
+@contextmanager
+def _in_train_mode(modules: list[nn.Module]) -> Iterator[None]:
+    """Set modules alone to train mode; raise ValueError where the block set anything else of them.
+
+    Whatever it did set is taken back.
+    """
+    before = [dict(vars(module)) for module in modules]
+    try:
+        for module in modules:
+            module.training = True
+        yield
+        if not all(map(_same, map(vars, modules), before)):
+            raise ValueError("a graph would not set this again")
+    finally:
+        for module, attributes in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    ours = "training"
+    return now.keys() == before.keys() and all(
+        now[name] is before[name] for name in now if name != ours
+    )
