@@ -1,4 +1,4 @@
-"""python -m bench.gpu --out DIR: everything that only a CUDA device can show, in three calls.
+"""python -m bench.gpu --out DIR: everything that only a CUDA device can show, in four calls.
 
 Parity, the tests marked gpu, the ladder of the step, evaluation, trainings, AutoAttack,
 convolutions, kernels and loaders one after another, each a program of its own with a limit, so that
@@ -8,16 +8,16 @@ out in silence: the table at the end has a row for each part, and for what was n
 
 A call ends within 10 minutes, and all take the same DIR. --call 1, which is the default, decides
 most: verify, tests, ladder, evaluation, the training of reat and its AutoAttack. --call 2 trains
-at-bsl and reat-plus at equal cost, attacks both, and times a whole epoch. --call 3 times kernels,
-convolutions, WideResNet, loaders and what compiles for minutes, and runs the kernels under
-compute-sanitizer. gpu_parts.py has the estimates. A training or an AutoAttack that was cut short
-goes on where it was when it runs again with the same DIR: --parts train-reat attack-reat.
+reat-plus and a longer recipe at equal cost, attacks both, and times a whole epoch. --call 3 times
+kernels, convolutions and WideResNet; --call 4 trains and attacks at-bsl, runs kernels under
+compute-sanitizer, and times loaders and what compiles for minutes. gpu_parts.py has the estimates.
+A training or an AutoAttack that was cut short goes on where it was when it runs again with the same
+DIR: --parts train-reat attack-reat.
 
 Of the test tools it wants pytest, pytest-benchmark, pytest-timeout, pytest-xdist, hypothesis and
-pillow. One that
-is missing costs what TOOLS says, and no more. Where no environment can be made, wheels on
-PYTHONPATH will do: all but pillow have pure Python ones, hypothesis (with sortedcontainers) up to
-6.155; later ones are compiled for one version of Python, as pillow is.
+pillow. One that is missing costs what TOOLS says, and no more. Where no environment can be made,
+wheels on PYTHONPATH will do: all but pillow have pure Python ones, hypothesis (with
+sortedcontainers) up to 6.155; later ones are compiled for one version of Python, as pillow is.
 """
 
 from __future__ import annotations

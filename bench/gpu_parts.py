@@ -54,8 +54,14 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+LONG = (
+    *("reat-plus", "--steps", "5", "--step-size", "3/255", "--epochs", "177"),
+    *("--schedule", "cosine", "--held-out", "0"),
+)
+"""The line `long` of bench/recipes.txt."""
+
 WIDE = (
-    *("captured, eager", "captured, compiled", "captured, cudnn", "captured, triton"),
+    *("captured, eager", "captured, cudnn", "captured, triton", "captured, trial, fused update"),
     *("captured, compiled, compiled update", "baseline, eager"),
 )
 """Rungs of the ladder that WideResNet climbs too."""
@@ -88,7 +94,7 @@ def parts(options: Options) -> Iterator[Part]:
     yield from _first_call(options)
     yield from _second_call(options)
     yield from _third_call(options)
-    yield from _fourth_call()
+    yield from _fourth_call(options)
 
 
 def _first_call(options: Options) -> Iterator[Part]:
@@ -96,23 +102,23 @@ def _first_call(options: Options) -> Iterator[Part]:
     # A file whose imports are missing leaves the others.
     tests = ["-m", "gpu", "tests", "--durations=5", "--continue-on-collection-errors"]
     beside = ["-n", "6"] if installed("xdist") else []
-    yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 120)
+    yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 130)
     # The last rung begun at 120 s may compile for a minute, and then all are timed.
     yield Part("step", [*STEP, *_official(options), "--seconds", "120"], 240, 120)
     yield from _without_official(options, "official step", 1)
     # Not in true float32: the part epoch has that.
     evaluation = ["--repeats", "2", "--precisions", "bf16", "--batch-size", "1000", "--keep"]
     yield Part("evaluation", ["-m", "bench.bench_evaluation", *evaluation], 90, 20)
-    yield _training(options, "reat", 1, seconds=240, estimate=165)
-    yield _attacks(options, "reat", 1, ["--subset", "5000"], seconds=240, estimate=95)
+    yield _training(options, "reat", 1, ["reat"], seconds=240, estimate=140)
+    yield _attacks(options, "reat", 1, ["--subset", "5000"], seconds=240, estimate=90)
 
 
 def _second_call(options: Options) -> Iterator[Part]:
-    # At equal cost: 100 epochs of 23 forward passes an image.
-    some = ["--subset", "2000"]
-    for preset, estimate in (("at-bsl", 200), ("reat-plus", 210)):
-        yield _training(options, preset, 2, seconds=270, estimate=estimate)
-        yield _attacks(options, preset, 2, some, seconds=120, estimate=40)
+    # At equal cost: 2,300 forward passes for each training image.
+    some = ["--subset", "2000", "--step-size", "2/255"]
+    for name, flags in (("reat-plus", ["reat-plus"]), ("long", [*LONG])):
+        yield _training(options, name, 2, flags, seconds=270, estimate=175)
+        yield _attacks(options, name, 2, some, seconds=120, estimate=45)
     epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
     yield Part("epoch", epoch, 150, 80, 2)
     yield from _without_official(options, "official epoch", 2)
@@ -120,7 +126,7 @@ def _second_call(options: Options) -> Iterator[Part]:
 
 def _third_call(options: Options) -> Iterator[Part]:
     own = ["-m", "bench.bench_conv3x3", "--keep"]
-    yield Part("conv3x3", own, 180, 100, 3)
+    yield Part("conv3x3", own, 180, 80, 3)
     masked = ["-m", "bench.bench_masked_gradients", "--plans", "4", "--seconds", "20", "--keep"]
     lacks = "" if installed("cudnn") else "no nvidia-cudnn-frontend"
     yield Part("masked", masked, 60, 30, 3, lacks)
@@ -132,7 +138,10 @@ def _third_call(options: Options) -> Iterator[Part]:
     yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 70, 3)
 
 
-def _fourth_call() -> Iterator[Part]:
+def _fourth_call(options: Options) -> Iterator[Part]:
+    yield _training(options, "at-bsl", 4, ["at-bsl"], seconds=270, estimate=170)
+    some = ["--subset", "2000"]
+    yield _attacks(options, "at-bsl", 4, some, seconds=120, estimate=40)
     sanitizer = compute_sanitizer()
     yield Part(
         "sanitizer",
@@ -159,35 +168,37 @@ def _without_official(options: Options, name: str, call: int) -> Iterator[Part]:
         yield Part(name, [], 0, call=call, lacks="no --official")
 
 
-def _training(options: Options, preset: str, call: int, *, seconds: int, estimate: int) -> Part:
-    """Train a preset in the folder of this suite, or go on with it where it was broken off."""
-    folder = run_folder(options, preset)
+def _training(
+    options: Options, name: str, call: int, flags: list[str], *, seconds: int, estimate: int
+) -> Part:
+    """Train by flags in the folder of this suite, or go on with it where it was broken off."""
+    folder = run_folder(options, name)
     arguments = ["-m", "reat_fast.train"]
     if has_checkpoint(folder):
         arguments += ["--resume", str(folder)]
     else:
-        arguments += [preset, "--fused", "--profile", "--data", str(options.data)]
+        arguments += [*flags, "--fused", "--profile", "--data", str(options.data)]
         arguments += ["--run-dir", str(folder), *options.flags.split()]
     lacks = "no --data" if options.data is None else ""
-    return Part(f"train-{preset}", arguments, seconds, estimate, call, lacks)
+    return Part(f"train-{name}", arguments, seconds, estimate, call, lacks)
 
 
 def _attacks(
-    options: Options, preset: str, call: int, flags: list[str], *, seconds: int, estimate: int
+    options: Options, name: str, call: int, flags: list[str], *, seconds: int, estimate: int
 ) -> Part:
     """Attack a trained network, AutoAttack included, which goes on where it was cut short."""
-    folder = run_folder(options, preset)
+    folder = run_folder(options, name)
     lacks = ""
     if not (folder / "evaluation.json").is_file():
         lacks = "no --data" if options.data is None else "no trained network"
     # Batches as large as pay: figures do not depend on them.
     attack = ["-m", "bench.bench_trained", str(folder), "--batch-size", "1000", "--keep", *flags]
-    return Part(f"attack-{preset}", attack, seconds, estimate, call, lacks)
+    return Part(f"attack-{name}", attack, seconds, estimate, call, lacks)
 
 
-def run_folder(options: Options, preset: str) -> Path:
+def run_folder(options: Options, name: str) -> Path:
     """Name the folder of the run that a part trains."""
-    return options.out / f"run-{preset}"
+    return options.out / f"run-{name}"
 
 
 def _pytest(limit: int | None = None) -> list[str]:

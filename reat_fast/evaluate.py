@@ -62,6 +62,7 @@ def evaluate(
     state: SearchState | None = None,
     progress: Callable[[int], object] | None = None,
     bar: tqdm[Any] | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure the accuracy of a model on a set, clean and under each attack.
 
@@ -71,7 +72,8 @@ def evaluate(
     precision: in which attacks search. train_counts: training images per class, by which classes
     are head, body, tail and tail80.
     state: what AutoAttack goes on from, and keeps up to date. progress is called with the
-    number of images after each batch and attack; bar counts forward passes.
+    number of images after each batch and attack; bar counts forward passes; say gets a line after
+    each attack of AutoAttack, which can take hours.
     The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
     CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
@@ -85,7 +87,7 @@ def evaluate(
     samples = labels.bincount(minlength=num_classes).tolist()
     found = {}
     with (
-        attacked(model, precision, bar) as victim,
+        attacked(model, precision, bar, say) as victim,
         Ascents(victim, min(batch_size, count)) as ascents,
     ):
         images = Images(image_set, victim, seed, eps)
@@ -237,6 +239,7 @@ def _evaluate_run(
             train_counts=counts,
             state=state,
             bar=bar,
+            say=(lambda text: None) if options.quiet else _say,
         )
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
@@ -262,6 +265,10 @@ def _conditions(options: Options, config: Config, device: torch.device) -> dict[
         "seed": config.seed if options.seed is None else options.seed,
         "device": str(device),
     }
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)  # above the bar, where there is one
 
 
 def _measured_on(result: dict[str, Any], folder: Path, test_images: int) -> str:

@@ -317,6 +317,18 @@ def test_batch_size_and_breaks_change_nothing(
     assert parts.after == whole.after
 
 
+def test_what_stands_is_said_after_each_of_its_attacks(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    said: list[str] = []
+    with attacked(model, say=said.append) as victim:
+        after = search(victim, *test_set).run().after
+    assert list(after) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert said == [
+        f"AutoAttack: {found:.2f} % stand after {name}" for name, found in after.items()
+    ]
+
+
 def test_a_finished_batch_is_not_attacked_again(
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],

@@ -495,6 +495,7 @@ def test_the_command_runs_the_attacks_of_the_field(
     shown = capsys.readouterr()
     result = json.loads(out.read_text())
     assert list(result["attacks"]) == names and "lsa3" in shown.out
+    assert shown.err.count("% stand after") == 5
     assert list(result["attacks"]["aa"]["after"]) == [
         "clean", "apgd-ce", "apgd-t", "fab-t", "square",
     ]  # fmt: skip

@@ -19,7 +19,8 @@ from bench import clocks, gpu, gpu_parts
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.training.plan import make_plan
 
-PRESETS = ("reat", "at-bsl", "reat-plus")
+TRAINED = {"reat": 80, "reat-plus": 100, "long": 177, "at-bsl": 100}
+"""Name of each training and its epochs."""
 """Those that the suite trains."""
 
 
@@ -96,7 +97,7 @@ def test_the_suite_passes_what_is_named_on(tmp_path: Path) -> None:
     for name in ("step", "epoch"):
         assert named[name][named[name].index("--official") + 1] == "clone"
     assert "--official" not in named["step-wrn"]
-    for name in ("train-reat", "train-at-bsl", "train-reat-plus"):
+    for name in (f"train-{name}" for name in TRAINED):
         assert "set.npz" in named[name] and named[name][-2:] == flags.split()
         assert not made[name].lacks
     assert not any("official" in name for name in named)
@@ -111,7 +112,7 @@ def test_what_was_not_given_or_found_is_named(
     data, official = "no --data", "no --official"
     assert lacking == {
         "official step": official,
-        **{f"{what}-{name}": data for name in PRESETS for what in ("train", "attack")},
+        **{f"{what}-{name}": data for name in TRAINED for what in ("train", "attack")},
         "official epoch": official,
         "masked": "no nvidia-cudnn-frontend",
         "sanitizer": "no compute-sanitizer",
@@ -160,15 +161,20 @@ def test_a_training_goes_on_and_a_trained_network_is_attacked(tmp_path: Path) ->
         return [part.lacks] if part.lacks else part.arguments
 
     options = gpu.Options(tmp_path, data=Path("set.npz"))
-    for preset in PRESETS:
-        folder = tmp_path / f"run-{preset}"
-        assert arguments(f"attack-{preset}") == ["no trained network"]
-        assert arguments(f"train-{preset}")[2] == preset
+    for name in TRAINED:
+        folder = tmp_path / f"run-{name}"
+        assert arguments(f"attack-{name}") == ["no trained network"]
+        assert arguments(f"train-{name}")[2] == (name if name != "long" else "reat-plus")
         folder.mkdir()
         (folder / "checkpoint-last.pt").touch()
-        assert arguments(f"train-{preset}")[-2:] == ["--resume", str(folder)]
+        assert arguments(f"train-{name}")[-2:] == ["--resume", str(folder)]
         (folder / "evaluation.json").touch()
-        assert str(folder) in arguments(f"attack-{preset}")
+        assert str(folder) in arguments(f"attack-{name}")
+
+
+def test_the_long_training_is_that_of_the_recipes(pytestconfig: pytest.Config) -> None:
+    recipes = (pytestconfig.rootpath / "bench/recipes.txt").read_text("utf-8").splitlines()
+    assert f"long: {' '.join(gpu_parts.LONG)}" in recipes
 
 
 def test_make_passes_what_is_named_on(pytestconfig: pytest.Config) -> None:
@@ -194,10 +200,9 @@ def test_every_part_is_asked_what_its_program_knows(tmp_path: Path) -> None:
             checked.append(part.name)
         elif module == "reat_fast.train":
             config = make_plan(part.arguments[2:]).config
-            epochs = dict(zip(PRESETS, (80, 100, 100), strict=True))
-            assert config.epochs == epochs[part.name.removeprefix("train-")]
+            assert config.epochs == TRAINED[part.name.removeprefix("train-")]
             checked.append(part.name)
-    assert len(checked) == 15, checked
+    assert len(checked) == 17, checked
 
 
 def test_a_part_at_its_limit_may_write_what_it_has(

@@ -149,6 +149,8 @@ class AutoAttack:
                 self._write()
             standing.run, standing.pending = standing.run + 1, None
             standing.after[stage] = 100 * float(standing.robust.double().mean())
+            if stage not in [later for later, _ in self.runs[standing.run :]]:
+                self.victim.say(f"AutoAttack: {standing.after[stage]:.2f} % stand after {stage}")
         self._write(at_end=True)
         return standing
 

@@ -27,10 +27,16 @@ class Victim:
     network with BatchNorm folded, in at least float32. dtype, device: those of images and verdicts.
     """
 
-    def __init__(self, model: Network, precision: Precision, bar: tqdm[Any] | None) -> None:
+    def __init__(
+        self,
+        model: Network,
+        precision: Precision,
+        bar: tqdm[Any] | None,
+        say: Callable[[str], object],
+    ) -> None:
         weight = next(model.parameters())
         self.model = model
-        self.precision = precision
+        self.precision, self.say = precision, say
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self._on_gpu = self.device.type == "cuda"
@@ -150,12 +156,16 @@ class PerImage:
 
 @contextmanager
 def attacked(
-    model: Network, precision: Precision = "float32", bar: tqdm[Any] | None = None
+    model: Network,
+    precision: Precision = "float32",
+    bar: tqdm[Any] | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Iterator[Victim]:
     """Put a model into eval mode and open it to attacks; its modes are given back after.
 
     precision: arithmetic of the search; the verdict is float32, without TF32, or float64 where the
-    model is. bar: a progress bar in forward passes of one image.
+    model is. bar: a progress bar in forward passes of one image. say: gets lines of what is known
+    before a long search ends.
     """
     with evaluating(model), allowed_tf32(precision != "float32"):
-        yield Victim(model, precision, bar)
+        yield Victim(model, precision, bar, say)
