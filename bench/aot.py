@@ -30,6 +30,7 @@ from torch import Tensor
 
 from reat_fast.engine.augment import apply_policy
 from reat_fast.kernels import triton_support
+from reat_fast.kernels.affine_relu import affine_relu_linked
 from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.class_loss import MOST_CLASSES, class_loss
 from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
@@ -114,6 +115,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         maps = torch.zeros(128, 64, 32, 32, dtype=dtype)
         yield _name("masked_sum", maps), partial(masked_sum, maps, maps, maps, backend="triton")
+    for width, size, dtype, added in (
+        (160, 32, torch.bfloat16, True),
+        (640, 8, torch.bfloat16, True),
+        (64, 32, torch.bfloat16, False),
+        (16, 32, torch.float16, True),
+        (160, 32, torch.float32, True),
+    ):
+        maps = _channels_last(128, width, size, size).to(dtype)
+        case = "affine_relu" + ", sum" * added
+        yield _name(case, maps), partial(_affine_relu, maps, maps if added else None)
     for shape, classes, dtype in (
         ((128, 512, 4, 4), 10, torch.bfloat16),
         ((128, 640, 8, 8), 100, torch.bfloat16),
@@ -163,6 +174,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             grad, nonfinite = adv.to(dtype), torch.zeros((), dtype=torch.int64)
             move = partial(step, adv, grad, adv.clone(), 2 / 255, 8 / 255, nonfinite=nonfinite)
             yield _name(f"{step.__name__} gradient", grad), partial(move, backend="triton")
+
+
+def _affine_relu(maps: Tensor, residual: Tensor | None) -> None:
+    leaf, scale = maps.detach().requires_grad_(), torch.zeros(maps.shape[1])
+    outputs = affine_relu_linked(leaf, scale, scale, residual, backend="triton")
+    torch.autograd.grad(outputs, leaf, (maps, maps))
 
 
 def _there_and_back(maps: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bench.records import Figure, record
 from reat_fast.engine.augment import _choices, _policy
+from reat_fast.kernels.affine_relu import affine_relu, affine_relu_linked
 from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.l2 import l2_step_
@@ -108,6 +110,39 @@ def _class_loss_case(batch: int, classes: int, dtype: torch.dtype) -> Case:
     return Case(f"class_loss B={batch} C={classes} {str(dtype)[6:]}", make)
 
 
+def _affine_relu_case(batch: int, channels: int, size: int, linked: bool) -> Case:
+    """Time sum, BatchNorm and ReLU of a pre-activation block; linked: with the sum's gradient.
+
+    PyTorch's side is its own operators on the whole, as a network has them without the op.
+    """
+
+    def make() -> tuple[Callable[[Backend], object], int]:
+        made = torch.randn(4, batch, size, size, channels, device="cuda", dtype=torch.bfloat16)
+        x, added, grad, other = made.permute(0, 1, 4, 2, 3)
+        scale, shift = torch.rand(2, channels, device="cuda")
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        inputs = [x.requires_grad_(), added.requires_grad_()]
+
+        def call(backend: Backend) -> object:
+            if backend == "torch":
+                total = x + added
+                output = F.relu(F.batch_norm(total, zeros, ones, scale, shift, eps=0.0))
+            elif linked:
+                output, total = affine_relu_linked(x, scale, shift, added, backend=backend)
+            else:
+                output = affine_relu(x, scale, shift, added, backend=backend)
+            if linked:
+                return torch.autograd.grad((output, total), inputs, (grad, other))
+            return torch.autograd.grad(output, inputs, grad)
+
+        # Two read, one or two written; gradients and the mask read, one gradient written.
+        return call, x.numel() * 2 * (6 + 2 * linked)
+
+    form = "affine_relu" + ", linked" * linked
+    name = f"{form} B={batch} C={channels} {size}x{size}"
+    return Case(name, make, compared=("triton", "torch"))
+
+
 def _pooled_linear_case(batch: int, width: int, side: int, classes: int) -> Case:
     def make() -> tuple[Callable[[Backend], object], int]:
         maps = torch.randn(batch, width, side, side, device="cuda", dtype=torch.bfloat16).relu()
@@ -180,6 +215,11 @@ CASES = [
         for residual in (False, True)
     ),
     _batchnorm_case(128, 128, 16, False, False),
+    *(
+        _affine_relu_case(128, channels, size, linked)
+        for channels, size in ((160, 32), (320, 16), (640, 8), (64, 32))
+        for linked in (False, True)
+    ),
     *(_class_loss_case(*shape, torch.float32) for shape in ((128, 10), (1024, 100), (1024, 1000))),
     *(
         _pooled_linear_case(*shape)

@@ -32,6 +32,8 @@ WIDE = {
     "_linf_step_kernel": (True, True),
     "_l2_step_kernel": (True, True),
     "_masked_sum_kernel": (True, True),
+    "_affine_relu_kernel": (True, True),
+    "_affine_relu_gradient_kernel": (True, True),
     "_pooled_linear_kernel": (True, False),  # stores one number a class
     "_pooled_linear_gradient_kernel": (True, True),
     "_conv3x3_kernel": (False, False),  # fetches and stores boxes

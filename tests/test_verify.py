@@ -22,7 +22,7 @@ def test_every_row_holds_on_this_machine(capsys: pytest.CaptureFixture[str]) -> 
     assert lines[-1] == f"{len(lines) - 3} of {len(lines) - 3} rows hold"
     ops = {line.split("  ")[0] for line in lines[2:-1]}
     assert ops >= {"philox", "prepare", "linf_step", "l2_step", "class_loss", "tail_penalty"}
-    assert ops >= {"masked_sum", "policy", "pooled_linear"}
+    assert ops >= {"affine_relu", "masked_sum", "policy", "pooled_linear"}
     assert ops >= {"rbl_weights", "folded network", "inertness", "training step"}
     assert any("double loop" in line for line in lines)
 

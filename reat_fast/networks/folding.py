@@ -20,6 +20,7 @@ from reat_fast.kernels.fused_conv import conv_relu, conv_relu_linked
 from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.networks.pooling import fuse_poolings
+from reat_fast.networks.preactivation import Affine, fuse_preactivations
 from reat_fast.networks.tracing import calls, is_add, is_relu, trace
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
@@ -57,11 +58,12 @@ class JoinedBias:
 
 
 class Fused(NamedTuple):
-    """A rewritten network, the number of fused convolutions, and biases that follow others."""
+    """A rewritten network, the number of fused convolutions, and what follows other tensors."""
 
     network: nn.Module
     convolutions: int
     biases: list[JoinedBias]
+    affines: list[Affine]
 
 
 def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
@@ -83,17 +85,20 @@ def fold_batchnorms_(own: nn.Module, source: nn.Module) -> list[Fold]:
     return folds
 
 
-def fuse_relus(network: nn.Module, backend: Backend = "auto") -> Fused:
+def fuse_relus(
+    network: nn.Module, backend: Backend = "auto", preactivations: bool = False
+) -> Fused:
     """Rewrite relu(conv(x)) and relu(conv(x) + y) of a network in eval mode as conv_relu.
 
-    And linear(mean(x)) over the pixels as pooled_linear. backend: that of both. Weights of few
-    input channels become views of memory with zeros behind. Returns a network on the same weights,
-    in which the sums of joined biases are the caller's to write whenever one of them changes; the
-    given network itself and 0 where it cannot be traced.
+    And linear(mean(x)) over the pixels as pooled_linear, and with preactivations relu(bn(x + y)) as
+    affine_relu. backend: that of all. Weights of few input channels become views of memory with
+    zeros behind. Returns a network on the same weights, in which the sums of joined biases, and the
+    scales and shifts, are the caller's to write whenever what they come from changes; the given
+    network itself and 0 where it cannot be traced.
     """
     graph = trace(network)
     if graph is None:
-        return Fused(network, 0, [])
+        return Fused(network, 0, [], [])
     for node in list(graph.nodes):
         if calls(network, node, lambda module: type(module) is nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -101,9 +106,11 @@ def fuse_relus(network: nn.Module, backend: Backend = "auto") -> Fused:
     relus = [node for node in graph.nodes if is_relu(network, node)]
     biases: list[JoinedBias] = []
     fused = sum(_fuse(network, graph, relu, backend, biases) for relu in relus)
+    affines = fuse_preactivations(network, graph, backend) if preactivations else []
     fuse_poolings(network, graph, backend)
     _link(network, graph)
-    return Fused(fx.GraphModule(network, graph) if fused else network, fused, biases)
+    rewritten = fx.GraphModule(network, graph) if fused or affines else network
+    return Fused(rewritten, fused, biases, affines)
 
 
 def _find_folds(network: nn.Module) -> list[tuple[str, str]]:

@@ -18,9 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.own_conv import faster_on
+from reat_fast.kernels.triton_support import Backend
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
 from reat_fast.networks.compiling import compile_whole
 from reat_fast.networks.folding import Fold, JoinedBias, fold_batchnorms_, fuse_relus
+from reat_fast.networks.preactivation import Affine, refresh_affines_
 
 Form = Literal["eager", "compiled", "cudnn", "triton", "trial", "cpu"]
 # Takes any network and dtype; fastest_form has a faster one.
@@ -50,8 +52,9 @@ class FrozenNetwork:
     then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
     the sum optional, as one op with its own backward, the images padded to 8 channels; "triton" has
     those that a kernel of ours takes computed by it (kernels.own_conv), "trial" by kernels that no
-    GPU has timed yet, too; "cpu" lets wide 3x3 convolutions multiply less and a strided one of the
-    images find their gradient faster.
+    GPU has timed yet, too: relu(bn(x + y)) among them, where BatchNorm comes before a convolution;
+    "cpu" lets wide 3x3 convolutions multiply less and a strided one of the images find their
+    gradient faster.
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
     a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
@@ -77,9 +80,11 @@ class FrozenNetwork:
         self._kept_own, self._kept_source = _kept(own, network, self._folds)
         self._copy, self.fused = own, 0
         self._biases: list[JoinedBias] = []
+        self._affines: list[Affine] = []
         if form in ("cudnn", "triton", "trial"):
-            fused = fuse_relus(own, "auto" if form == "cudnn" else form)
-            self._copy, self.fused, self._biases = fused
+            backend: Backend = "auto" if form == "cudnn" else form
+            fused = fuse_relus(own, backend, preactivations=form == "trial")
+            self._copy, self.fused, self._biases, self._affines = fused
         self.transformed: list[WinogradConv2d] = []
         if form == "cpu" and self.images_dtype.itemsize >= 4:  # the sums are too fine for bfloat16
             self.transformed = use_winograd_(own)
@@ -100,6 +105,7 @@ class FrozenNetwork:
                 [b.own for b in self._biases], [b.other for b in self._biases]
             )
             torch._foreach_copy_([b.total for b in self._biases], sums)
+        refresh_affines_(self._affines)
         for conv in self.transformed:
             conv.refresh_()
 

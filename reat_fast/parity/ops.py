@@ -12,6 +12,7 @@ from torch import Tensor
 from reat_fast import reference
 from reat_fast.engine.augment import PolicyName, apply_policy
 from reat_fast.kernels import philox
+from reat_fast.kernels.affine_relu import affine_relu_linked
 from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.class_weights import rbl_weights
@@ -59,6 +60,7 @@ def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
     yield from _linf_step(device, backend)
     yield from _l2_step(device, backend)
     yield from _masked_sum(device, backend)
+    yield from _affine_relu(device, backend)
     yield from _pooled_linear(device, backend)
     yield from _batchnorm(device, backend)
     yield from _class_loss(device, backend)
@@ -154,6 +156,30 @@ def _masked_sum(device: torch.device, backend: Backend) -> Iterator[Row]:
         expected = torch.where(output > 0, (first.double() + second.double()).to(dtype), 0)
         differing = int((masked_sum(output, first, second, backend=backend) != expected).sum())
         yield Row("masked_sum", "elements that differ", name_of(dtype), differing, 0)
+
+
+def _affine_relu(device: torch.device, backend: Backend) -> Iterator[Row]:
+    scale, shift = torch.randn(2, 160, generator=generator()).to(device)
+    wide = [t.double().view(-1, 1, 1) for t in (scale, shift)]
+    for dtype, tolerance in GRADIENT.items():
+        made = torch.randn(4, 3, 160, 9, 7, generator=generator()).to(device, dtype)
+        x, residual, grad, other = (t.contiguous(memory_format=torch.channels_last) for t in made)
+        total = x + residual
+        before = wide[0] * total.double() + wide[1]
+        # Rounding may decide whether a value near zero lets its gradient pass.
+        grad = torch.where(before.abs() < 1e-4, 0, grad)
+        leaves = [t.detach().requires_grad_() for t in (x, residual)]
+        given = (leaves[0], scale, shift, leaves[1])
+        output, summed = affine_relu_linked(*given, backend=backend)
+        gradients = torch.autograd.grad((output, summed), leaves, (grad, other))
+        expected = torch.where(before > 0, wide[0] * grad.double(), 0) + other.double()
+        name = name_of(dtype)
+        error = worst(output.detach(), F.relu(before))
+        yield Row("affine_relu", "output, relative", name, error, tolerance)
+        differing = int((summed != total).sum())
+        yield Row("affine_relu", "sums that differ", name, differing, 0)
+        error = max(worst(gradient, expected) for gradient in gradients)
+        yield Row("affine_relu", "gradient, relative", name, error, tolerance)
 
 
 def _pooled_linear(device: torch.device, backend: Backend) -> Iterator[Row]:
