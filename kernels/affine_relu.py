@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton, wrap_triton
+from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -213,9 +213,7 @@ def _launch(
     output = torch.empty_like(x)
     total = torch.empty_like(x) if linked and residual is not None else None
     programs, sizes, tile = _tiles(x)
-    wrap_triton(_affine_relu_kernel)[(programs,)](
-        x, residual, scale, shift, output, total, *sizes, **tile
-    )
+    _affine_relu_kernel[(programs,)](x, residual, scale, shift, output, total, *sizes, **tile)
     return output, total
 
 
@@ -225,9 +223,7 @@ def _launch_gradient(grad: Tensor, output: Tensor, scale: Tensor, other: Tensor 
         other = other.contiguous(memory_format=torch.channels_last)
     found = torch.empty_like(output)
     programs, sizes, tile = _tiles(output)
-    wrap_triton(_affine_relu_gradient_kernel)[(programs,)](
-        grad, output, scale, other, found, *sizes, **tile
-    )
+    _affine_relu_gradient_kernel[(programs,)](grad, output, scale, other, found, *sizes, **tile)
     return found
 
 
