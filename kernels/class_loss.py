@@ -284,13 +284,21 @@ def class_loss_gradient(
     _check(logits, labels, offsets, weights, 0.0, "sum", None)
     logits = logits.detach()
     if _use_kernel(logits, backend):
-        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        _launch(logits, labels, offsets, weights, 0.0, gradient, True)
+        gradient: Tensor = _gradient_alone(logits, labels, offsets, weights)
         return gradient
     with torch.enable_grad():
         leaf = logits.requires_grad_()
         total = class_loss_torch(leaf, labels, offsets=offsets, weights=weights, reduction="sum")
     return torch.autograd.grad(total, leaf)[0]
+
+
+@torch.library.triton_op("reat_fast::class_loss_gradient", mutates_args=())
+def _gradient_alone(
+    logits: Tensor, labels: Tensor, offsets: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _launch(logits, labels, offsets, weights, 0.0, gradient, True)
+    return gradient
 
 
 def _use_kernel(logits: Tensor, backend: Backend) -> bool:

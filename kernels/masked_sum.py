@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton, wrap_triton
+from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton
 
 BLOCK = 1024  # elements of a program: eight of 16 bits for each thread, which are 16 bytes
 
@@ -60,9 +60,7 @@ def masked_sum(
     masked = torch.empty_like(output) if out is None else out
     size = output.numel()
     if size:
-        wrap_triton(_masked_sum_kernel)[(cdiv(size, BLOCK),)](
-            output, first, second, masked, size, BLOCK=BLOCK
-        )
+        _masked_sum_kernel[(cdiv(size, BLOCK),)](output, first, second, masked, size, BLOCK=BLOCK)
     return masked
 
 

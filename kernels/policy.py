@@ -19,7 +19,7 @@ from reat_fast.kernels import philox
 from reat_fast.kernels.augment import Numbers, operate
 from reat_fast.kernels.augment_triton import operate_on_image
 from reat_fast.kernels.philox import philox_words
-from reat_fast.kernels.triton_support import Backend, jit, tl, use_triton, wrap_triton
+from reat_fast.kernels.triton_support import Backend, jit, tl, use_triton
 
 BLOCK = 1024  # pixels of an image that a program has in hand at once
 
@@ -138,7 +138,7 @@ def run_policy(
         round_, step = divmod(place, choices.steps)
         shape = (len(indices), height, width, channels)
         augmented = torch.empty(shape, dtype=torch.uint8, device=images.device)
-        wrap_triton(_policy_kernel)[(len(indices),)](
+        _policy_kernel[(len(indices),)](
             images,
             indices,
             seed,

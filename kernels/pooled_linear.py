@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton, wrap_triton
+from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton
 
 MOST_CLASSES = 1024
 """What the kernels take."""
@@ -154,7 +154,7 @@ class _PooledLinear(torch.autograd.Function):
         pixels, classes = x.shape[2:].numel(), len(weight)
         logits = x.new_empty((batch, classes))
         tiles = _tiles(pixels, channels, FORWARD_TILE)
-        wrap_triton(_pooled_linear_kernel)[(batch, cdiv(classes, CLASS_BLOCK))](
+        _pooled_linear_kernel[(batch, cdiv(classes, CLASS_BLOCK))](
             x,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -179,7 +179,7 @@ class _PooledLinear(torch.autograd.Function):
         pixels = found.shape[2:].numel()
         tiles = _tiles(pixels, channels, BACKWARD_TILE)
         grid = (batch, cdiv(channels, tiles["CHANNELS"]))
-        wrap_triton(_pooled_linear_gradient_kernel)[grid](
+        _pooled_linear_gradient_kernel[grid](
             grad.contiguous(),
             weight.contiguous(),
             relu,

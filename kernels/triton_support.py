@@ -47,7 +47,11 @@ def jit(kernel: Callable[..., Any]) -> Any:
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """Make a launch visible to `torch.compile`; an interpreted kernel passes unchanged."""
+    """Make a launch in a `triton_op` visible to `torch.compile`; an interpreted kernel stays as is.
+
+    Elsewhere kernels are launched as they are: outside of an op PyTorch keeps what each launch
+    gives, a new kernel where that is a number of warps, and so a process grows and waits.
+    """
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 

@@ -8,9 +8,13 @@ import re
 from importlib import import_module
 
 import pytest
+import torch
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 import reat_fast.kernels
 from bench import aot
+from reat_fast.kernels import linf, triton_support
+from reat_fast.kernels.class_loss import class_loss_gradient
 
 REASON = aot.why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -118,6 +122,25 @@ def test_every_dot_becomes_matrix_instructions_of_its_target(rows: list[aot.Comp
     }
     for row in dots:
         assert set(row.matrix_instructions) == expected[row.target], row
+
+
+def test_a_launch_leaves_nothing_with_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept() -> tuple[int, int]:
+        return len(kernel_side_table.id_to_kernel), len(kernel_side_table.constant_args)
+
+    wanted = ("masked_sum bfloat16", "pooled_linear bfloat16", "autoaugment", "linf_step_ gradient")
+    launches = [launch for case, launch in aot.cases() if case.startswith(wanted)]
+    logits, labels = torch.zeros(8, 16, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
+    launches.append(lambda: class_loss_gradient(logits, labels, backend="triton"))
+    before = kept()
+    with aot._launches_compile([90], fusion=True) as seen, monkeypatch.context() as patch:
+        # Launched as on a GPU, where wrap_triton does what it is for.
+        patch.setattr(triton_support, "INTERPRETED", False)
+        patch.setattr(triton_support, "kernel_runs_on", lambda tensor: True)
+        patch.setattr(linf, "kernel_runs_on", lambda tensor: True)
+        for launch in launches:
+            launch()
+    assert len(seen) >= len(launches) and kept() == before
 
 
 def test_the_table_has_a_line_for_each_launch_and_target(

@@ -131,12 +131,14 @@ def test_nothing_round_the_images_is_read_or_written(
 @pytest.mark.interpreter
 def test_a_step_of_the_policy_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[int] = []
+    kernel = policy_file._policy_kernel
 
-    def counted(kernel: Any) -> Any:
-        launched.append(1)
-        return kernel
+    class Counted:
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(1)
+            return kernel[grid]
 
-    monkeypatch.setattr(policy_file, "wrap_triton", counted)
+    monkeypatch.setattr(policy_file, "_policy_kernel", Counted())
     images, indices = made_images(1, 4, 4, 1), torch.zeros(1, dtype=torch.int64)
     for policy, num_ops, launches in (("autoaugment", 5, 2), ("randaugment", 3, 3)):
         launched.clear()
