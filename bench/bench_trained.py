@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     command = shlex.join(["python", "-m", "bench.bench_trained", *arguments])
     kind = choose_device(options.device).type
     file = options.run / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{options.run}: holds no config.json; give the folder of a run")
     config = from_json(file.read_text("utf-8"), str(file))
     network = f"{config.model}, {config.epochs} epochs"
 

@@ -38,12 +38,12 @@ class Tile(NamedTuple):
 
 def why_not(device: torch.device) -> str | None:
     """Say what a device lacks to run such kernels, or nothing, as where Triton interprets them."""
+    if not INTERPRETED and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY
+    ):
+        return f"needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, as an H100 is"
     if TensorDescriptor is None:
         return "needs Triton 3.6: pip install triton"
-    if INTERPRETED:
-        return None
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, as an H100 is"
     return None
 
 

@@ -1,15 +1,17 @@
 """python -m reat_fast.verify: hold every op and a whole training step against the reference.
 
 On the machine it runs on: Triton kernels on a CUDA device, and on the CPU the PyTorch forms, or
-the kernels in Triton's interpreter where TRITON_INTERPRET=1 is set. Exact values are float64, by
-formulas written without the ops. Exit code 1 when any row falls short.
+the kernels in Triton's interpreter where TRITON_INTERPRET=1 is set, but for bfloat16, which it
+computes wrongly (triton-lang/triton issue 11584). Exact values are float64, by formulas written
+without the ops. Exit code 1 when any row falls short.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 
@@ -17,7 +19,7 @@ from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.triton_support import INTERPRETED, TRITON_INSTALLED, Backend
 from reat_fast.parity.convolutions import compare_convolutions
-from reat_fast.parity.ops import compare_ops
+from reat_fast.parity.ops import Row, compare_ops
 from reat_fast.parity.steps import compare_steps
 
 
@@ -42,8 +44,14 @@ def main(arguments: Sequence[str]) -> int:
         if not options.json:
             how = "Triton kernels" if kernels else "PyTorch forms"
             print(f"{how}{' in the interpreter' if INTERPRETED else ''} on {device}")
+            if INTERPRETED:
+                print("bfloat16 left out: Triton's interpreter computes it wrongly")
             print(f"{'op':15} {'case':62} {'dtype':9} {'error':>9} {'at most':>9}")
-        ops = chain(compare_ops(device, backend), compare_convolutions(device, backend))
+        ops: Iterator[Row] = chain(
+            compare_ops(device, backend), compare_convolutions(device, backend)
+        )
+        if INTERPRETED:
+            ops = _without_bfloat16(ops)
         for row in chain(ops, compare_steps(device)):
             rows.append(row)
             if not options.json:
@@ -58,6 +66,13 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print(f"{len(rows) - short} of {len(rows)} rows hold")
     return 1 if short else 0
+
+
+def _without_bfloat16(rows: Iterable[Row]) -> Iterator[Row]:
+    """Leave out what Triton's interpreter works on as if bits were integers, and its warnings."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
+        yield from (row for row in rows if row.dtype != "bfloat16")
 
 
 if __name__ == "__main__":

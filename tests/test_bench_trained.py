@@ -80,4 +80,4 @@ def test_a_folder_without_a_run_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(bench_trained.main, [str(tmp_path / "none"), "--device", "cpu"]) == 2
-    assert "config.json" in capsys.readouterr().err
+    assert "none: holds no config.json; give the folder of a run" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from reat_fast.attack import cross_entropy
 from reat_fast.config import Config
 from reat_fast.engine.step_attack import resolve_form
-from reat_fast.kernels import fused_conv, own_conv
+from reat_fast.kernels import boxes, fused_conv, own_conv
 from reat_fast.kernels.boxes import Tile
 from reat_fast.kernels.conv3x3 import (
     TILES,
@@ -359,3 +359,13 @@ def test_the_flag_says_what_it_needs(
     with pytest.raises(ValueError, match=f"--attack-form triton: .*{named}") as refused:
         TrainStep(model, make_optimizer(model, config), [50] * 10, config)
     assert "\n" not in str(refused.value)
+
+
+def test_without_triton_a_device_that_could_not_run_it_is_named_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(boxes, "TensorDescriptor", None)
+    monkeypatch.setattr(boxes, "INTERPRETED", False)
+    assert "needs a GPU" in str(boxes.why_not(torch.device("cpu")))
+    monkeypatch.setattr(boxes, "INTERPRETED", True)
+    assert "pip install triton" in str(boxes.why_not(torch.device("cpu")))

@@ -42,6 +42,19 @@ def test_a_broken_op_falls_short(
     assert not all(row["ok"] for row in json.loads(capsys.readouterr().out))
 
 
+def test_what_the_interpreter_computes_wrongly_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [ops.Row("op", "case", name, 0.0, 1.0) for name in ("float32", "bfloat16", "float16")]
+    monkeypatch.setattr(verify, "INTERPRETED", True)
+    monkeypatch.setattr(verify, "compare_ops", lambda *_: iter(rows))
+    monkeypatch.setattr(verify, "compare_convolutions", lambda *_: iter(rows))
+    monkeypatch.setattr(verify, "compare_steps", lambda device: iter(()))
+    assert run_command(verify.main, ["--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "bfloat16 left out" in shown and shown.endswith("4 of 4 rows hold\n")
+
+
 def test_an_error_that_is_not_a_number_does_not_hold() -> None:
     assert not ops.Row("op", "case", "float32", math.nan, 1.0).ok
 
