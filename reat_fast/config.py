@@ -305,6 +305,11 @@ class Config:
             if isinstance(value, int) and value >= 2**31 and not name.endswith("seed"):
                 raise ValueError(f"{flag(name)} {value}: must be below 2^31")
 
+    @property
+    def evaluated_every(self) -> int:
+        """Epochs between two evaluations, whether or not that was given."""
+        return self.eval_every or (1 if self.evaluation == "official" else 5)
+
 
 def _refuse_for_free_training(config: Config) -> None:
     """Refuse what the attack of a preset may have and free training cannot."""
@@ -354,7 +359,9 @@ resume. So may skip_bad, for training images are compared with those of before."
 def changes(begun: Config, now: Config) -> Iterator[tuple[str, object, object]]:
     """Yield flag, old and new value of each field in which two runs compute different things."""
     for field in dataclasses.fields(Config):
-        old, new = getattr(begun, field.name), getattr(now, field.name)
+        # Unset, its value depends on another field.
+        name = "evaluated_every" if field.name == "eval_every" else field.name
+        old, new = getattr(begun, name), getattr(now, name)
         if old != new and field.name not in LOCAL_FIELDS:
             yield flag(field.name), old, new
 

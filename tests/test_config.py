@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reat_fast.cli.radius import fraction
-from reat_fast.config import PRESETS, Config, flag, from_json, parse, to_json
+from reat_fast.config import PRESETS, Config, changes, flag, from_json, parse, to_json
 
 
 def test_the_first_word_chooses_the_preset_and_flags_change_it() -> None:
@@ -138,3 +138,11 @@ def test_a_damaged_config_file_is_named(text: str) -> None:
 def test_fractions_are_read_exactly() -> None:
     assert fraction("8/255") == 8 / 255
     assert fraction("0.03") == 0.03
+
+
+def test_evaluations_that_were_always_that_far_apart_are_no_change() -> None:
+    held_out, official = Config(), Config(evaluation="official")
+    assert (held_out.evaluated_every, official.evaluated_every) == (5, 1)
+    assert not [*changes(Config(eval_every=5), held_out)]
+    assert not [*changes(Config(evaluation="official", eval_every=1), official)]
+    assert [*changes(held_out, Config(eval_every=3))] == [("--eval-every", 5, 3)]

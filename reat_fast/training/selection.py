@@ -24,8 +24,6 @@ from reat_fast.training.gauge import seconds_per_step
 from reat_fast.training.run import Run
 from reat_fast.training.schedule import learning_rate
 
-HELD_OUT_EVERY = 5
-"""Epochs between two evaluations on the held-out images, unless told otherwise."""
 OFTENER = 5
 """How many times as many epochs are evaluated once the learning rate has fallen."""
 
@@ -192,9 +190,7 @@ def _passes(run: Run, *names: str) -> int:
 def _every(run: Run, epoch: int) -> int:
     """Return how many epochs apart evaluations are: fewer where the best epoch is looked for."""
     config = run.config
-    if config.evaluation == "official":
-        return config.eval_every or 1
-    every = config.eval_every or HELD_OUT_EVERY
+    every = config.evaluated_every
     oftener = config.select == "best" and is_settled(run, epoch)
     return max(1, every // OFTENER) if oftener else every
 
