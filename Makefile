@@ -15,8 +15,7 @@ train: .venv/installed ## set up, get Fashion-MNIST, train the quickstart preset
 	$(python) -m reat_fast.train quickstart --fused
 
 test: lint ## set up with the test tools and run all checks and tests
-	$(python) -m pytest -m "not interpreter"
-	TRITON_INTERPRET=1 $(python) -m pytest -m interpreter
+	scripts/test.sh $(python)
 
 lint: .venv/installed-dev ## format and lint checks, types
 	$(python) -m ruff format --check

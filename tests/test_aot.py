@@ -17,7 +17,11 @@ from reat_fast.kernels import linf, triton_support
 from reat_fast.kernels.class_loss import class_loss_gradient
 
 REASON = aot.why_not()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # it compiles every kernel for three GPUs, which takes minutes
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 
 # The kernels with, for loads and for stores, whether 16 bytes at a time are possible.
 WIDE = {
