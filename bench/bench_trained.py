@@ -22,7 +22,6 @@ import tyro
 from bench.records import Figure, record
 from reat_fast import evaluate
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.cli.radius import Radius
 from reat_fast.config import from_json
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.search_state import STATES
@@ -41,8 +40,6 @@ class Options:
     """Arithmetic in which attacks search; verdicts are always in float32."""
     batch_size: int = 500
     """Images per batch; changes no figure."""
-    step_size: Radius | None = None
-    """Step of PGD, on images in [0, 1]; unset: that of the training."""
     subset: int | None = None
     """Only so many test images; unset: all."""
     device: str = "auto"
@@ -95,12 +92,11 @@ def _evaluated(options: Options, attacks: Sequence[str]) -> dict[str, Any]:
     flags = [str(options.run), "--attacks", *attacks, "--precision", options.precision]
     flags += ["--batch-size", str(options.batch_size), "--device", options.device]
     flags += ["--out", str(out)]
-    if options.step_size is not None:
-        flags += ["--step-size", str(options.step_size)]
     if options.subset is not None:
         flags += ["--subset", str(options.subset)]
     out.unlink(missing_ok=True)  # it would add up the seconds
-    evaluate.main(flags)
+    if code := evaluate.main(flags):
+        raise SystemExit(code)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     return found
 

@@ -115,7 +115,7 @@ def _first_call(options: Options) -> Iterator[Part]:
 
 def _second_call(options: Options) -> Iterator[Part]:
     # At equal cost: 2,300 forward passes for each training image.
-    some = ["--subset", "2000", "--step-size", "2/255"]
+    some = ["--subset", "2000"]
     for name, flags in (("reat-plus", ["reat-plus"]), ("long", [*LONG])):
         yield _training(options, name, 2, flags, seconds=270, estimate=175)
         yield _attacks(options, name, 2, some, seconds=120, estimate=45)

@@ -63,14 +63,14 @@ def kernel_runs_on(tensor: Tensor) -> bool:
 def use_triton(backend: Backend, tensor: Tensor) -> bool:
     """Choose between the Triton kernel and the PyTorch form of an op.
 
-    `auto` is Triton on CUDA tensors where it is installed, else PyTorch; `triton` on a CPU tensor
-    needs TRITON_INTERPRET=1; `trial` is that, with kernels that no GPU has timed yet. Raises
-    ValueError for an unknown backend, and where no kernel can run.
+    `auto` is Triton on tensors of the current CUDA device where it is installed, else PyTorch;
+    `triton` on a CPU tensor needs TRITON_INTERPRET=1; `trial` is that, with kernels that no GPU has
+    timed yet. Raises ValueError for an unknown backend, and where no kernel can run.
     """
     if backend == "torch":
         return False
     if backend == "auto":
-        return tensor.device.type == "cuda" and TRITON_INSTALLED
+        return tensor.device.type == "cuda" and TRITON_INSTALLED and _is_current(tensor.device)
     if backend not in ("triton", "trial"):
         raise ValueError(f"backend={backend!r} is unknown: give 'auto', 'torch' or 'triton'")
     if not TRITON_INSTALLED:
@@ -82,7 +82,16 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
             f"backend='triton' cannot run on {tensor.device.type} tensors: give backend='torch', "
             "or set TRITON_INTERPRET=1 before Python starts to run kernels in Triton's interpreter"
         )
+    if not _is_current(tensor.device):
+        raise ValueError(
+            f"backend='triton': tensors on {tensor.device}, where Triton launches on the current "
+            f"device: call torch.cuda.set_device({tensor.device.index}) first"
+        )
     return True
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def cdiv(size: int, block: int) -> int:

@@ -14,14 +14,20 @@ import tyro
 from tqdm import tqdm
 
 from reat_fast import checkpoint
-from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import (
+    choose_device,
+    ended_by_sigterm,
+    exit_code,
+    parse_flags,
+    run_command,
+)
 from reat_fast.cli.radius import Radius
 from reat_fast.config import Config, flag, from_json
 from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
-from reat_fast.evaluation.attacks import AUTOATTACKS, L2_EPS, threat_text
+from reat_fast.evaluation.attacks import AUTOATTACKS, L2_EPS, LINF_STEP, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
@@ -112,7 +118,7 @@ class Options:
     eps: Radius | None = None
     """L-infinity radius, on images in [0, 1]; unset: that of the run, 8/255 of lone weights."""
     step_size: Radius | None = None
-    """Step of the PGD, CW and LSA attacks; unset: that of the run, 2/255 of lone weights."""
+    """Step of the PGD, CW and LSA attacks; unset: a quarter of the radius, 2/255 of 8/255."""
     l2_eps: Radius = L2_EPS
     """L2 radius of l2pgdN, over a whole image; its step is 15/128 of it."""
     restarts: int = 1
@@ -167,7 +173,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     options = parse_flags(Options, arguments, "python -m reat_fast.evaluate")
     for name in options.attacks:
-        Attack.from_name(name, 0.0, 0.0)  # refused before anything is loaded
+        Attack.from_name(name, 0.0)  # refused before anything is loaded
     weights = checkpoint.find_weights(options.run)
     folder = options.run if options.run.is_dir() else options.run.parent
     place = options.out or folder / EVALUATION
@@ -178,12 +184,13 @@ def main(arguments: list[str]) -> int:
     began = time.perf_counter()
     state = SearchState(place.parent)
     try:
-        result, test_images = _evaluate_run(options, weights, folder, device, state)
-    except KeyboardInterrupt:
+        with ended_by_sigterm():
+            result, test_images = _evaluate_run(options, weights, folder, device, state)
+    except KeyboardInterrupt as interrupt:
         if not state.file.is_file():
             raise
         print("stopped; the same command goes on with AutoAttack where it stands", file=sys.stderr)
-        return 130
+        return exit_code(interrupt)
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
         out, result = write_beside_others(folder, result)
@@ -256,9 +263,10 @@ def _evaluate_run(
 
 def _conditions(options: Options, config: Config, device: torch.device) -> dict[str, Any]:
     """Return what the options say of the attacks, and the run where they are silent."""
+    eps = config.eps if options.eps is None else options.eps
     return {
-        "eps": config.eps if options.eps is None else options.eps,
-        "step_size": config.step_size if options.step_size is None else options.step_size,
+        "eps": eps,
+        "step_size": LINF_STEP * eps if options.step_size is None else options.step_size,
         "l2_eps": options.l2_eps,
         "restarts": options.restarts,
         "precision": options.precision or resolve_precision(config, device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -145,15 +146,19 @@ def test_a_terminal_gets_the_bar_and_a_pipe_does_not(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_evaluation_stopped_within_autoattack_says_how_to_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    number: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[object] = []
 
     def stop_at_the_second(search: AutoAttack, stage: str, rank: int, clean: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
         seen.append(stage)
         if len(seen) > 1:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return clean
 
     spec = checkpoint.ModelSpec("resnet8", 4, 3, 8, stem_stride=None, class_names=tuple("abcd"))
@@ -163,6 +168,6 @@ def test_an_evaluation_stopped_within_autoattack_says_how_to_go_on(
     arguments += ["--batch-size", "1", "--attacks", "aa"]
     monkeypatch.setattr(AutoAttack, "_perturb", stop_at_the_second)
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
-    assert run_command(evaluate.main, arguments) == 130
+    assert run_command(evaluate.main, arguments) == 128 + number
     told = "stopped; the same command goes on with AutoAttack where it stands\n"
     assert capsys.readouterr().err == told

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -15,6 +18,35 @@ import tyro
 from reat_fast.cli.terminal import READER_GONE, one_line, reader_has_gone
 
 Flags = TypeVar("Flags")
+
+
+class Interrupted(KeyboardInterrupt):
+    """What SIGTERM raises within ended_by_sigterm."""
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit code of a program that a signal ended."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Interrupted) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let a scheduler's SIGTERM end the block as Ctrl-C does, with all that is said and kept then.
+
+    Only the main thread can; others leave the signal as it is.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -40,9 +72,9 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return exit_code(interrupt)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,6 +26,8 @@ NAMES = (
 AUTOATTACKS = ("aa", "aa-package")
 CW_CONFIDENCE = 50.0
 LSA_SCALE = 10.0
+LINF_STEP = 1 / 4
+"""Step of pgdN, cwN and lsaN over the radius, however a network was trained: 2/255 of 8/255."""
 L2_EPS = 128 / 255
 """The L2 radius that the field tests CIFAR-sized images with."""
 L2_STEP = 15 / 128
@@ -45,9 +47,12 @@ class Attack:
     """Radius of an attack in L2, whose step_size is an L2 length too; None: it is in L-infinity."""
 
     @classmethod
-    def from_name(cls, name: str, eps: float, step_size: float, l2_eps: float = L2_EPS) -> Attack:
+    def from_name(
+        cls, name: str, eps: float, step_size: float | None = None, l2_eps: float = L2_EPS
+    ) -> Attack:
         """Read an attack by name; eps and step_size in the units of images in [0, 1].
 
+        step_size: None is LINF_STEP of eps.
         clean: no attack. fgsm: one step of eps from the clean image (Goodfellow et al., 2015).
         pgdN: N steps of step_size on the cross-entropy from a random start (Madry et al., 2018).
         cwN: the same on the margin of Carlini and Wagner (2017). lsaN: the same on scaled logits
@@ -60,7 +65,8 @@ class Attack:
             return cls(name, int(match[1]), L2_STEP * l2_eps, random_start=True, l2_eps=l2_eps)
         match = re.fullmatch(r"(pgd|cw|lsa)([1-9]\d{0,3})", name)
         if match:
-            return cls(name, int(match[2]), step_size, random_start=True, loss=match[1])
+            step = LINF_STEP * eps if step_size is None else step_size
+            return cls(name, int(match[2]), step, random_start=True, loss=match[1])
         if name == "fgsm":
             return cls(name, 1, eps, random_start=False)
         if name in ("clean", *AUTOATTACKS):

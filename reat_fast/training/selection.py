@@ -12,7 +12,7 @@ from reat_fast.config import Config
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.evaluate import Attack, evaluate
-from reat_fast.evaluation.attacks import L2_EPS
+from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
 from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_the_end
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
@@ -146,7 +146,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "class_names": list(run.dataset.class_names),
         "train_counts": run.splits.counts,
         "eps": config.eps,
-        "step_size": config.step_size,
+        "step_size": LINF_STEP * config.eps,
         "l2_eps": L2_EPS,
         "restarts": 1,
         "precision": precision,
@@ -179,7 +179,7 @@ def expected_seconds(run: Run) -> float:
 
 
 def _attacks(run: Run, *names: str) -> list[Attack]:
-    return [Attack.from_name(name, run.config.eps, run.config.step_size) for name in names]
+    return [Attack.from_name(name, run.config.eps) for name in names]
 
 
 def _passes(run: Run, *names: str) -> int:

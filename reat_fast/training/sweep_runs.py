@@ -119,20 +119,20 @@ class SweepRun:
         config, subset = self.line.config, self.subset
         if subset is None and config.limit_batches is not None:
             subset = config.limit_batches * config.batch_size  # as Run.limited has it
-        radius = ["--eps", str(config.eps), "--step-size", str(config.step_size)]
-        flags = ["--seed", str(self.seed), "--device", config.device, *["--quiet"] * config.quiet]
+        flags = ["--eps", str(config.eps), "--seed", str(self.seed), "--device", config.device]
+        flags += ["--quiet"] * config.quiet
         if subset is not None:
             flags += ["--subset", str(subset)]
         there = _read(self.figures) or _read(self.folder / EVALUATION)
         precision = self.precision or there.get("precision")
         if precision is not None:
             flags += ["--precision", precision]
-        for name in ("l2_eps", "restarts"):
+        for name in ("step_size", "l2_eps", "restarts"):
             if name in there:
                 flags += [flag(name), str(there[name])]
         if self.figures.name != EVALUATION:
             flags += ["--out", str(self.figures)]
-        return [str(self.folder), "--attacks", *attacks, *radius, *flags]
+        return [str(self.folder), "--attacks", *attacks, *flags]
 
 
 def _read(file: Path) -> dict[str, Any]:
