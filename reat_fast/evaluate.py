@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,23 +17,23 @@ from tqdm import tqdm
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import (
-    choose_device,
+    choose_own_device,
     ended_by_sigterm,
     exit_code,
     parse_flags,
+    refused_once,
     run_command,
 )
 from reat_fast.cli.radius import Radius
 from reat_fast.config import Config, flag, from_json
 from reat_fast.data import ImageSet, load_run_data
+from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
-from reat_fast.evaluation.attacks import AUTOATTACKS, L2_EPS, LINF_STEP, threat_text
+from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
-from reat_fast.evaluation.autoattack import refuse_few_classes
-from reat_fast.evaluation.captured import Ascents
-from reat_fast.evaluation.figures import STANDARD_ATTACKS, figures, tail_by_share
+from reat_fast.evaluation.figures import STANDARD_ATTACKS, tail_by_share
 from reat_fast.evaluation.saved import (
     EVALUATION,
     images_sha256,
@@ -43,11 +45,12 @@ from reat_fast.evaluation.saved import (
     write_beside_others,
 )
 from reat_fast.evaluation.search_state import SearchState
-from reat_fast.evaluation.trial import Images, Trial
+from reat_fast.evaluation.trial import Images, share_tally
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.storage.whole_files import refuse_unwritable
+from reat_fast.training.stopping import Stopped
 
 GUARDED_IMAGES = 64
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left at most"
@@ -69,6 +72,7 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     bar: tqdm[Any] | None = None,
     say: Callable[[str], object] = lambda text: None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Measure the accuracy of a model on a set, clean and under each attack.
 
@@ -78,33 +82,39 @@ def evaluate(
     precision: in which attacks search. train_counts: training images per class, by which classes
     are head, body, tail and tail80.
     state: what AutoAttack goes on from, and keeps up to date. progress is called with the
-    number of images after each batch and attack; bar counts forward passes; say gets a line after
-    each attack of AutoAttack, which can take hours.
+    number of images after each batch and attack, and may raise Stopped, as all processes then do;
+    bar counts forward passes; say gets a line after each attack of AutoAttack, which can take
+    hours.
     The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
     CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
+    world: processes that share the images; each has to call this, and gets the figures of all.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
     also "after": the accuracy after each of its attacks.
     Errors: ValueError for AutoAttack on fewer than four classes, before the first attack.
     """
-    if any(attack.name in AUTOATTACKS for attack in attacks):
-        refuse_few_classes(num_classes)
-    count = len(image_set)
-    labels = torch.from_numpy(image_set.labels)
-    samples = labels.bincount(minlength=num_classes).tolist()
-    found = {}
-    with (
-        attacked(model, precision, bar, say) as victim,
-        Ascents(victim, min(batch_size, count)) as ascents,
-    ):
-        images = Images(image_set, victim, seed, eps)
-        trial = Trial(
-            victim, images, labels, eps, seed, batch_size, restarts, state, progress, ascents
+    world, own, stopped = world or World(), None, Stopped(128 + signal.SIGTERM)
+    try:
+        own = share_tally(
+            model,
+            image_set,
+            attacks,
+            num_classes,
+            eps=eps,
+            seed=seed,
+            batch_size=batch_size,
+            restarts=restarts,
+            precision=precision,
+            state=state,
+            progress=progress,
+            bar=bar,
+            say=say,
+            world=world,
         )
-        for attack in attacks:
-            right, details = trial.run(attack)
-            correct = labels[right.cpu()].bincount(minlength=num_classes).tolist()
-            found[attack.name] = figures(correct, samples, train_counts) | details
-    return {"samples": count, "per_class_samples": samples, "attacks": found}
+    except Stopped as error:
+        stopped = error
+    if world.any(own is None) or own is None:  # one that stops alone leaves the others waiting
+        raise stopped
+    return own.summed(world).result(train_counts)
 
 
 @dataclass(frozen=True)
@@ -171,26 +181,49 @@ class Options:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
-    options = parse_flags(Options, arguments, "python -m reat_fast.evaluate")
-    for name in options.attacks:
-        Attack.from_name(name, 0.0)  # refused before anything is loaded
-    weights = checkpoint.find_weights(options.run)
-    folder = options.run if options.run.is_dir() else options.run.parent
-    place = options.out or folder / EVALUATION
-    refuse_unwritable(place)
-    if options.out is not None:
-        refuse_other(options.out)
-    device = choose_device(options.device)
-    began = time.perf_counter()
+    world = World.from_environment()
+    with refused_once(world):
+        options = parse_flags(Options, arguments, "python -m reat_fast.evaluate")
+        for name in options.attacks:
+            Attack.from_name(name, 0.0)  # refused before anything is loaded
+        weights = checkpoint.find_weights(options.run)
+        folder = options.run if options.run.is_dir() else options.run.parent
+        place = options.out or folder / EVALUATION
+        if world.main:
+            refuse_unwritable(place)
+            if options.out is not None:
+                refuse_other(options.out)
+        device = choose_own_device(options.device, world)
     state = SearchState(place.parent)
     try:
-        with ended_by_sigterm():
-            result, test_images = _evaluate_run(options, weights, folder, device, state)
+        with world.joined(device), ended_by_sigterm():
+            began = time.perf_counter()
+            result, test_images = _evaluate_run(options, weights, folder, device, state, world)
+            if world.main:
+                _keep(options, result, folder, test_images, device, began)
+            world.any(False)  # nothing to go on from is removed before the result is safe
+            state.remove()
+    except FailedElsewhere:
+        return 1
     except KeyboardInterrupt as interrupt:
         if not state.file.is_file():
             raise
-        print("stopped; the same command goes on with AutoAttack where it stands", file=sys.stderr)
+        if world.main:
+            go_on = "the same command goes on with AutoAttack where it stands"
+            print(f"stopped; {go_on}", file=sys.stderr)
         return exit_code(interrupt)
+    return 0
+
+
+def _keep(
+    options: Options,
+    result: dict[str, Any],
+    folder: Path,
+    test_images: int,
+    device: torch.device,
+    began: float,
+) -> None:
+    """Write what was found, and print it as a table."""
     result["seconds"] = round(time.perf_counter() - began, 3)
     if options.out is None:
         out, result = write_beside_others(folder, result)
@@ -198,18 +231,21 @@ def main(arguments: list[str]) -> int:
         out = options.out
         result = joined(out, result) or result
         write(out, result)
-    state.remove()  # now that its result is safe
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:
         print(accuracy_table(result))
         print(_measured_on(result, folder, test_images))
         print(f"{out} written ({time.perf_counter() - began:.1f} s on {device})")
-    return 0
 
 
 def _evaluate_run(
-    options: Options, weights: Path, folder: Path, device: torch.device, state: SearchState
+    options: Options,
+    weights: Path,
+    folder: Path,
+    device: torch.device,
+    state: SearchState,
+    world: World,
 ) -> tuple[dict[str, Any], int]:
     """Measure what the options ask for.
 
@@ -228,7 +264,8 @@ def _evaluate_run(
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
     warnings, known = _guard(model, test, told["seed"]), images_sha256(test)
-    hidden = options.quiet or not sys.stderr.isatty()
+    silent = options.quiet or not world.main
+    hidden = silent or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
         result = evaluate(
             model,
@@ -246,7 +283,8 @@ def _evaluate_run(
             train_counts=counts,
             state=state,
             bar=bar,
-            say=(lambda text: None) if options.quiet else _say,
+            say=(lambda text: None) if silent else partial(_say, world=world),
+            world=world,
         )
     if counts is not None:
         result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
@@ -275,8 +313,9 @@ def _conditions(options: Options, config: Config, device: torch.device) -> dict[
     }
 
 
-def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)  # above the bar, where there is one
+def _say(text: str, *, world: World) -> None:
+    share = "" if world.size == 1 else f" (of the share of the first of {world.size} processes)"
+    tqdm.write(f"{text}{share}", file=sys.stderr)  # above the bar, where there is one
 
 
 def _measured_on(result: dict[str, Any], folder: Path, test_images: int) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from contextlib import ExitStack
 
 import torch
 
 from reat_fast.checkpoint import has_checkpoint
-from reat_fast.cli.command import run_command
+from reat_fast.cli.command import refused_once, run_command
 from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
 from reat_fast.engine.distributed import FailedElsewhere, World
@@ -31,19 +30,12 @@ from reat_fast.training.run import Run
 from reat_fast.training.schedule import learning_rate
 from reat_fast.training.stopping import Stopped, StopRequest
 
-START_SECONDS = 20.0
-"""By which the first process of a machine may start later than another that is refused."""
-
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     world = World.from_environment()
-    try:
+    with refused_once(world):
         plan = make_plan(arguments, world)
-    except (ValueError, OSError):
-        if world.local_rank > 0:
-            time.sleep(START_SECONDS)  # where the first is refused too, torchrun ends this one
-        raise
     stop = StopRequest(world)
     with ExitStack() as noticing:
         try:
@@ -79,8 +71,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
                 for line in (f"run folder {run.folder}", *run.log.where):
                     print(line, flush=True)
             train(run, stop)
-            if run.world.main:
-                test(run, stop)
+            test(run, stop)
     finally:
         run.close()
     return 0
@@ -227,11 +218,14 @@ def run_place(run: Run) -> str:
 
 def test(run: Run, stop: StopRequest) -> None:
     """Test the chosen weights and print the table."""
-    if not run.config.quiet:
+    main = run.world.main
+    if main and not run.config.quiet:
         images = len(run.limited(run.splits.test))
         left = duration(selection.expected_seconds(run))
         print(f"testing on {images:,} images, about {left}", flush=True)
     result = selection.test(run, _tick(stop))
+    if not main:
+        return
     if run.log is not None:
         run.log.result(result)
     print(f"\n{accuracy_table(result)}\n")

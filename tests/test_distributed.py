@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +22,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from reat_fast.config import Config
+from reat_fast.data import ImageSet
 from reat_fast.engine import distributed
 from reat_fast.engine.distributed import (
     FailedElsewhere,
@@ -28,6 +33,10 @@ from reat_fast.engine.distributed import (
     synchronise_batchnorm_,
 )
 from reat_fast.engine.step_update import StepUpdate
+from reat_fast.evaluate import Attack, evaluate
+from reat_fast.evaluation.autoattack import AutoAttack
+from reat_fast.evaluation.trial import Images
+from reat_fast.evaluation.victim import attacked
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
@@ -37,6 +46,7 @@ from reat_fast.training.stopping import Stopped
 
 COUNTS = [40, 24, 12, 7, 4]
 CONFIG = Config(lr=0.125, steps=3)
+EPS = 4 / 255
 CASES: dict[str, dict[str, Any]] = {
     "official tail": {},
     "pairwise tail": {"tail": "pairwise"},
@@ -80,6 +90,44 @@ def step_in_float64(step: TrainStep, batch: Batch, total: int) -> dict[str, Tens
         return step.train_on(batch, total)
 
 
+def evaluated(
+    world: World,
+    attacks: Sequence[str] = ("clean", "pgd5"),
+    few: int = 13,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Measure a small network on a set that two processes cannot halve."""
+    images = np.random.default_rng(5).integers(0, 256, (few, 16, 16, 3), dtype=np.uint8)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
+    labels = model(torch.from_numpy(images).permute(0, 3, 1, 2) / 255).argmax(1)
+    labels[::5] = (labels[::5] + 1) % 5  # what it gets wrong
+    quick = partial(AutoAttack, steps=5, queries=10)
+    with mock.patch("reat_fast.evaluation.trial.AutoAttack", quick):
+        return evaluate(
+            model,
+            ImageSet(images, labels.numpy()),
+            [Attack.from_name(name, EPS) for name in attacks],
+            5,
+            eps=EPS,
+            batch_size=4,
+            restarts=2,
+            train_counts=COUNTS,
+            progress=progress,
+            world=world,
+        )
+
+
+def stop_the_second(world: World) -> Callable[[int], object]:
+    """Ask one process of two to stop in the middle of its share."""
+
+    def tick(_: int) -> None:
+        if world.rank == 1:
+            raise Stopped(128 + signal.SIGINT)
+
+    return tick
+
+
 def one_of_two(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -90,10 +138,14 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
         row, number = torch.tensor([1.0, 2.0]) * (1 + rank), torch.tensor(8.0 * rank)
         world.average_([row, number], 0.25 if rank else 0.75)
         assert row.tolist() == [1.25, 2.5] and number.item() == 2.0
-        results = {
+        figures = [evaluated(world), evaluated(world, ["aa"]), evaluated(world, few=1)]
+        with pytest.raises(Stopped) as stopped:
+            evaluated(world, progress=stop_the_second(world))
+        results: dict[str, Any] = {
             name: take_steps(world, dataclasses.replace(CONFIG, **changes))
             for name, changes in {**CASES, OWN_STATISTICS: {"sync_batchnorm": False}}.items()
         }
+    results["figures"], results["stopped"] = figures, stopped.value.code
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 
@@ -133,6 +185,55 @@ def test_all_processes_hold_the_same_bits(
     first, second = (result[case] for result in two_processes)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def test_processes_share_an_evaluation_and_all_get_the_figures_of_one(
+    two_processes: list[dict[str, Any]],
+) -> None:
+    alone = [evaluated(World()), evaluated(World(), ["aa"]), evaluated(World(), few=1)]
+    assert 0 < alone[0]["attacks"]["pgd5"]["overall"] < alone[0]["attacks"]["clean"]["overall"]
+    for result in two_processes:
+        assert result["figures"] == alone
+
+
+def test_the_random_numbers_of_an_image_are_its_own_whichever_process_attacks_it() -> None:
+    pixels = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
+    with attacked(nn.Sequential(nn.Flatten(), nn.Linear(48, 5))) as victim:
+        every, share = (
+            Images(ImageSet(pixels, np.arange(5)), victim, 7, EPS, numbers)
+            for numbers in (None, torch.tensor([1, 3]))
+        )
+        for whole, part in zip(
+            every(torch.tensor([3, 1])), share(torch.tensor([1, 0])), strict=True
+        ):
+            assert torch.equal(whole, part)
+        drawn: list[Tensor] = []
+
+        def noting(_: AutoAttack, stage: str, rank: int, clean: Tensor, *rest: Tensor) -> Tensor:
+            drawn.append(rest[1])
+            return clean
+
+        labels = victim.logits(share(torch.arange(2))[0]).argmax(1)
+        with mock.patch.object(AutoAttack, "_perturb", noting):
+            AutoAttack(
+                victim,
+                lambda rows: share(rows)[0],
+                labels,
+                **{"eps": EPS, "seed": 7, "batch_size": 2, "numbers": torch.tensor([1, 3])},
+            ).run()
+    assert drawn and all(samples.tolist() == [1, 3] for samples in drawn)
+
+
+def test_where_one_process_stops_within_an_evaluation_all_do(
+    two_processes: list[dict[str, Any]],
+) -> None:
+    codes = [result["stopped"] for result in two_processes]
+    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+
+
+def test_autoattack_wants_an_image_for_each_process() -> None:
+    with pytest.raises(ValueError, match="an image for each of the 3 processes, the set has 2"):
+        evaluated(World(1, 3), ["aa"], few=2)
 
 
 def test_shares_differ_by_at_most_one() -> None:

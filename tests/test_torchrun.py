@@ -25,10 +25,12 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def torchrun(*arguments: object, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+def torchrun(
+    *arguments: object, restarts: int = 0, module: str = "reat_fast.train"
+) -> Iterator[subprocess.Popen[str]]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    command = [*launcher, "-m", "reat_fast.train", *map(str, arguments)]
+    command = [*launcher, "-m", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     job = subprocess.Popen(command, text=True, env=environment, stdout=pipe, stderr=pipe)
@@ -75,6 +77,26 @@ def test_two_processes_make_one_run(data: Path, tmp_path: Path) -> None:
     # Float32 sums in another order may flip the sign of an attack step; losses stay close.
     assert float(first_two["loss"]) == pytest.approx(float(first_one["loss"]), rel=1e-2)
     assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["samples"] == 24
+
+
+def test_two_processes_measure_what_one_does_and_one_of_them_speaks(
+    data: Path, tmp_path: Path
+) -> None:
+    run, alone = tmp_path / "run", tmp_path / "alone.json"
+    train = [sys.executable, "-m", "reat_fast.train", *SMALL, "--data", str(data)]
+    subprocess.run([*train, "--epochs", "1", "--run-dir", run], check=True, capture_output=True)
+    attacks = ["--attacks", "clean", "pgd3", "--restarts", "2", "--eps", "1/255"]
+    with torchrun(run, *attacks, module="reat_fast.evaluate") as job:
+        shown, error = job.communicate(timeout=120)
+    assert job.returncode == 0, error
+    assert shown.count("accuracy in %") == 1 and "evaluation-2.json written" in shown
+    evaluate = [sys.executable, "-m", "reat_fast.evaluate", str(run), *attacks, "--out", str(alone)]
+    subprocess.run(evaluate, check=True, capture_output=True)
+    one, two = (json.loads(f.read_text()) for f in (alone, run / "evaluation-2.json"))
+    assert {**two, "seconds": 0} == {**one, "seconds": 0}
+    with torchrun(run, "--subset", "0", module="reat_fast.evaluate") as job:
+        _, error = job.communicate(timeout=120)
+    assert lines(error) == ["error: --subset 0: must be at least 1"] and job.returncode != 0
 
 
 def position(folder: Path) -> tuple[int, int]:

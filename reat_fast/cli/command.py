@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
@@ -16,8 +17,12 @@ import torch
 import tyro
 
 from reat_fast.cli.terminal import READER_GONE, one_line, reader_has_gone
+from reat_fast.engine.distributed import World
 
 Flags = TypeVar("Flags")
+
+START_SECONDS = 20.0
+"""By which the first process of a machine may start later than another that is refused."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,6 +80,17 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         print("stopped", file=sys.stderr)
         return exit_code(interrupt)
+
+
+@contextlib.contextmanager
+def refused_once(world: World) -> Iterator[None]:
+    """Let one process of a machine tell what all of them would refuse, before they are joined."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if world.local_rank > 0:
+            time.sleep(START_SECONDS)  # where the first is refused too, torchrun ends this one
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -147,3 +163,22 @@ def choose_device(name: str) -> torch.device:
     if device.index:
         torch.cuda.set_device(device)  # on which streams are made and that is waited for
     return device
+
+
+def choose_own_device(name: str, world: World) -> torch.device:
+    """Turn --device into the device of this process: each has a GPU of its own.
+
+    Errors: ValueError as choose_device, and for fewer GPUs than processes.
+    """
+    device = choose_device(name)
+    if world.size == 1 or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise ValueError(f"--device {name}: each process takes its own GPU; leave it out")
+    found = torch.cuda.device_count()
+    if world.local_size > found:  # all of them say so: the first, which speaks, has a GPU
+        raise ValueError(
+            f"torchrun --nproc-per-node {world.local_size}: this machine has {found} CUDA devices; "
+            "start one process for each"
+        )
+    return choose_device(f"cuda:{world.local_rank}")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-# Connecting takes seconds, unless a process is missing. Later the others wait while the first
-# process evaluates; a dead process is noticed at once all the same.
+# Connecting takes seconds, unless a process is missing. Later one may wait while another
+# attacks its share of an evaluation; a dead process is noticed at once all the same.
 CONNECT, WAIT = timedelta(seconds=60), timedelta(hours=12)
 
 FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError)

@@ -90,7 +90,8 @@ class AutoAttack:
     labels: int64 [N] on the CPU. A victim that searches in bf16 or tf32 may miss an image, but none
     is counted that its model in float32 does not confirm; FAB-T never uses bf16. steps, queries: of
     the gradient attacks and of Square; the standard is the default. state: what to go on from, if
-    the same search wrote it, and to keep up to date.
+    the same search wrote it, and to keep up to date. numbers: int64 [N] on the CPU, whose random
+    numbers each image takes; None: in their order.
     Errors: ValueError for fewer than four classes.
     """
 
@@ -106,6 +107,7 @@ class AutoAttack:
         steps: int = 100,
         queries: int = 5000,
         state: SearchState | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         self.victim, self.images, self.labels = victim, images, labels
         self.eps, self.seed, self.batch_size = eps, seed, batch_size
@@ -121,6 +123,7 @@ class AutoAttack:
             ("square", 0),
         ]
         """Each with the rank of the class it aims at, among the logits of the clean image."""
+        self._numbers = torch.arange(len(labels)) if numbers is None else numbers
         self._state = state
         self._saved_at = time.monotonic()
         begun = state.read(self._fingerprint()) if state else None
@@ -157,7 +160,7 @@ class AutoAttack:
     def _survive(self, stage: str, rank: int, rows: Tensor) -> Tensor:
         """Attack the images at rows once; returns which of them stand, bool [B] on the CPU."""
         clean = self.images(rows).to(self.victim.dtype)
-        samples, labels = (t.to(clean.device) for t in (rows, self.labels[rows]))
+        samples, labels = (t.to(clean.device) for t in (self._numbers[rows], self.labels[rows]))
         adv = self._perturb(stage, rank, clean, labels, samples)
         # Rounding of clean + eps: two units in the last place of 1.
         assert float((adv - clean).abs().max()) <= self.eps + 2.0**-22

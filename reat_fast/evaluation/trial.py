@@ -3,34 +3,91 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from reat_fast.data import ImageSet
-from reat_fast.engine.precision import full_precision
+from reat_fast.engine.distributed import World
+from reat_fast.engine.precision import Precision, full_precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
-from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
+from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack, refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.search_state import SearchState
-from reat_fast.evaluation.victim import Victim
+from reat_fast.evaluation.tally import Tally
+from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.kernels.prepare import prepare
+from reat_fast.networks.architectures import Network
+
+
+def share_tally(
+    model: Network,
+    image_set: ImageSet,
+    attacks: Sequence[Attack],
+    num_classes: int,
+    *,
+    eps: float,
+    seed: int,
+    batch_size: int,
+    restarts: int = 1,
+    precision: Precision = "float32",
+    state: SearchState | None = None,
+    progress: Callable[[int], object] | None = None,
+    bar: tqdm[Any] | None = None,
+    say: Callable[[str], object] = lambda text: None,
+    world: World,
+) -> Tally:
+    """Attack the share of a set that this process has, every world.size-th image; no collective.
+
+    The arguments are those of reat_fast.evaluate.evaluate.
+    Errors: ValueError for AutoAttack on fewer than four classes or on fewer images than processes,
+    before the first attack.
+    """
+    if any(attack.name in AUTOATTACKS for attack in attacks):
+        refuse_few_classes(num_classes)
+        if len(image_set) < world.size:
+            raise ValueError(
+                f"--attacks: AutoAttack needs an image for each of the {world.size} processes, "
+                f"the set has {len(image_set)}; start fewer"
+            )
+    numbers = torch.arange(world.rank, len(image_set), world.size)
+    labels = torch.from_numpy(image_set.labels)[numbers]
+    tally = Tally(labels.bincount(minlength=num_classes))
+    with (
+        attacked(model, precision, bar, say) as victim,
+        Ascents(victim, min(batch_size, len(labels))) as ascents,
+    ):
+        images = Images(image_set, victim, seed, eps, numbers)
+        trial = Trial(
+            victim, images, labels, eps, seed, batch_size, restarts, state, progress, ascents
+        )
+        for attack in attacks:
+            right, after = trial.run(attack)
+            tally.right[attack.name] = labels[right.cpu()].bincount(minlength=num_classes)
+            if after:
+                tally.after[attack.name] = after
+    return tally
 
 
 @dataclass(frozen=True)
 class Images:
-    """Clean images and random starts at rows of a set, which may decode them on demand."""
+    """Clean images and random starts at rows of a share of a set, which may decode on demand."""
 
     image_set: ImageSet
     victim: Victim
     seed: int
     eps: float
+    numbers: Tensor | None = None
+    """Which images of the set the share holds, int64 [N] on the CPU; None: all. The random numbers
+    of an image belong to its number in the set, whoever looks at it."""
 
     def __call__(self, rows: Tensor, restart: int = 0) -> tuple[Tensor, Tensor]:
+        rows = rows if self.numbers is None else self.numbers[rows]
         pixels = np.ascontiguousarray(self.image_set.images[rows.numpy()])
         device, dtype = self.victim.device, self.victim.dtype
         pair = prepare(
@@ -53,7 +110,7 @@ class Trial:
 
     victim: Victim
     images: Images
-    labels: Tensor  # int64 [N] on the CPU
+    labels: Tensor  # int64 [N] on the CPU, of the share
     eps: float
     seed: int
     batch_size: int
@@ -62,8 +119,8 @@ class Trial:
     progress: Callable[[int], object] | None
     ascents: Ascents
 
-    def run(self, attack: Attack) -> tuple[Tensor, dict[str, Any]]:
-        """Return which images the model gets right, bool [N], and what else there is to report."""
+    def run(self, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return which images the model gets right, bool [N], and Tally.after of AutoAttack."""
         if attack.name not in AUTOATTACKS:
             return self._ascent(attack), {}
         right, details = self._autoattack() if attack.name == "aa" else (self._package(), {})
@@ -107,7 +164,7 @@ class Trial:
             self._done(len(rows))
         return torch.cat(right)
 
-    def _autoattack(self) -> tuple[Tensor, dict[str, Any]]:
+    def _autoattack(self) -> tuple[Tensor, dict[str, Tensor]]:
         search = AutoAttack(
             self.victim,
             lambda rows: self.images(rows)[0],
@@ -116,9 +173,11 @@ class Trial:
             seed=self.seed,
             batch_size=self.batch_size,
             state=self.state,
+            numbers=self.images.numbers,
         )
         standing = search.run()
-        return standing.robust, {"after": standing.after}
+        left = {stage: share * len(self.labels) / 100 for stage, share in standing.after.items()}
+        return standing.robust, {stage: torch.tensor(round(n)) for stage, n in left.items()}
 
     def _package(self) -> Tensor:
         self.victim.expect("aa-package", 0)

@@ -12,7 +12,7 @@ import torch
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError
-from reat_fast.cli.command import choose_device
+from reat_fast.cli.command import choose_own_device
 from reat_fast.config import Config, changes, from_json, parse
 from reat_fast.engine.distributed import World
 from reat_fast.training.logs import check_logs
@@ -55,7 +55,7 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         for name, old, new in changes(saved, config):
             raise ValueError(f"{name} {new}: the run was begun with {old}; leave it out")
     check_logs(config.log)
-    device = _device(config, world)
+    device = choose_own_device(config.device, world)
     run_dir = resume or _new_run_dir(config, preset, world)
     return Plan(preset, reason, config, device, run_dir, state, world)
 
@@ -91,18 +91,3 @@ def _new_run_dir(config: Config, preset: str, world: World) -> Path:
     if config.run_dir is not None and never_began(config.run_dir):
         return config.run_dir  # what it holds is written again
     return checkpoint.new_run_dir(config.run_dir, preset)
-
-
-def _device(config: Config, world: World) -> torch.device:
-    device = choose_device(config.device)
-    if world.size == 1 or device.type == "cpu":
-        return device
-    if device.index is not None:
-        raise ValueError(f"--device {config.device}: each process takes its own GPU; leave it out")
-    found = torch.cuda.device_count()
-    if world.local_size > found:  # all of them say so: the first, which speaks, has a GPU
-        raise ValueError(
-            f"torchrun --nproc-per-node {world.local_size}: this machine has {found} CUDA devices; "
-            "start one process for each"
-        )
-    return choose_device(f"cuda:{world.local_rank}")

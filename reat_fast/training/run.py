@@ -221,7 +221,9 @@ class Run:
         They are written when it is: where a run goes back to its checkpoint, neither is newer.
         """
         self.best = found
-        self._unsaved_best = checkpoint.packed_weights(self.step.evaluated_network(), self.spec)
+        if self.world.main:
+            network = self.step.evaluated_network()
+            self._unsaved_best = checkpoint.packed_weights(network, self.spec)
 
     def save(self) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from reat_fast import checkpoint
@@ -16,6 +17,7 @@ from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
 from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_the_end
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
+from reat_fast.networks.architectures import Network
 from reat_fast.reporting.curves import draw_learning
 from reat_fast.reporting.pictures import draw_accuracy
 from reat_fast.sources.lazy import FileImages, find_damaged
@@ -27,8 +29,9 @@ from reat_fast.training.schedule import learning_rate
 OFTENER = 5
 """How many times as many epochs are evaluated once the learning rate has fallen."""
 
+
 Tick = Callable[[int], object]
-"""Called with the number of images after each batch of an evaluation; may raise to end it."""
+"""Called with the number of images after each batch of an evaluation; may raise Stopped."""
 
 
 def refuse_damaged(run: Run) -> None:
@@ -57,25 +60,14 @@ def evaluate_epoch(run: Run, epoch: int, tick: Tick | None = None) -> dict[str, 
     """Evaluate the weights where it is due and keep them if they are the best so far.
 
     Returns the columns eval_clean, eval_robust and eval_robust_tail, empty where nothing was done.
+    Errors: Stopped where a process was asked to stop.
     """
-    if not evaluation_is_due(run, epoch) or not run.world.main:
+    if not evaluation_is_due(run, epoch):
         return {"eval_clean": "", "eval_robust": "", "eval_robust_tail": ""}
     config = run.config
     name, figure = SELECTION[config.evaluation]
     network = run.step.evaluated_network()
-    result = evaluate(
-        network,
-        _selection_set(run),
-        _attacks(run, "clean", name),
-        run.dataset.num_classes,
-        eps=config.eps,
-        seed=config.seed,
-        batch_size=config.eval_batch_size,
-        # As in training: these figures only rank epochs, and their verdicts are in float32 anyway.
-        precision=resolve_precision(config, run.device),
-        train_counts=run.splits.counts,
-        progress=tick,
-    )["attacks"]
+    result = _evaluated(run, network, _selection_set(run), ("clean", name), tick)["attacks"]
     robust, tail = result[name][figure], result[name]["tail"]
     found = {"epoch": epoch + 1, "robust": robust, "settled": is_settled(run, epoch)}
     if run.best is None or _rank(found) >= _rank(run.best):
@@ -116,27 +108,19 @@ def _rank(found: dict[str, float]) -> tuple[bool, float]:
 
 
 def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
-    """Evaluate the chosen weights on the test set, once; write the figures and pictures."""
+    """Evaluate the chosen weights on the test set, once; the main process writes what is found.
+
+    Errors: Stopped where a process was asked to stop.
+    """
     config, folder = run.config, run.folder
-    precision = resolve_precision(config, run.device)
     best = config.select == "best" and run.best is not None
     weights = folder / ("best.safetensors" if best else "last.safetensors")
-    model = checkpoint.load_model(weights, run.device)
     images = run.limited(run.splits.test)
-    known = images_sha256(images)
+    known = images_sha256(images) if run.world.main else ""
     began = time.perf_counter()
-    result = evaluate(
-        model,
-        images,
-        _attacks(run, *STANDARD_ATTACKS),
-        run.dataset.num_classes,
-        eps=config.eps,
-        seed=config.seed,
-        batch_size=config.eval_batch_size,
-        precision=precision,
-        train_counts=run.splits.counts,
-        progress=tick,
-    )
+    result = _evaluated(run, _chosen(run, weights), images, STANDARD_ATTACKS, tick)
+    if not run.world.main:
+        return result
     result |= {
         "weights": weights.name,
         "weights_sha256": weights_sha256(weights),
@@ -149,7 +133,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "step_size": LINF_STEP * config.eps,
         "l2_eps": L2_EPS,
         "restarts": 1,
-        "precision": precision,
+        "precision": resolve_precision(config, run.device),
         "seed": config.seed,
         "device": str(run.device),
         "seconds": round(time.perf_counter() - began, 3),
@@ -162,12 +146,42 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     return result
 
 
+def _evaluated(
+    run: Run, network: Network, images: ImageSet, attacks: Sequence[str], tick: Tick | None
+) -> dict[str, Any]:
+    """Attack a network on images, a share of them in each process."""
+    return evaluate(
+        network,
+        images,
+        _attacks(run, *attacks),
+        run.dataset.num_classes,
+        eps=run.config.eps,
+        seed=run.config.seed,
+        batch_size=run.config.eval_batch_size,
+        # As in training: verdicts are in float32 anyway.
+        precision=resolve_precision(run.config, run.device),
+        train_counts=run.splits.counts,
+        progress=tick,
+        world=run.world,
+    )
+
+
+def _chosen(run: Run, weights: Path) -> Network:
+    """Return the network with the weights in a file, which only the main process need see."""
+    if run.world.main:
+        model = checkpoint.load_model(weights, run.device)
+    else:
+        model = run.spec.build().to(run.device).eval()
+    run.world.take_from_main_(model.state_dict().values())
+    return model
+
+
 def expected_seconds(run: Run) -> float:
     """Guess the seconds that are left from one attack step on a few images."""
     config = run.config
     epochs = config.epochs - run.epoch
     per_epoch = min(run.batches * config.batch_size, len(run.splits.train))
-    passes = epochs * per_epoch * work_per_image(config) / run.world.size
+    passes = epochs * per_epoch * work_per_image(config)
     passes += len(run.limited(run.splits.test)) * _passes(run, *STANDARD_ATTACKS)
     if config.evaluation != "none":
         name, _ = SELECTION[config.evaluation]
@@ -175,7 +189,7 @@ def expected_seconds(run: Run) -> float:
         passes += evaluations * len(_selection_set(run)) * _passes(run, "clean", name)
     if run.pace is None:
         run.pace = seconds_per_step(run)
-    return passes / WITH_GRADIENT * run.pace
+    return passes / run.world.size / WITH_GRADIENT * run.pace
 
 
 def _attacks(run: Run, *names: str) -> list[Attack]:
