@@ -146,8 +146,8 @@ def _fourth_call(options: Options) -> Iterator[Part]:
     yield Part(
         "sanitizer",
         [*_pytest(), "-m", "gpu", "-k", TESTS, *FILES],
-        150,
-        60,
+        200,
+        110,
         4,
         "" if sanitizer else "no compute-sanitizer",
         sanitizer or [],

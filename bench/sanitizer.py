@@ -18,7 +18,11 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 FILES = [
     f"tests/test_{op}.py"
-    for op in ("linf", "l2", "prepare", "class_loss", "tail_penalty", "philox")
+    for op in (
+        *("linf", "l2", "prepare", "class_loss", "tail_penalty", "philox"),
+        *("pooled_linear", "masked_sum", "stem_conv", "strided_gradient", "strided_conv"),
+        *("conv3x3", "batchnorm", "affine_relu", "policy", "resident_conv"),
+    )
 ]
 TESTS = "not any_ and not transforms and not many_samples and not equal_cross_entropy"
 """The kernels' tests on small sizes, without those that draw many examples or compile much."""
