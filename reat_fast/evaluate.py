@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +32,7 @@ from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS, tail_by_share
+from reat_fast.evaluation.measure import evaluate as evaluate
 from reat_fast.evaluation.saved import (
     EVALUATION,
     images_sha256,
@@ -45,76 +44,14 @@ from reat_fast.evaluation.saved import (
     write_beside_others,
 )
 from reat_fast.evaluation.search_state import SearchState
-from reat_fast.evaluation.trial import Images, share_tally
+from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.storage.whole_files import refuse_unwritable
-from reat_fast.training.stopping import Stopped
 
 GUARDED_IMAGES = 64
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left at most"
-
-
-def evaluate(
-    model: Network,
-    image_set: ImageSet,
-    attacks: Sequence[Attack],
-    num_classes: int,
-    *,
-    eps: float = 8 / 255,
-    seed: int = 0,
-    batch_size: int = 500,
-    restarts: int = 1,
-    precision: Precision = "float32",
-    train_counts: Sequence[int] | None = None,
-    state: SearchState | None = None,
-    progress: Callable[[int], object] | None = None,
-    bar: tqdm[Any] | None = None,
-    say: Callable[[str], object] = lambda text: None,
-    world: World | None = None,
-) -> dict[str, Any]:
-    """Measure the accuracy of a model on a set, clean and under each attack.
-
-    Judged in true float32, without TF32. The random numbers of an image depend on (seed, its
-    position) alone, so neither the batch size nor the choice of attacks changes a figure.
-    restarts: of attacks with a random start; an image counts if it withstands them all.
-    precision: in which attacks search. train_counts: training images per class, by which classes
-    are head, body, tail and tail80.
-    state: what AutoAttack goes on from, and keeps up to date. progress is called with the
-    number of images after each batch and attack, and may raise Stopped, as all processes then do;
-    bar counts forward passes; say gets a line after each attack of AutoAttack, which can take
-    hours.
-    The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
-    CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
-    world: processes that share the images; each has to call this, and gets the figures of all.
-    Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
-    also "after": the accuracy after each of its attacks.
-    Errors: ValueError for AutoAttack on fewer than four classes, before the first attack.
-    """
-    world, own, stopped = world or World(), None, Stopped(128 + signal.SIGTERM)
-    try:
-        own = share_tally(
-            model,
-            image_set,
-            attacks,
-            num_classes,
-            eps=eps,
-            seed=seed,
-            batch_size=batch_size,
-            restarts=restarts,
-            precision=precision,
-            state=state,
-            progress=progress,
-            bar=bar,
-            say=say,
-            world=world,
-        )
-    except Stopped as error:
-        stopped = error
-    if world.any(own is None) or own is None:  # one that stops alone leaves the others waiting
-        raise stopped
-    return own.summed(world).result(train_counts)
 
 
 @dataclass(frozen=True)

@@ -3,75 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reat_fast.data import ImageSet
-from reat_fast.engine.distributed import World
-from reat_fast.engine.precision import Precision, full_precision
+from reat_fast.engine.precision import full_precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
-from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack, refuse_few_classes
+from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.search_state import SearchState
-from reat_fast.evaluation.tally import Tally
-from reat_fast.evaluation.victim import Victim, attacked
+from reat_fast.evaluation.victim import Victim
 from reat_fast.kernels.prepare import prepare
-from reat_fast.networks.architectures import Network
-
-
-def share_tally(
-    model: Network,
-    image_set: ImageSet,
-    attacks: Sequence[Attack],
-    num_classes: int,
-    *,
-    eps: float,
-    seed: int,
-    batch_size: int,
-    restarts: int = 1,
-    precision: Precision = "float32",
-    state: SearchState | None = None,
-    progress: Callable[[int], object] | None = None,
-    bar: tqdm[Any] | None = None,
-    say: Callable[[str], object] = lambda text: None,
-    world: World,
-) -> Tally:
-    """Attack the share of a set that this process has, every world.size-th image; no collective.
-
-    The arguments are those of reat_fast.evaluate.evaluate.
-    Errors: ValueError for AutoAttack on fewer than four classes or on fewer images than processes,
-    before the first attack.
-    """
-    if any(attack.name in AUTOATTACKS for attack in attacks):
-        refuse_few_classes(num_classes)
-        if len(image_set) < world.size:
-            raise ValueError(
-                f"--attacks: AutoAttack needs an image for each of the {world.size} processes, "
-                f"the set has {len(image_set)}; start fewer"
-            )
-    numbers = torch.arange(world.rank, len(image_set), world.size)
-    labels = torch.from_numpy(image_set.labels)[numbers]
-    tally = Tally(labels.bincount(minlength=num_classes))
-    with (
-        attacked(model, precision, bar, say) as victim,
-        Ascents(victim, min(batch_size, len(labels))) as ascents,
-    ):
-        images = Images(image_set, victim, seed, eps, numbers)
-        trial = Trial(
-            victim, images, labels, eps, seed, batch_size, restarts, state, progress, ascents
-        )
-        for attack in attacks:
-            right, after = trial.run(attack)
-            tally.right[attack.name] = labels[right.cpu()].bincount(minlength=num_classes)
-            if after:
-                tally.after[attack.name] = after
-    return tally
 
 
 @dataclass(frozen=True)

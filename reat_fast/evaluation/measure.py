@@ -1,0 +1,133 @@
+"""The accuracy of a model on a set, clean and under each attack, by one process or several."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from reat_fast.data import ImageSet
+from reat_fast.engine.distributed import World
+from reat_fast.engine.precision import Precision
+from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
+from reat_fast.evaluation.autoattack import refuse_few_classes
+from reat_fast.evaluation.captured import Ascents
+from reat_fast.evaluation.search_state import SearchState
+from reat_fast.evaluation.tally import Tally
+from reat_fast.evaluation.trial import Images, Trial
+from reat_fast.evaluation.victim import attacked
+from reat_fast.networks.architectures import Network
+from reat_fast.training.stopping import Stopped
+
+
+def evaluate(
+    model: Network,
+    image_set: ImageSet,
+    attacks: Sequence[Attack],
+    num_classes: int,
+    *,
+    eps: float = 8 / 255,
+    seed: int = 0,
+    batch_size: int = 500,
+    restarts: int = 1,
+    precision: Precision = "float32",
+    train_counts: Sequence[int] | None = None,
+    state: SearchState | None = None,
+    progress: Callable[[int], object] | None = None,
+    bar: tqdm[Any] | None = None,
+    say: Callable[[str], object] = lambda text: None,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Measure the accuracy of a model on a set, clean and under each attack.
+
+    Judged in true float32, without TF32. The random numbers of an image depend on (seed, its
+    position) alone, so neither the batch size nor the choice of attacks changes a figure.
+    restarts: of attacks with a random start; an image counts if it withstands them all.
+    precision: in which attacks search. train_counts: training images per class, by which classes
+    are head, body, tail and tail80.
+    state: what AutoAttack goes on from, and keeps up to date. progress is called with the
+    number of images after each batch and attack, and may raise Stopped, as all processes then do;
+    bar counts forward passes; say gets a line after each attack of AutoAttack, which can take
+    hours.
+    The mode is left as found. On a GPU the steps of all attacks but AutoAttack are replayed from a
+    CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
+    world: processes that share the images; each has to call this, and gets the figures of all.
+    Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
+    also "after": the accuracy after each of its attacks.
+    Errors: ValueError for AutoAttack on fewer than four classes, before the first attack.
+    """
+    world, own, stopped = world or World(), None, Stopped(128 + signal.SIGTERM)
+    try:
+        own = share_tally(
+            model,
+            image_set,
+            attacks,
+            num_classes,
+            eps=eps,
+            seed=seed,
+            batch_size=batch_size,
+            restarts=restarts,
+            precision=precision,
+            state=state,
+            progress=progress,
+            bar=bar,
+            say=say,
+            world=world,
+        )
+    except Stopped as error:
+        stopped = error
+    if world.any(own is None) or own is None:  # one that stops alone leaves the others waiting
+        raise stopped
+    return own.summed(world).result(train_counts)
+
+
+def share_tally(
+    model: Network,
+    image_set: ImageSet,
+    attacks: Sequence[Attack],
+    num_classes: int,
+    *,
+    eps: float,
+    seed: int,
+    batch_size: int,
+    restarts: int = 1,
+    precision: Precision = "float32",
+    state: SearchState | None = None,
+    progress: Callable[[int], object] | None = None,
+    bar: tqdm[Any] | None = None,
+    say: Callable[[str], object] = lambda text: None,
+    world: World,
+) -> Tally:
+    """Attack the share of a set that this process has, every world.size-th image; no collective.
+
+    The arguments are those of reat_fast.evaluate.evaluate.
+    Errors: ValueError for AutoAttack on fewer than four classes or on fewer images than processes,
+    before the first attack.
+    """
+    if any(attack.name in AUTOATTACKS for attack in attacks):
+        refuse_few_classes(num_classes)
+        if len(image_set) < world.size:
+            raise ValueError(
+                f"--attacks: AutoAttack needs an image for each of the {world.size} processes, "
+                f"the set has {len(image_set)}; start fewer"
+            )
+    numbers = torch.arange(world.rank, len(image_set), world.size)
+    labels = torch.from_numpy(image_set.labels)[numbers]
+    tally = Tally(labels.bincount(minlength=num_classes))
+    with (
+        attacked(model, precision, bar, say) as victim,
+        Ascents(victim, min(batch_size, len(labels))) as ascents,
+    ):
+        images = Images(image_set, victim, seed, eps, numbers)
+        trial = Trial(
+            victim, images, labels, eps, seed, batch_size, restarts, state, progress, ascents
+        )
+        for attack in attacks:
+            right, after = trial.run(attack)
+            tally.right[attack.name] = labels[right.cpu()].bincount(minlength=num_classes)
+            if after:
+                tally.after[attack.name] = after
+    return tally
