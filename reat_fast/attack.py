@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -164,11 +165,20 @@ def _refuse(
         raise ValueError(f"images: {images.dtype}; divide bytes by 255, the attack moves fractions")
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode: knows no gradients; use torch.no_grad in its place")
-    if len(labels) != len(images):
-        raise ValueError(f"labels: {len(labels)} of them for {len(images)} images")
-    for name, value in (("eps", eps), ("step_size", step_size), ("steps", steps)):
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"{name}: {value}; must be 0 or more")
+    _refuse_labels(labels, len(images))
+    for name, value in (("eps", eps), ("step_size", step_size)):
+        number = isinstance(value, (Tensor, Real))
+        if not number or (not isinstance(value, Tensor) and not value >= 0):
+            raise ValueError(f"{name}: {value!r}; must be a number, 0 or more")
+    if not isinstance(steps, Integral) or steps < 0:
+        raise ValueError(f"steps: {steps!r}; must be a whole number, 0 or more")
+
+
+def _refuse_labels(labels: Tensor, images: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels: a {type(labels).__name__}; give a tensor, one label an image")
+    if len(labels) != images:
+        raise ValueError(f"labels: {len(labels)} of them for {images} images")
 
 
 class PGD:
@@ -204,9 +214,10 @@ class PGD:
         if not bool(((images >= 0) & (images <= 1)).all()):
             low, high = float(images.min()), float(images.max())
             raise ValueError(
-                f"images: pixels reach from {low:.3g} to {high:.3g}; give images in [0, 1] and "
+                f"images: pixels reach from {low:.9g} to {high:.9g}; give images in [0, 1] and "
                 "normalise inside the model"
             )
+        _refuse_labels(labels, len(images))
         if labels.numel() and int(labels.min()) < 0:
             raise ValueError(f"labels: {int(labels.min())}; must be classes, from 0 on")
         # Tensors of inference mode have no gradients; what is made outside of it does.

@@ -159,7 +159,7 @@ def find_dataset(name: str, path: Path | None = None, image_size: int | None = N
     if path is not None and not path.exists():
         raise DataError(f"--data {path}: no such file or folder")
     is_npz = path is not None and path.suffix == ".npz"
-    if name in OWN and (path is None or (name == "npz" and not is_npz)):
+    if name in OWN and (path is None or is_npz != (name == "npz")):
         found = "" if path is None else f", got {path}"
         raise DataError(f"dataset {name} needs --data {OWN[name]}{found}")
     if image_size is not None and (is_npz or name not in lists.READERS):

@@ -61,7 +61,8 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
     attacks: tuple[str, ...] = STANDARD_ATTACKS
-    """clean, fgsm, pgd20, pgd100, cw20, lsa20, l2pgd20 (any N), aa (AutoAttack) or aa-package."""
+    """clean, fgsm, pgd20, pgd100, cw20, lsa20, l2pgd20 (any N), aa (AutoAttack), or aa-package, the
+    much slower one of pyautoattack, to compare with."""
     eps: Radius | None = None
     """L-infinity radius, on images in [0, 1]; unset: that of the run, 8/255 of lone weights."""
     step_size: Radius | None = None

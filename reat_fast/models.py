@@ -105,8 +105,8 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
 
 def _shape_options(width: int | None, stem_stride: int | None) -> dict[str, int]:
-    if width is not None and width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+    if width is not None and not (isinstance(width, int) and width >= 1):
+        raise ValueError(f"width must be a whole number, 1 or more, got {width}")
     if stem_stride not in (None, 1, 2):
         raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
     given = {"width": width, "stem_stride": stem_stride}

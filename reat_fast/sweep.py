@@ -23,7 +23,7 @@ from typing import Annotated
 
 import tyro
 
-from reat_fast.cli.command import parse_flags, run_command
+from reat_fast.cli.command import Interrupted, exit_code, parse_flags, run_command
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
@@ -82,7 +82,7 @@ def _run(head: str, module: str, arguments: Sequence[str]) -> int:
     print(f"{head}: python -m {module} {shlex.join(arguments)}", flush=True)
     code = run_program([sys.executable, "-m", module, *arguments])
     if code in STOPPED:
-        raise KeyboardInterrupt
+        raise Interrupted if code in (143, -signal.SIGTERM) else KeyboardInterrupt
     return code
 
 
@@ -107,7 +107,7 @@ def run_program(command: Sequence[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if passed_on:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if passed_on[0] == signal.SIGINT else Interrupted
     return code
 
 
@@ -189,10 +189,10 @@ def main(arguments: list[str]) -> int:
     refuse_unwritable(out / "summary.md")
     try:
         codes = run_all(runs, out, options.all_attacks)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         command = shlex.join(["python", "-m", "reat_fast.sweep", *arguments])
         print(f"stopped; go on with: {command}", file=sys.stderr)
-        return 130
+        return exit_code(interrupt)
     table = write_tables(runs, out, options.all_attacks)
     print(f"\n{table}\n\n{out / 'summary.md'} and summary.csv written")
     failed = [f"{name} (exit code {code})" for name, code in codes.items() if code]

@@ -15,7 +15,7 @@ from reat_fast.cli.terminal import duration
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.precision import resolve_precision
-from reat_fast.engine.step_attack import resolve_attack_loss
+from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.training import gauge, selection
 from reat_fast.training.faults import (
@@ -99,8 +99,10 @@ def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRe
     epoch = run.epoch
     run.epoch_time.begin(clock)
     take_steps(run, clock, progress, stop)
-    if selection.evaluation_is_due(run, epoch) and run.save_pace.affordable():
-        save(run, clock)  # an evaluation takes long enough to be interrupted
+    # An evaluation takes long enough to be interrupted, but may find that the network diverged.
+    returns = run.config.on_nonfinite == "rollback"
+    if selection.evaluation_is_due(run, epoch) and run.save_pace.affordable() and not returns:
+        save(run, clock)
     lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
     refuse_nonfinite(run)
     refuse_nonfinite_weights(run)
@@ -202,6 +204,8 @@ def announce(run: Run) -> None:
         shown = ", ".join(kept[:5]) + (" and others" if len(kept) > 5 else "")
         print(f"{len(kept)} BatchNorms follow no convolution, so the attack keeps them: {shown}")
     how = "one CUDA graph" if run.captures else "eager"
+    if run.step.attack.network is not None:
+        how += f", attack form {resolve_form(config, run.device)}"
     print(f"step: {resolve_precision(config, run.device)}, {how}; {run.loader_reason}")
     if config.graph == "on" and not run.captures:
         print(f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly")

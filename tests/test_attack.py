@@ -270,8 +270,15 @@ def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
         ({"labels": torch.tensor([0])}, "labels: 1 of them for 2 images"),
         ({"eps": -1 / 255}, "eps: -0.0039"),
         ({"eps": torch.full((3,), 0.1)}, "eps has shape (3,): give a number or a tensor"),
-        ({"alpha": torch.nan}, "step_size: nan; must be 0 or more"),
+        ({"alpha": torch.nan}, "step_size: nan; must be a number, 0 or more"),
         ({"steps": -1}, "steps: -1"),
+        ({"steps": 10.0}, "steps: 10.0; must be a whole number, 0 or more"),
+        ({"eps": "8/255"}, "eps: '8/255'; must be a number, 0 or more"),
+        ({"labels": [0, 1]}, "labels: a list; give a tensor, one label an image"),
+        (
+            {"images": torch.full((2, 3, 8, 8), 1 + 2.0**-23)},
+            "images: pixels reach from 1.00000012 to 1.00000012",
+        ),
     ],
 )
 def test_what_would_mean_nothing_is_refused(changes: dict[str, Any], named: str) -> None:

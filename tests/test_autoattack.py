@@ -362,7 +362,7 @@ def test_a_search_goes_on_from_its_own_state_file_alone(
         monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
         with pytest.raises(KeyboardInterrupt):
             first.run()
-        assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 1
+        assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 2
         for setting in ({"seed": 1}, {"eps": EPS / 2}, {"steps": 11}, {"queries": 61}):
             assert (
                 search(victim, images, labels, state=SearchState(tmp_path), **setting).standing.run
@@ -399,7 +399,23 @@ def test_searches_in_one_folder_keep_their_own_states(
         state.remove()
         assert list(tmp_path.iterdir()) == [begun]
         again = search(victim, images, labels, state=SearchState(tmp_path))
-        assert again.standing.run == 1
+        assert again.standing.run == 2
+
+
+def test_what_a_search_found_until_it_was_broken_off_is_kept_at_once(
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = test_set
+    with attacked(model) as victim:
+        first = search(victim, images, labels, state=SearchState(tmp_path))
+        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+        again = search(victim, images, labels, state=SearchState(tmp_path))
+    assert again.standing.run == 2 and torch.equal(again.standing.robust, first.standing.robust)
 
 
 def fail_after(function: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
@@ -543,10 +559,8 @@ def test_the_function_returns_which_images_stand(
     model: nn.Module, test_set: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, labels = test_set
-    monkeypatch.setattr(AutoAttack.run, "__defaults__", None)
-    monkeypatch.setattr(
-        AutoAttack.__init__, "__kwdefaults__", {"steps": 5, "queries": 5, "state": None}
-    )
+    shortened = {**AutoAttack.__init__.__kwdefaults__, "steps": 5, "queries": 5}
+    monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", shortened)
     robust = autoattack.autoattack(model, images, labels, eps=0.0)
     assert torch.equal(robust, model(images).argmax(1) == labels)
 

@@ -428,6 +428,10 @@ def test_names_and_paths_that_cannot_be_say_what_could(tmp_path: Path) -> None:
         load_dataset("npz")
     with pytest.raises(DataError, match="dataset npz needs --data FILE.npz, got /"):
         load_dataset("npz", tmp_path)
+    (made := tmp_path / "made.npz").touch()
+    for name in ("folder", "list", "tiny-imagenet", "beton"):
+        with pytest.raises(DataError, match=f"dataset {name} needs --data FOLDER"):
+            load_dataset(name, made, 8 if name == "list" else None)
     with pytest.raises(DataError, match="dataset folder needs --data FOLDER"):
         load_dataset("folder")
     with pytest.raises(DataError, match="dataset beton needs --data FOLDER written by"):

@@ -51,7 +51,7 @@ def test_the_table_shows_the_figures() -> None:
         "train_counts": [40, 4],
     }
     lines = accuracy_table(evaluation).splitlines()
-    assert lines[0].split() == ["accuracy", "in", "%", "images", "clean", "pgd20"]
+    assert lines[0].split() == ["accuracy", "in", "%", "trained", "on", "clean", "pgd20"]
     assert lines[2].split() == ["overall", "50.00", "25.00"]
     assert lines[-2].split() == ["cat", "head", "40", "75.00", "25.00"]
     assert lines[-1].split() == ["<script>", "tail", "4", "25.00", "-"]

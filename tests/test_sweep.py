@@ -19,7 +19,7 @@ from made_data import made_npz
 
 from reat_fast import evaluate, sweep, train
 from reat_fast.checkpoint import CHECKPOINT
-from reat_fast.cli.command import run_command
+from reat_fast.cli.command import exit_code, run_command
 from reat_fast.config import PRESETS, from_json, parse, to_json
 from reat_fast.data import load_run_data
 from reat_fast.evaluation.saved import weights_sha256
@@ -151,7 +151,7 @@ def test_the_same_command_goes_on_where_a_sweep_was_stopped(
     out = tmp_path / "out"
     trainer.codes = {"reat-seed1": code}
     arguments = (presets, "--seeds", 0, 1, "--out", out)
-    assert command(*arguments) == 130
+    assert command(*arguments) == code
     error = capsys.readouterr().err
     again = " ".join(map(str, arguments))
     assert error == f"stopped; go on with: python -m reat_fast.sweep {again}\n"
@@ -437,9 +437,10 @@ time.sleep(0.2)
 
     thread = threading.Thread(target=stop)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         sweep.run_program([sys.executable, "-c", script])
     thread.join()
+    assert exit_code(interrupt.value) == 128 + number
     assert told.read_text() == f"{number:d}\n"
     assert signal.getsignal(number) == before
 

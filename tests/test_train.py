@@ -226,6 +226,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert "the loss is not finite in epoch 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--evaluation", "none"]], ids=["chosen", "tested"])
+def test_a_network_whose_logits_are_no_numbers_is_given_no_accuracy(
+    flags: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--limit-batches", 1, "--epochs", 1, *flags]
+    # Loss and weights of the only step are finite; no step comes after it.
+    arguments += ["--schedule", "constant", "--lr", "1e6"]
+    assert run(*arguments, "--run-dir", run_dir) == 1
+    assert "some logits are NaN or infinite" in capsys.readouterr().err
+    assert not {"best.safetensors", "evaluation.json"} & {file.name for file in run_dir.iterdir()}
+
+
 def test_official_evaluation_looks_at_the_test_set_every_epoch(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = ["reat", *SMALL, "--data", data, "--epochs", 2, "--evaluation", "official"]

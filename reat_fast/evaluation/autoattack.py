@@ -137,25 +137,31 @@ class AutoAttack:
         removes it once the result is kept.
         """
         standing = self.standing
-        while standing.run < len(self.runs):
-            stage, rank = self.runs[standing.run]
-            if standing.pending is None:
-                standing.pending = standing.robust.nonzero().squeeze(1)
-            while len(standing.pending):
-                self._announce(stage, rank)
-                # Batches of one size: a GPU takes as long for a small one as for half a large one.
-                batches = math.ceil(len(standing.pending) / self.batch_size)
-                size = math.ceil(len(standing.pending) / batches)
-                rows = standing.pending[:size]
-                standing.robust[rows] = self._survive(stage, rank, rows)
-                standing.pending = standing.pending[size:]
-                self._write()
-            standing.run, standing.pending = standing.run + 1, None
-            standing.after[stage] = 100 * float(standing.robust.double().mean())
-            if stage not in [later for later, _ in self.runs[standing.run :]]:
-                self.victim.say(f"AutoAttack: {standing.after[stage]:.2f} % stand after {stage}")
-        self._write(at_end=True)
+        try:
+            while standing.run < len(self.runs):
+                self._run_next(standing)
+        finally:  # broken off, too: what fell need not be searched again
+            self._write(at_end=True)
         return standing
+
+    def _run_next(self, standing: Standing) -> None:
+        """Take the next run, or what is left of it, on all images that stand."""
+        stage, rank = self.runs[standing.run]
+        if standing.pending is None:
+            standing.pending = standing.robust.nonzero().squeeze(1)
+        while len(standing.pending):
+            self._announce(stage, rank)
+            # Batches of one size: a GPU takes as long for a small one as for half a large one.
+            batches = math.ceil(len(standing.pending) / self.batch_size)
+            size = math.ceil(len(standing.pending) / batches)
+            rows = standing.pending[:size]
+            standing.robust[rows] = self._survive(stage, rank, rows)
+            standing.pending = standing.pending[size:]
+            self._write()
+        standing.run, standing.pending = standing.run + 1, None
+        standing.after[stage] = 100 * float(standing.robust.double().mean())
+        if stage not in [later for later, _ in self.runs[standing.run :]]:
+            self.victim.say(f"AutoAttack: {standing.after[stage]:.2f} % stand after {stage}")
 
     def _survive(self, stage: str, rank: int, rows: Tensor) -> Tensor:
         """Attack the images at rows once; returns which of them stand, bool [B] on the CPU."""

@@ -57,7 +57,8 @@ def evaluate(
     world: processes that share the images; each has to call this, and gets the figures of all.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
     also "after": the accuracy after each of its attacks.
-    Errors: ValueError for AutoAttack on fewer than four classes, before the first attack.
+    Errors: ValueError for AutoAttack on fewer than four classes, before the first attack;
+    FloatingPointError for logits that are NaN or infinite.
     """
     world, own, stopped = world or World(), None, Stopped(128 + signal.SIGTERM)
     try:
@@ -105,7 +106,7 @@ def share_tally(
 
     The arguments are those of reat_fast.evaluate.evaluate.
     Errors: ValueError for AutoAttack on fewer than four classes or on fewer images than processes,
-    before the first attack.
+    before the first attack; FloatingPointError for logits that are NaN or infinite.
     """
     if any(attack.name in AUTOATTACKS for attack in attacks):
         refuse_few_classes(num_classes)
@@ -130,4 +131,5 @@ def share_tally(
             tally.right[attack.name] = labels[right.cpu()].bincount(minlength=num_classes)
             if after:
                 tally.after[attack.name] = after
+            victim.refuse_nonfinite()
     return tally

@@ -44,6 +44,7 @@ class Victim:
         self._networks: dict[torch.dtype | None, FrozenNetwork] = {}
         self._frozen = self._network(torch.bfloat16 if precision == "bf16" else None)
         self._bar = tqdm(disable=True) if bar is None else bar
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def __call__(self, images: Tensor) -> Tensor:
         self.count(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))
@@ -80,7 +81,18 @@ class Victim:
         self.count(len(images))
         with full_precision():
             logits: Tensor = self.model(images)
+        self._finite &= logits.isfinite().all()
         return logits
+
+    def refuse_nonfinite(self) -> None:
+        """Raise FloatingPointError where a verdict came from logits that are no numbers.
+
+        The largest of them may well be the label's, and so count as right.
+        """
+        if not self._finite:
+            raise FloatingPointError(
+                "some logits are NaN or infinite, as weights that diverged give: lower --lr"
+            )
 
     def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return which images [B] the model itself gets wrong, bool [B]; may not sync."""

@@ -102,9 +102,11 @@ def _draw_parts(axes: Axes, heights: Floats, **how: Any) -> None:
 def _draw_sizes(axes: Axes, counts: Sequence[int]) -> None:
     _draw_parts(axes, np.array(counts, float), width=0.84)
     axes.set_yscale("log")
-    axes.set_ylim(0.8 * max(min(counts), 1), 1.6 * max(counts))
+    # From a power of ten to one, so that at least two of them stand beside the bars.
+    lowest = max(10 ** np.floor(np.log10(0.8 * max(min(counts), 1))), 0.5)
+    axes.set_ylim(lowest, 10 ** np.ceil(np.log10(1.2 * max(counts))))
     plain_numbers(axes.yaxis)
-    axes.set_title("training images")
+    axes.set_title("training images, log scale")
 
 
 def label_classes(axes: Axes, class_names: Sequence[str], width: float) -> None:

@@ -45,7 +45,7 @@ def accuracy_table(evaluation: dict[str, Any]) -> str:
     class_names = evaluation["class_names"]
     part_of = part_of_class(len(class_names))
     parts = _parts(evaluation["attacks"].values())
-    rows: list[Sequence[str]] = [("accuracy in %", "", "images", *names)]
+    rows: list[Sequence[str]] = [("accuracy in %", "", "trained on", *names)]
     for part in parts:
         values = [evaluation["attacks"][name][part] for name in names]
         rows.append((part, "", "", *map(_percent, values)))

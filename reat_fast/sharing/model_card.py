@@ -106,8 +106,8 @@ def _accuracy(evaluation: dict[str, Any] | None) -> str:
     return (
         f"{markdown(rows)}\nIn %, on {tested}; attacks within "
         f"{threat_text(evaluation)}. "
-        "Balanced is the mean over classes; head, body and tail are the first, middle and last "
-        "third of them. A stronger attack than those named may find lower figures."
+        "Balanced is the mean over classes; head, body and tail are thirds of them by the number "
+        "of training images. A stronger attack than those named may find lower figures."
     )
 
 

@@ -65,5 +65,5 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self._signal and self._world.main:
             again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            print(f"stopping after this step{again}", file=sys.stderr, flush=True)
+            print(f"stopping as soon as this is saved{again}", file=sys.stderr, flush=True)
         self._signal = number
