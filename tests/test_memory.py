@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from reat_fast.cli.command import choose_device
-from reat_fast.engine.memory import forget_peak_memory
+from reat_fast.engine.memory import forget_peak_memory, shelter_thin_convolutions_
 
 FAULTS = """
 import resource, sys, torch
@@ -27,12 +28,53 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+DAMAGE = """
+import torch
+from torch import nn
+from reat_fast.engine.memory import shelter_thin_convolutions_
+for channels in (3, 8, 12):
+    conv = nn.Conv2d(channels, 16, 1, 2).to(memory_format=torch.channels_last)
+    assert shelter_thin_convolutions_(nn.Sequential(conv)) == [conv]
+    x = torch.rand(16, channels, 64, 64).to(memory_format=torch.channels_last)
+    for _ in range(20):
+        conv.weight.grad = None
+        conv(x).square().sum().backward()
+    exact = conv.weight.detach().double().requires_grad_()
+    bias = conv.bias.detach().double()
+    nn.functional.conv2d(x.double(), exact, bias, 2).square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad.double(), exact.grad, rtol=1e-4, atol=0)
+"""
+
+
 def faults(how: str) -> int:
     command = [sys.executable, "-c", FAULTS, how]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 3:
         pytest.skip("this system's malloc has no mallopt")
     return int(done.stdout)
+
+
+def test_thin_strided_convolutions_damage_no_memory() -> None:
+    # Without the shelter PyTorch ends the process here, on a CPU with AVX2 or AVX-512.
+    subprocess.run([sys.executable, "-c", DAMAGE], check=True)
+
+
+@pytest.mark.parametrize(
+    ("conv", "sheltered"),
+    [
+        (nn.Conv2d(15, 8, 1, 2), True),
+        (nn.Conv2d(16, 8, 1, 2), False),  # fills a register
+        (nn.Conv2d(8, 8, 1), False),
+        (nn.Conv2d(8, 8, 3, 2, 1), False),
+    ],
+)
+def test_only_thin_strided_convolutions_of_one_pixel_change_their_layout(
+    conv: nn.Conv2d, sheltered: bool
+) -> None:
+    conv.to(memory_format=torch.channels_last)
+    assert bool(shelter_thin_convolutions_(conv)) is sheltered
+    x = torch.rand(2, conv.in_channels, 8, 8).to(memory_format=torch.channels_last)
+    assert conv(x).is_contiguous() is sheltered
 
 
 def test_large_blocks_are_taken_again_without_page_faults() -> None:

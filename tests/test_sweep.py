@@ -284,7 +284,7 @@ def test_the_data_of_all_lines_may_be_named_once(
     assert f"--data {data}: no such file or folder" in capsys.readouterr().err
     data.touch()
     trainer.codes = {"short-seed0": 143}
-    assert command(presets, "--out", out, "--data", data) == 130
+    assert command(presets, "--out", out, "--data", data) == 143
     assert command(presets, "--out", out, "--data", data) == 0  # where it lies changes no run
     named = [words[words.index("--data") + 1] for words in trainer.commands]
     assert named == [str(data)] * 3 and trainer.commands[2][0] == "--resume"

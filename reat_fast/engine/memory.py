@@ -6,10 +6,13 @@ import ctypes
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Names and numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+
+REGISTER = 16
+"""float32 numbers in the widest register of a CPU."""
 
 
 def keep_freed_memory() -> bool:
@@ -32,19 +35,32 @@ def give_back_freed_memory() -> bool:
     return _mallopt(values)
 
 
-def refuse_thin_convolutions(network: nn.Module) -> None:
-    """Raise ValueError for a network that cannot be trained on a CPU in channels_last.
+def shelter_thin_convolutions_(network: nn.Module) -> list[nn.Conv2d]:
+    """Let a network be trained on a CPU in channels_last without damage; return what it takes.
 
     oneDNN, as PyTorch 2.13 has it, writes past the end of the weight gradient of a strided 1x1
-    convolution with fewer than 8 channels: the process ends without a word, now or later.
+    convolution in channels_last with fewer channels than fit a register (8 or 16, by the CPU): the
+    process ends without a word, now or later (github.com/uxlfoundation/oneDNN/issues/6035). Such
+    a one gets images and weights in the other layout, which is computed rightly. To be called once
+    the network has its layout.
     """
-    for name, module in network.named_modules():
-        thin = isinstance(module, nn.Conv2d) and module.in_channels < 8
-        if thin and module.kernel_size == (1, 1) != module.stride:
-            raise ValueError(
-                f"--width: {name} has {module.in_channels} channels, and PyTorch damages its "
-                "memory when it trains so thin a network on a CPU; give at least 8"
-            )
+    thin = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+        and module.in_channels < REGISTER
+        and module.kernel_size == (1, 1) != module.stride
+    ]
+    for conv in thin:
+        # Where height and width are 1 both layouts are contiguous; strides tell which is meant.
+        weight = conv.weight.data
+        conv.weight.data = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight)
+        conv.register_forward_pre_hook(_contiguous)
+    return thin
+
+
+def _contiguous(conv: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].contiguous(),)
 
 
 def _mallopt(values: dict[int, int]) -> bool:

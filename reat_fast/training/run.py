@@ -14,7 +14,7 @@ from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_run_data, make_splits
 from reat_fast.engine.graph import CapturedStep
-from reat_fast.engine.memory import keep_freed_memory, refuse_thin_convolutions
+from reat_fast.engine.memory import keep_freed_memory, shelter_thin_convolutions_
 from reat_fast.engine.precision import use_precision
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.env import environment
@@ -62,8 +62,6 @@ class Run:
         )
         torch.manual_seed(self.config.seed)
         network = self.spec.build()
-        if self.device.type == "cpu":
-            refuse_thin_convolutions(network)
         if self.config.head == "cosine":
             head = use_cosine_head(network, self.config.head_scale)
             head.compensate_(self.splits.counts, self.config.post_tau)
@@ -71,6 +69,8 @@ class Run:
             self.device,
             memory_format=torch.channels_last,  # type: ignore[call-overload]
         )
+        if self.device.type == "cpu":
+            shelter_thin_convolutions_(self.model)
         self.optimizer = make_optimizer(self.model, self.config)
         kind = TrainStep if self.config.fused else ReferenceStep
         self.step = kind(self.model, self.optimizer, self.splits.counts, self.config, self.world)
