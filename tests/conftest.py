@@ -27,8 +27,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and not INTERPRETED:
     raise pytest.UsageError("TRITON_INTERPRET=1 is set, but Triton is not installed: unset it")
 if INTERPRETED:
     import interpreter_bf16
+    import interpreter_speed
 
     interpreter_bf16.install()
+    interpreter_speed.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
