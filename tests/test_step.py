@@ -508,9 +508,18 @@ def test_a_compiled_update_in_bfloat16_is_near_the_eager_one(traced: None) -> No
     torch.testing.assert_close(losses[1], losses[0], rtol=0.01, atol=0)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Have code generated for several threads, whatever number the tests were started with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs the C++ compiler g++")
-def test_generated_code_updates_as_the_eager_form_does() -> None:
+def test_generated_code_updates_as_the_eager_form_does(two_threads: None) -> None:
     torch.compiler.reset()
     made, results = official.inputs(), []
     images, noise = made["images"].double(), made["noise"].double()
