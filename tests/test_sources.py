@@ -111,7 +111,7 @@ def test_idx_is_read_plain_and_packed(tmp_path: Path, shape: tuple[int, ...], pa
         (idx_bytes(np.zeros((3, 4), np.uint8))[:-1], "truncated, 23 bytes of 24"),
         (idx_bytes(np.zeros((3, 4), np.uint8))[:6], "truncated"),
         (idx_bytes(np.zeros((3, 4), np.uint8)) + b"x", "too long, 25 bytes of 24"),
-        (gzip.compress(idx_bytes(np.zeros(9, np.uint8)))[:-9], "cannot be read"),
+        (gzip.compress(idx_bytes(np.zeros(9, np.uint8)), mtime=0)[:-9], "cannot be read"),
     ],
 )
 def test_a_damaged_idx_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
