@@ -7,6 +7,8 @@ else, plain `pytest` skips them.
 
 from __future__ import annotations
 
+import reat_fast  # isort: skip  # noqa: F401  # before torch loads threads that spin at every barrier
+
 import functools
 import os
 from collections.abc import Callable, Iterator
