@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from bench.sanitizer import ENVIRONMENT, FILES, TESTS, compute_sanitizer
+from bench.sanitizer import ENVIRONMENT, FILES, SINGLE, TESTS, compute_sanitizer
 from reat_fast.checkpoint import has_checkpoint
 
 
@@ -145,7 +145,7 @@ def _fourth_call(options: Options) -> Iterator[Part]:
     sanitizer = compute_sanitizer()
     yield Part(
         "sanitizer",
-        [*_pytest(), "-m", "gpu", "-k", TESTS, *FILES],
+        [*_pytest(), "-m", "gpu", "-k", TESTS, *FILES, *SINGLE],
         200,
         110,
         4,

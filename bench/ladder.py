@@ -152,6 +152,7 @@ class Ladder:
             yield from self._last_rungs()
         else:
             yield Rung("folded, cpu", lambda: self._plain(Kind(form="cpu")))
+            yield Rung("folded, bf16", lambda: self._plain(Kind(precision="bf16")), "bfloat16")
             yield Rung("folded, deterministic", lambda: self._deterministic(Kind()))
 
     def _gpu_rungs(self) -> Iterator[Rung]:

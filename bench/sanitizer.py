@@ -18,12 +18,22 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 FILES = [
     f"tests/test_{op}.py"
-    for op in (
-        *("linf", "l2", "prepare", "class_loss", "tail_penalty", "philox"),
-        *("pooled_linear", "masked_sum", "stem_conv", "strided_gradient", "strided_conv"),
-        *("conv3x3", "batchnorm", "affine_relu", "policy", "resident_conv"),
-    )
+    for op in ("linf", "l2", "prepare", "class_loss", "tail_penalty", "philox")
 ]
+SINGLE = [
+    "tests/test_pooled_linear.py::test_sums_of_integers_are_exact",
+    "tests/test_pooled_linear.py::test_maps_in_other_layouts_are_taken_too",
+    "tests/test_masked_sum.py::test_other_layouts_and_no_images_are_taken_too",
+    "tests/test_stem_conv.py::test_nan_spreads_as_far_as_the_kernel_reaches",
+    "tests/test_strided_gradient.py::test_every_tile_gives_exact_sums_of_integers",
+    "tests/test_strided_conv.py::test_every_tile_gives_exact_sums_of_integers",
+    "tests/test_conv3x3.py::test_every_tile_gives_exact_sums_of_integers",
+    "tests/test_batchnorm.py::test_a_large_mean_does_not_ruin_a_small_variance",
+    "tests/test_affine_relu.py::test_integers_are_exact",
+    "tests/test_policy.py::test_nothing_round_the_images_is_read_or_written",
+    "tests/test_resident_conv.py::test_on_a_gpu_it_is_exact_and_float64_rounded_once",
+]
+"""Of kernels with hundreds of tests: every tile or layout once."""
 TESTS = "not any_ and not transforms and not many_samples and not equal_cross_entropy"
 """The kernels' tests on small sizes, without those that draw many examples or compile much."""
 

@@ -3,15 +3,18 @@
     y = A^T [(G w G^T) * (B^T x B)] A        each 4x4 tile of x gives a 2x2 tile of y
 
 B and A hold 0, 1 and -1 only; * is, summed over input channels, 16 matrix products. On two cores of
-an AMD EPYC that is hardly faster than oneDNN's convolution with 160 channels, but 1.3 to 2.2 times
-with 256 to 640 (bench/bench_cpu_convolutions.py), and no further from float64, as fewer products
-are summed. The input gradient of a convolution is a convolution too, by the same weights turned
-round. A form for CPUs: a GPU's matrix units would round the transformed tiles to bfloat16.
+one AMD EPYC that is hardly faster than oneDNN's convolution with 160 channels, but 1.3 to 2.2 times
+with 256 to 640, on those of a newer one it is slower: see winograd_pays. It rounds by two to three
+units of the last place of its terms' sum where oneDNN does by one. The input gradient of a
+convolution is a convolution too, by the same weights turned round. A form for CPUs: a GPU's matrix
+units would round the transformed tiles to bfloat16.
 Source: Lavin and Gray, CVPR 2016, F(2x2, 3x3).
 """
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 # Measured on two cores of an AMD EPYC; with fewer channels the gain drowns in noise.
 LEAST_CHANNELS = 160
+ZEN5 = 26  # the family that AMD numbers it by
 TILES_AT_A_TIME = 512  # what lies between the transforms stays in the cache
 
 _TURNED = (3, 1, 2, 0)  # where rows and columns of G w G^T go when w is turned by 180 degrees
@@ -52,6 +56,25 @@ class WinogradConv2d(nn.Conv2d):
         turned = torch.tensor(_TURNED, device=both.device)
         both = both.index_select(0, turned).index_select(1, turned)
         self.transformed_back.copy_(both.view(16, inputs, outputs).transpose(1, 2))
+
+
+@functools.cache
+def winograd_pays() -> bool:
+    """Say whether matrix products keep up with convolutions on this CPU.
+
+    PyTorch's products are MKL's, which on AMD's CPUs use registers of 256 bits, its convolutions
+    oneDNN's, which use 512 where there are any. Those are computed at once from Zen 5 on, where
+    16 products took 1.4 to 1.7 times as long as the convolution of 36 (two cores, 64 to 640
+    channels, bench/bench_cpu_convolutions.py); before, and elsewhere, both are as fast.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return True
+    about = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    family = about.get("cpu family", "")
+    newer = about.get("vendor_id") == "AuthenticAMD" and family.isdecimal() and int(family) >= ZEN5
+    return not newer or "avx512f" not in about.get("flags", "")
 
 
 def use_winograd_(network: nn.Module, least_channels: int | None = None) -> list[WinogradConv2d]:

@@ -119,7 +119,7 @@ class TrainStep:
             self.epoch,
             config,
             self.world,
-            self._autocast,
+            self._update_autocast,
         )
 
     @property
@@ -297,9 +297,17 @@ class TrainStep:
         return outcome
 
     def _autocast(self) -> torch.autocast:
+        return self._low_where(self._low)
+
+    def _update_autocast(self) -> torch.autocast:
+        # Not on a CPU: weight gradients of small maps in bfloat16 are NaN there at times (PyTorch
+        # 2.13, AVX-512), and the update is a small part of the step.
+        return self._low_where(self._low and self.epoch.device.type != "cpu")
+
+    def _low_where(self, enabled: bool) -> torch.autocast:
         # No cache: casts kept from outside a capture would be stale in its replays.
         device, dtype = self.epoch.device.type, torch.bfloat16
-        return torch.autocast(device, dtype, enabled=self._low, cache_enabled=False)
+        return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
 
 
 def _checked(counts: Sequence[int], classes: int) -> list[int]:

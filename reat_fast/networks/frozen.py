@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.own_conv import faster_on
 from reat_fast.kernels.triton_support import Backend
-from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_
+from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_, winograd_pays
 from reat_fast.networks.compiling import compile_whole
 from reat_fast.networks.folding import Fold, JoinedBias, fold_batchnorms_, fuse_relus
 from reat_fast.networks.preactivation import Affine, refresh_affines_
@@ -53,8 +53,8 @@ class FrozenNetwork:
     the sum optional, as one op with its own backward, the images padded to 8 channels; "triton" has
     those that a kernel of ours takes computed by it (kernels.own_conv), "trial" by kernels that no
     GPU has timed yet, too: relu(bn(x + y)) among them, where BatchNorm comes before a convolution;
-    "cpu" lets wide 3x3 convolutions multiply less and a strided one of the images find their
-    gradient faster.
+    "cpu" lets wide 3x3 convolutions multiply less, on CPUs where that is faster, and a strided one
+    of the images find their gradient faster.
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
     a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
@@ -87,7 +87,7 @@ class FrozenNetwork:
             self._copy, self.fused, self._biases, self._affines = fused
         self.transformed: list[WinogradConv2d] = []
         if form == "cpu" and self.images_dtype.itemsize >= 4:  # the sums are too fine for bfloat16
-            self.transformed = use_winograd_(own)
+            self.transformed = use_winograd_(own) if winograd_pays() else []
             use_col2im_(own)
         self.input_gradient: Callable[[Tensor, Tensor, Loss], Tensor] | None = None
         if form == "compiled":
