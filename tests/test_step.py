@@ -345,14 +345,15 @@ def test_bfloat16_is_near_float32_and_keeps_float32_images_weights_and_losses() 
     assert not torch.equal(outcomes[1]["loss"], outcomes[0]["loss"])
 
 
-def test_an_attack_on_batch_statistics_computes_in_the_precision_of_the_update() -> None:
+def test_on_a_cpu_the_attack_alone_is_in_bfloat16_on_batch_statistics_too() -> None:
     config = Config(precision="bf16", attack_batchnorm="train", steps=1)
     step = TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
     seen: list[torch.dtype] = []
     model.fc.register_forward_hook(lambda _, features, logits: seen.append(logits.dtype))
     images, labels = make_batch()
     step(images, labels, make_noise(images, 0))
-    assert seen == [torch.bfloat16] * 2
+    assert seen == [torch.bfloat16, torch.float32]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated() -> None:
