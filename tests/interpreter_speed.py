@@ -16,8 +16,12 @@ from triton.runtime import interpreter  # type: ignore[import-untyped, import-no
 
 
 def install() -> None:
-    """Spare the interpreter of this process that work; a second call changes nothing."""
-    if not getattr(interpreter, "spared", False):
+    """Spare the interpreter of this process that work; a second call changes nothing.
+
+    One that is made otherwise stays as it is.
+    """
+    known = hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_get_np_dtype")
+    if known and not getattr(interpreter, "spared", False):
         interpreter._patch_lang = _once_a_module(interpreter._patch_lang)
         interpreter._get_np_dtype = _once_a_type(interpreter._get_np_dtype)
         interpreter.spared = True
