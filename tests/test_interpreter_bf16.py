@@ -32,6 +32,10 @@ def _add_kernel(a, c, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 def test_float32_rounds_to_the_nearest_even_bfloat16() -> None:
     source = torch.randn(4096)
+    # A quarter lie halfway between two of them, or a last place of float32 to either side of that.
+    bits = source[:1024].view(torch.int32)
+    halfway = (bits & ~0xFFFF) + 0x8000 + torch.arange(1024, dtype=torch.int32) % 3 - 1
+    source[:1024] = halfway.view(torch.float32)
     target = torch.empty(4096, dtype=torch.bfloat16)
     _round_kernel[(1,)](source, target, N=4096)
     assert torch.equal(target, source.bfloat16())
