@@ -26,7 +26,7 @@ from reat_fast.kernels.conv3x3 import (
 from reat_fast.kernels.stem_conv import stem_conv, stem_conv_runs_on
 from reat_fast.kernels.strided_conv import strided_conv, strided_conv_runs_on
 from reat_fast.kernels.strided_gradient import strided_gradient, strided_gradient_runs_on
-from reat_fast.kernels.triton_support import Backend, use_triton
+from reat_fast.kernels.triton_support import Backend, is_current, use_triton
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation, groups."""
@@ -52,7 +52,7 @@ class Beside(NamedTuple):
 
 def faster_on(device: torch.device) -> bool:
     """Say whether these kernels run on a device and are known to be the faster there."""
-    if device.type != "cuda" or why_not(device) is not None:
+    if device.type != "cuda" or why_not(device) is not None or not is_current(device):
         return False
     return torch.cuda.get_device_capability(device) == MEASURED
 

@@ -70,7 +70,7 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     if backend == "torch":
         return False
     if backend == "auto":
-        return tensor.device.type == "cuda" and TRITON_INSTALLED and _is_current(tensor.device)
+        return tensor.device.type == "cuda" and TRITON_INSTALLED and is_current(tensor.device)
     if backend not in ("triton", "trial"):
         raise ValueError(f"backend={backend!r} is unknown: give 'auto', 'torch' or 'triton'")
     if not TRITON_INSTALLED:
@@ -82,7 +82,7 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
             f"backend='triton' cannot run on {tensor.device.type} tensors: give backend='torch', "
             "or set TRITON_INTERPRET=1 before Python starts to run kernels in Triton's interpreter"
         )
-    if not _is_current(tensor.device):
+    if not is_current(tensor.device):
         raise ValueError(
             f"backend='triton': tensors on {tensor.device}, where Triton launches on the current "
             f"device: call torch.cuda.set_device({tensor.device.index}) first"
@@ -90,8 +90,10 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     return True
 
 
-def _is_current(device: torch.device) -> bool:
-    return device.type != "cuda" or device.index == torch.cuda.current_device()
+def is_current(device: torch.device) -> bool:
+    """Say whether Triton launches on a device: on one CUDA device at a time, the current one."""
+    other = device.type == "cuda" and device.index is not None
+    return not other or device.index == torch.cuda.current_device()
 
 
 def cdiv(size: int, block: int) -> int:

@@ -144,11 +144,9 @@ def main(arguments: list[str]) -> int:
     except FailedElsewhere:
         return 1
     except KeyboardInterrupt as interrupt:
-        if not state.file.is_file():
-            raise
+        go_on = "; the same command goes on with AutoAttack where it stands"
         if world.main:
-            go_on = "the same command goes on with AutoAttack where it stands"
-            print(f"stopped; {go_on}", file=sys.stderr)
+            print(f"stopped{go_on if state.file.is_file() else ''}", file=sys.stderr)
         return exit_code(interrupt)
     return 0
 

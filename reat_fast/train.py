@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.training import gauge, selection
 from reat_fast.training.faults import (
+    diverged,
     explained_faults,
     refuse_nonfinite,
     refuse_nonfinite_weights,
@@ -99,19 +101,8 @@ def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRe
     epoch = run.epoch
     run.epoch_time.begin(clock)
     take_steps(run, clock, progress, stop)
-    # An evaluation takes long enough to be interrupted, but may find that the network diverged.
-    returns = run.config.on_nonfinite == "rollback"
-    if selection.evaluation_is_due(run, epoch) and run.save_pace.affordable() and not returns:
-        save(run, clock)
     lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
-    refuse_nonfinite(run)
-    refuse_nonfinite_weights(run)
-    clock.catch_up()  # these waited for the device
-    try:
-        evaluation = selection.evaluate_epoch(run, epoch, _tick(stop))
-    except Stopped:
-        save(run, clock)
-        raise
+    evaluation = evaluate_epoch(run, clock, stop)
     means = run.step.end_epoch()
     spent = run.epoch_time.spent()
     training = spent["training"]
@@ -159,6 +150,28 @@ def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopReq
             save(run, clock)
 
 
+def evaluate_epoch(run: Run, clock: TrainingClock, stop: StopRequest) -> dict[str, Any]:
+    """Evaluate where that is due, the run saved before where that is affordable; see selection.
+
+    Errors: Stopped, with everything saved; FloatingPointError with the state to go back to.
+    """
+    # It takes long enough to be interrupted, but may find that the network diverged.
+    due = selection.evaluation_is_due(run, run.epoch) and run.config.on_nonfinite != "rollback"
+    saved = due and run.save_pace.affordable()
+    if saved:
+        save(run, clock)
+    refuse_nonfinite(run)
+    refuse_nonfinite_weights(run)
+    clock.catch_up()  # these waited for the device
+    try:
+        return selection.evaluate_epoch(run, run.epoch, _tick(stop))
+    except Stopped:
+        save(run, clock)
+        raise
+    except FloatingPointError as error:
+        raise diverged(run, error, saved) from error
+
+
 def save(run: Run, clock: TrainingClock) -> None:
     """Save where the run stands; a state that is not finite never takes the place of a good one."""
     refuse_nonfinite(run)
@@ -204,12 +217,19 @@ def announce(run: Run) -> None:
         shown = ", ".join(kept[:5]) + (" and others" if len(kept) > 5 else "")
         print(f"{len(kept)} BatchNorms follow no convolution, so the attack keeps them: {shown}")
     how = "one CUDA graph" if run.captures else "eager"
-    if run.step.attack.network is not None:
+    if config.fused and run.step.attack.network is not None:
         how += f", attack form {resolve_form(config, run.device)}"
-    print(f"step: {resolve_precision(config, run.device)}, {how}; {run.loader_reason}")
+    print(f"step: {_arithmetic(run)}, {how}; {run.loader_reason}")
     if config.graph == "on" and not run.captures:
         print(f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly")
     sys.stdout.flush()
+
+
+def _arithmetic(run: Run) -> str:
+    precision = resolve_precision(run.config, run.device)
+    if precision != "bf16" or run.device.type != "cpu":
+        return precision
+    return "float32" if run.config.attack == "free" else "bf16 in the attack"  # see TrainStep
 
 
 def run_place(run: Run) -> str:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.square import _squares, square
 from reat_fast.evaluation.victim import Victim, attacked, filled_up
 from reat_fast.kernels import philox
+from reat_fast.networks.architectures import Network
 
 EPS = 0.1
 CLASSES = 6
@@ -416,6 +418,52 @@ def test_what_a_search_found_until_it_was_broken_off_is_kept_at_once(
             first.run()
         again = search(victim, images, labels, state=SearchState(tmp_path))
     assert again.standing.run == 2 and torch.equal(again.standing.robust, first.standing.robust)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_verdicts_from_logits_that_are_no_numbers_never_count(
+    test_set: tuple[Tensor, Tensor], tmp_path: Path, moment: int
+) -> None:
+    """Not where the search goes on from what a refused one left, either."""
+    images = test_set[0]
+    labels = images.flatten(1)[:, :6].argmax(1)
+    broken = Breaking(moment)
+    for _ in range(2):
+        with attacked(cast(Network, broken)) as victim:
+            found = search(victim, images, labels, state=SearchState(tmp_path), steps=5, queries=5)
+            with pytest.raises(FloatingPointError, match="some logits are NaN or infinite"):
+                found.run()
+        assert "square" not in found.standing.after
+    with pytest.raises(FloatingPointError, match="some logits are NaN or infinite"):
+        autoattack.autoattack(cast(Network, Breaking(moment + 1).eval()), images, labels)
+
+
+class Breaking(nn.Module):
+    """Right about all images until it has judged so many batches without gradients; then NaN."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.left = batches
+
+    def forward(self, images: Tensor) -> Tensor:
+        judged = len(images) > 1 and not images.requires_grad
+        self.left -= judged
+        return images.flatten(1)[:, :6] * self.scale * (torch.nan if self.left < 0 else 1)
+
+
+def test_a_search_of_other_images_numbers_keeps_its_own_state(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """A share of a set may hold what a subset does; its random numbers are others."""
+    images, labels = test_set
+    keys = set()
+    with attacked(model) as victim:
+        for numbers in (None, torch.arange(60), 2 * torch.arange(60), 2 * torch.arange(60) + 1):
+            state = SearchState(tmp_path)
+            search(victim, images, labels, state=state, numbers=numbers)
+            keys.add(state.file.name)
+    assert len(keys) == 3
 
 
 def fail_after(function: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:

@@ -231,6 +231,11 @@ def test_where_one_process_stops_within_an_evaluation_all_do(
     assert codes == [128 + signal.SIGTERM, 128 + signal.SIGINT]
 
 
+def test_the_packages_autoattack_takes_one_process() -> None:
+    with pytest.raises(ValueError, match="aa-package takes one process"):
+        evaluated(World(1, 2), ["clean", "aa-package"])
+
+
 def test_autoattack_wants_an_image_for_each_process() -> None:
     with pytest.raises(ValueError, match="an image for each of the 3 processes, the set has 2"):
         evaluated(World(1, 3), ["aa"], few=2)

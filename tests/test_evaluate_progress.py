@@ -149,6 +149,7 @@ def test_a_terminal_gets_the_bar_and_a_pipe_does_not(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_evaluation_stopped_within_autoattack_says_how_to_go_on(
     number: int,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -166,6 +167,8 @@ def test_an_evaluation_stopped_within_autoattack_says_how_to_go_on(
     data = made_npz(tmp_path / "made.npz", train=10, test=2)
     arguments = [str(tmp_path / "made.safetensors"), "--dataset", "npz", "--data", str(data)]
     arguments += ["--batch-size", "1", "--attacks", "aa"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(AutoAttack, "_perturb", stop_at_the_second)
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
     assert run_command(evaluate.main, arguments) == 128 + number

@@ -404,7 +404,6 @@ def test_evaluations_under_other_conditions_are_not_averaged(
     for name, value, shown in (
         ("samples", 12, "12, the other seeds with 24"),
         ("eps", 4 / 255, "4/255, the other seeds with 8/255"),
-        ("step_size", 1 / 255, "1/255, the other seeds with 2/255"),
         ("restarts", 5, "5, the other seeds with 1"),
         ("images_sha256", "0123456789abcdef", "0123456789ab, the other seeds with unset"),
     ):
@@ -443,6 +442,19 @@ time.sleep(0.2)
     assert exit_code(interrupt.value) == 128 + number
     assert told.read_text() == f"{number:d}\n"
     assert signal.getsignal(number) == before
+
+
+def test_a_run_that_was_tested_by_the_steps_of_its_training_is_tested_again(
+    presets: Path, tmp_path: Path, trainer: Trainer
+) -> None:
+    out = tmp_path / "out"
+    assert command(presets, "--seeds", 0, "--out", out) == 0
+    folder = out / "reat-seed0"
+    told = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps({**told, "step_size": 3 / 255}))
+    trainer.commands.clear()
+    assert command(presets, "--seeds", 0, "--out", out) == 0
+    assert [words[:2] for words in trainer.commands] == [["--resume", str(folder)]]
 
 
 def test_a_program_gives_its_exit_code() -> None:

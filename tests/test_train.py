@@ -235,7 +235,12 @@ def test_a_network_whose_logits_are_no_numbers_is_given_no_accuracy(
     # Loss and weights of the only step are finite; no step comes after it.
     arguments += ["--schedule", "constant", "--lr", "1e6"]
     assert run(*arguments, "--run-dir", run_dir) == 1
-    assert "some logits are NaN or infinite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "some logits are NaN or infinite" in error
+    if not flags:
+        good = run_dir / "checkpoint-previous.pt"  # of before the only step
+        assert f"in epoch 1: lower --lr; the state before it is in {good}" in error
+        assert checkpoint.load_checkpoint(good)["batch"] == 0
     assert not {"best.safetensors", "evaluation.json"} & {file.name for file in run_dir.iterdir()}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reat_fast.kernels import triton_support
-from reat_fast.kernels.triton_support import INTERPRETED, use_triton
+from reat_fast.kernels.triton_support import INTERPRETED, is_current, use_triton
 
 
 @pytest.mark.interpreter
@@ -29,6 +29,7 @@ def test_kernels_take_tensors_of_the_current_device_alone(monkeypatch: pytest.Mo
     here, there = (cast(torch.Tensor, Elsewhere(torch.device("cuda", k))) for k in (0, 1))
     assert use_triton("auto", here) and use_triton("triton", here)
     assert not use_triton("auto", there)  # PyTorch's form switches to the device by itself
+    assert is_current(torch.device("cuda")) and is_current(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"tensors on cuda:1, .* torch\.cuda\.set_device\(1\)"):
         use_triton("triton", there)
 

@@ -60,7 +60,8 @@ def autoattack(
 
     images [N, C, H, W] in [0, 1] and labels int64 [N], on the device of the model, which is in eval
     mode. The mean of the result is the robust accuracy. precision: see AutoAttack.
-    Errors: ValueError for fewer than four classes, and for what guards.refuse finds.
+    Errors: ValueError for fewer than four classes, and for what guards.refuse finds;
+    FloatingPointError for logits that are NaN or infinite.
     """
     guards.refuse(model, images[:batch_size], labels[:batch_size])
     with attacked(model, precision) as victim:
@@ -155,11 +156,14 @@ class AutoAttack:
             batches = math.ceil(len(standing.pending) / self.batch_size)
             size = math.ceil(len(standing.pending) / batches)
             rows = standing.pending[:size]
-            standing.robust[rows] = self._survive(stage, rank, rows)
+            stand = self._survive(stage, rank, rows)
+            self.victim.refuse_nonfinite()  # before it counts, and a state keeps it
+            standing.robust[rows] = stand
             standing.pending = standing.pending[size:]
             self._write()
-        standing.run, standing.pending = standing.run + 1, None
+        # In this order, for a signal may come between the lines.
         standing.after[stage] = 100 * float(standing.robust.double().mean())
+        standing.run, standing.pending = standing.run + 1, None
         if stage not in [later for later, _ in self.runs[standing.run :]]:
             self.victim.say(f"AutoAttack: {standing.after[stage]:.2f} % stand after {stage}")
 
@@ -221,7 +225,9 @@ class AutoAttack:
         settings = self.eps, self.seed, self.steps, self.queries, victim.precision
         digest = hashlib.sha256(repr(settings).encode())
         few = self.images(torch.arange(min(len(self.labels), 8)))
-        for tensor in (*victim.model.state_dict().values(), self.labels, few):
+        in_order = torch.equal(self._numbers, torch.arange(len(self.labels)))
+        tensors = (self.labels, few) if in_order else (self.labels, few, self._numbers)
+        for tensor in (*victim.model.state_dict().values(), *tensors):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -246,8 +252,9 @@ def package_autoattack(
 ) -> Tensor:
     """Return which images [N, C, H, W] stand against pyautoattack's standard version, bool [N].
 
-    Nothing of ours but the model takes part: this is what our AutoAttack is held against.
-    Errors: ValueError with the pip line where the package is missing.
+    Nothing of ours but the model takes part in the search: this is what ours is held against.
+    Errors: ValueError with the pip line where the package is missing; FloatingPointError for logits
+    that are NaN or infinite.
     """
     pyautoattack = import_extra("pyautoattack", "--attacks aa-package", "eval")
     attack = pyautoattack.AutoAttack(
@@ -266,6 +273,10 @@ def package_autoattack(
             )
     finally:
         sys.settrace(trace)
-    with torch.no_grad():
-        predicted = torch.cat([model(batch).argmax(1) for batch in adv.split(batch_size)])
-    return predicted == labels
+    with attacked(model) as victim:
+        fooled = [
+            victim.fooled(*batch)
+            for batch in zip(adv.split(batch_size), labels.split(batch_size), strict=True)
+        ]
+        victim.refuse_nonfinite()
+    return ~torch.cat(fooled)

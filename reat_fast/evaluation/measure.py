@@ -106,7 +106,8 @@ def share_tally(
 
     The arguments are those of reat_fast.evaluate.evaluate.
     Errors: ValueError for AutoAttack on fewer than four classes or on fewer images than processes,
-    before the first attack; FloatingPointError for logits that are NaN or infinite.
+    and for the package in several, before the first attack; FloatingPointError for logits that are
+    NaN or infinite.
     """
     if any(attack.name in AUTOATTACKS for attack in attacks):
         refuse_few_classes(num_classes)
@@ -115,6 +116,9 @@ def share_tally(
                 f"--attacks: AutoAttack needs an image for each of the {world.size} processes, "
                 f"the set has {len(image_set)}; start fewer"
             )
+    if world.size > 1 and any(attack.name == "aa-package" for attack in attacks):
+        # The random numbers of an image are those of its place in a batch.
+        raise ValueError("--attacks: aa-package takes one process; start it without torchrun")
     numbers = torch.arange(world.rank, len(image_set), world.size)
     labels = torch.from_numpy(image_set.labels)[numbers]
     tally = Tally(labels.bincount(minlength=num_classes))

@@ -90,9 +90,7 @@ class Victim:
         The largest of them may well be the label's, and so count as right.
         """
         if not self._finite:
-            raise FloatingPointError(
-                "some logits are NaN or infinite, as weights that diverged give: lower --lr"
-            )
+            raise FloatingPointError("some logits are NaN or infinite, as of weights that diverged")
 
     def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return which images [B] the model itself gets wrong, bool [B]; may not sync."""

@@ -19,6 +19,7 @@ from reat_fast import checkpoint
 from reat_fast.attack import ascend, cross_entropy, evaluating
 from reat_fast.data import ImageSet, head_body_tail, load_run_data
 from reat_fast.engine.precision import full_precision
+from reat_fast.evaluation.attacks import LINF_STEP
 from reat_fast.evaluation.guards import refuse_other_data
 from reat_fast.kernels.prepare import prepare
 from reat_fast.networks.architectures import Network
@@ -77,12 +78,13 @@ def probe_run(
     dataset = load_run_data(run.config, path=data, skip_bad=skip_bad)
     refuse_other_data(dataset, spec, weights, "--data")
     eps = float(told.get("eps", run.config.eps))
+    step_size = run.config.step_size if told else LINF_STEP * eps  # older evaluations lack theirs
     return probe(
         model,
         dataset.test.evenly(images),
         spec.num_classes,
         eps=eps,
-        step_size=float(told.get("step_size", run.config.step_size)),
+        step_size=float(told.get("step_size", step_size)),
         seed=int(told.get("seed", run.config.seed)),
         order=run.order,
         source=f"{dataset.name}, {weights.name}",

@@ -45,6 +45,16 @@ def _fault(run: Run, what: str, step: int) -> FloatingPointError:
     )
 
 
+def diverged(run: Run, fault: FloatingPointError, saved: bool) -> FloatingPointError:
+    """Name the epoch and the state before it where an evaluation found no numbers.
+
+    saved: whether the last checkpoint has the network that was evaluated.
+    """
+    file = run.folder / (checkpoint.PREVIOUS if saved else checkpoint.CHECKPOINT)
+    advice = f"; the state before it is in {file}" if file.is_file() else ""
+    return FloatingPointError(f"{fault}, in epoch {run.epoch + 1}: lower --lr{advice}")
+
+
 def roll_back(run: Run, fault: FloatingPointError) -> str:
     """Go back to the last checkpoint at half the learning rate; returns what was done.
 

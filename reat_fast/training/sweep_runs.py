@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from reat_fast import checkpoint
 from reat_fast.config import Config, changes, flag, from_json, parse
 from reat_fast.data import DATASETS, DataError, find_dataset, load_run_data
 from reat_fast.engine.precision import Precision
+from reat_fast.evaluation.attacks import LINF_STEP
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
@@ -67,7 +69,8 @@ class SweepRun:
         """
         has_checkpoint = (self.folder / checkpoint.CHECKPOINT).is_file()
         if self._was_tested and (
-            not has_checkpoint or epochs_done(self.folder) == self.line.config.epochs
+            not has_checkpoint
+            or (epochs_done(self.folder) == self.line.config.epochs and self._tested_as_now)
         ):
             return "finished"
         return "begun" if has_checkpoint else "new"
@@ -81,6 +84,16 @@ class SweepRun:
         """
         evaluation = _read(self.folder / EVALUATION)
         return "weights_epoch" in evaluation and of_these_weights(evaluation, self.folder)
+
+    @property
+    def _tested_as_now(self) -> bool:
+        """Whether that test had the steps of today, not those of the training as it once had.
+
+        Resumed, such a run is tested again.
+        """
+        evaluation = _read(self.folder / EVALUATION)
+        eps = float(evaluation["eps"])
+        return math.isclose(float(evaluation.get("step_size", LINF_STEP * eps)), LINF_STEP * eps)
 
     @property
     def is_measured(self) -> bool:
