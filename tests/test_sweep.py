@@ -407,7 +407,8 @@ def test_evaluations_under_other_conditions_are_not_averaged(
         ("restarts", 5, "5, the other seeds with 1"),
         ("images_sha256", "0123456789abcdef", "0123456789ab, the other seeds with unset"),
     ):
-        write_run(out / "reat-seed1", 70.0, 30.0, **{name: value})
+        step = {"step_size": value / 4} if name == "eps" else {}  # or it is tested again
+        write_run(out / "reat-seed1", 70.0, 30.0, **{name: value}, **step)
         assert command(presets, "--seeds", 0, 1, "--out", out) == 2
         assert f"evaluated with {name} {shown}; evaluate it again" in capsys.readouterr().err
     (out / "reat-seed1" / "evaluation.json").write_text("{}")

@@ -92,8 +92,8 @@ class SweepRun:
         Resumed, such a run is tested again.
         """
         evaluation = _read(self.folder / EVALUATION)
-        eps = float(evaluation["eps"])
-        return math.isclose(float(evaluation.get("step_size", LINF_STEP * eps)), LINF_STEP * eps)
+        eps = evaluation.get("eps", self.line.config.eps)
+        return math.isclose(evaluation.get("step_size", LINF_STEP * eps), LINF_STEP * eps)
 
     @property
     def is_measured(self) -> bool:
