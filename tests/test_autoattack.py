@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,11 +17,10 @@ from torch import Tensor, nn
 
 from reat_fast.evaluation import apgd, autoattack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
-from reat_fast.evaluation.fab import fab, hyperplane_step
+from reat_fast.evaluation.fab import fab
 from reat_fast.evaluation.search_state import SearchState
-from reat_fast.evaluation.square import _squares, square
+from reat_fast.evaluation.square import square
 from reat_fast.evaluation.victim import Victim, attacked, filled_up
-from reat_fast.kernels import philox
 from reat_fast.networks.architectures import Network
 
 EPS = 0.1
@@ -341,7 +341,10 @@ def test_a_finished_batch_is_not_attacked_again(
     monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
     with attacked(model) as victim:
         first = search(victim, images, labels, state=SearchState(tmp_path), batch_size=20)
-        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 4))
+        write, perturb = first._write, fail_after(first._perturb, 4)
+        # Killed, it writes nothing at its end.
+        monkeypatch.setattr(first, "_write", lambda at_end=False: at_end or write())
+        monkeypatch.setattr(first, "_perturb", perturb)
         with pytest.raises(KeyboardInterrupt):
             first.run()
         again = search(victim, images, labels, state=SearchState(tmp_path), batch_size=20)
@@ -355,15 +358,10 @@ def test_a_search_goes_on_from_its_own_state_file_alone(
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, labels = test_set
-    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
     with attacked(model) as victim:
-        first = search(victim, images, labels, state=SearchState(tmp_path))
-        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
-        with pytest.raises(KeyboardInterrupt):
-            first.run()
+        broken_off(2, victim, images, labels, state=SearchState(tmp_path))
         assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 2
         for setting in ({"seed": 1}, {"eps": EPS / 2}, {"steps": 11}, {"queries": 61}):
             assert (
@@ -385,15 +383,10 @@ def test_searches_in_one_folder_keep_their_own_states(
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, labels = test_set
-    monkeypatch.setattr(autoattack, "SAVE_EVERY_SECONDS", 0.0)
     with attacked(model) as victim:
-        first = search(victim, images, labels, state=SearchState(tmp_path))
-        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
-        with pytest.raises(KeyboardInterrupt):
-            first.run()
+        broken_off(2, victim, images, labels, state=SearchState(tmp_path))
         (begun,) = tmp_path.iterdir()
         state = SearchState(tmp_path)
         search(victim, images, labels, state=state, eps=EPS / 2).run()
@@ -408,14 +401,10 @@ def test_what_a_search_found_until_it_was_broken_off_is_kept_at_once(
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, labels = test_set
     with attacked(model) as victim:
-        first = search(victim, images, labels, state=SearchState(tmp_path))
-        monkeypatch.setattr(first, "_perturb", fail_after(first._perturb, 2))
-        with pytest.raises(KeyboardInterrupt):
-            first.run()
+        first = broken_off(2, victim, images, labels, state=SearchState(tmp_path))
         again = search(victim, images, labels, state=SearchState(tmp_path))
     assert again.standing.run == 2 and torch.equal(again.standing.robust, first.standing.robust)
 
@@ -464,6 +453,17 @@ def test_a_search_of_other_images_numbers_keeps_its_own_state(
             search(victim, images, labels, state=state, numbers=numbers)
             keys.add(state.file.name)
     assert len(keys) == 3
+
+
+def broken_off(
+    calls: int, victim: Victim, images: Tensor, labels: Tensor, **settings: object
+) -> AutoAttack:
+    """Return a search that was broken off within its attack after so many."""
+    begun = search(victim, images, labels, **settings)
+    failing = fail_after(begun._perturb, calls)
+    with mock.patch.object(begun, "_perturb", failing), pytest.raises(KeyboardInterrupt):
+        begun.run()
+    return begun
 
 
 def fail_after(function: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
@@ -611,173 +611,3 @@ def test_the_function_returns_which_images_stand(
     monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", shortened)
     robust = autoattack.autoattack(model, images, labels, eps=0.0)
     assert torch.equal(robust, model(images).argmax(1) == labels)
-
-
-def test_step_sizes_are_checked_when_the_paper_says() -> None:
-    # p_0 = 0, p_1 = 0.22, p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06), times 100.
-    assert sorted(apgd._checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
-
-
-def test_steps_are_halved_under_the_two_conditions_of_the_paper() -> None:
-    # Of 16 steps 12 have to raise the loss: then it stands after 13; or it was halved just before,
-    # or its best loss is a new one.
-    rises, was_halved = torch.tensor([12, 13, 13, 13]), torch.tensor([True, True, False, False])
-    ones, zeros = torch.ones(4, 1, 1, 1), torch.zeros(4, 1, 1, 1)
-    best_loss, checked_loss = torch.full((4,), 5.0), torch.tensor([5.0, 5.0, 5.0, 4.0])
-    search = apgd._Search(
-        *(torch.arange(4) for _ in range(3)),
-        clean=zeros,
-        adv=zeros,
-        before=zeros,
-        gradient=zeros,
-        loss=torch.zeros(4),
-        best=ones,
-        best_gradient=ones,
-        best_loss=best_loss,
-        step_size=torch.ones(4),
-        rises=rises,
-        was_halved=was_halved,
-        checked_loss=checked_loss,
-    )
-    apgd._halve_steps(search, 16)
-    assert search.step_size.tolist() == [0.5, 1.0, 0.5, 1.0]
-    assert search.was_halved.tolist() == [True, False, True, False]
-    for values in (search.adv, search.gradient, search.loss / 5):
-        assert values.flatten().tolist() == [1.0, 0.0, 1.0, 0.0]
-    assert not search.rises.any() and search.checked_loss.tolist() == [5.0] * 4
-
-
-def test_the_targeted_dlr_loss_by_hand() -> None:
-    logits = torch.tensor([[4.0, 1.0, 3.0, 2.0, 0.0]]).double()
-    found = apgd.targeted_dlr(logits, torch.tensor([0]), torch.tensor([2]))
-    assert found.item() == pytest.approx(-(4 - 3) / (4 - (2 + 1) / 2))
-    scaled = apgd.targeted_dlr(7 * logits + 3, torch.tensor([0]), torch.tensor([2]))
-    assert scaled.item() == pytest.approx(found.item())
-
-
-def test_the_step_to_a_hyperplane_is_the_smallest() -> None:
-    generator = torch.Generator().manual_seed(0)
-    points = torch.rand(40, 3, 4, 4, generator=generator).double().round(decimals=1)
-    normal = torch.randn(40, 3, 4, 4, generator=generator).double()
-    normal[:, 0, 0] = 0  # coordinates that do not matter stay
-    inside = torch.rand(40, 3, 4, 4, generator=generator).double()
-    offset = (normal * inside).flatten(1).sum(1)
-    offset[0] = (normal[0] * points[0]).sum()  # already there
-    step = hyperplane_step(points, normal, offset)
-    reached = points + step
-    assert reached.min() >= 0 and reached.max() <= 1 and not step[:, 0, 0].any()
-    # Newton stops at steps of one part in a million.
-    torch.testing.assert_close((normal * reached).flatten(1).sum(1), offset, rtol=0, atol=1e-5)
-    # The size that plain bisection finds: each coordinate goes so far, or to its bound.
-    gap = offset - (normal * points).flatten(1).sum(1)
-    up = (normal > 0) == (gap > 0)[:, None, None, None]
-    room = torch.where(up, 1 - points, points)
-    low, high = torch.zeros(40).double(), torch.ones(40).double()
-    for _ in range(60):
-        middle = (low + high) / 2
-        reach = (normal.abs() * room.minimum(middle[:, None, None, None])).flatten(1).sum(1)
-        low, high = low.where(reach >= gap.abs(), middle), middle.where(reach >= gap.abs(), high)
-    torch.testing.assert_close(step.abs().flatten(1).amax(1), high, rtol=2e-6, atol=1e-12)
-
-
-def test_a_hyperplane_outside_the_box_is_met_at_the_nearest_corner() -> None:
-    points = torch.tensor([[0.2, 0.9, 0.5]])
-    step = hyperplane_step(points, torch.tensor([[1.0, -2.0, 0.0]]), torch.tensor([10.0]))
-    torch.testing.assert_close(points + step, torch.tensor([[1.0, 0.0, 0.5]]))
-
-
-def test_without_a_gradient_there_is_no_step() -> None:
-    points, nothing = torch.rand(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)
-    offset = torch.tensor([0.0, 1.0, -1.0])
-    assert torch.equal(hyperplane_step(points, nothing, offset), nothing)
-
-
-def test_a_step_may_take_as_many_turns_as_there_are_bounds() -> None:
-    rooms, weights = 2.0 ** -torch.arange(20).double(), 4.0 ** torch.arange(20).double()
-    step = hyperplane_step(1 - rooms[None], weights[None], weights.sum()[None] - 0.125)
-    torch.testing.assert_close(step, torch.cat([rooms.new_tensor([0.875]), rooms[1:]])[None])
-
-
-class Chosen:
-    """Stand in for a victim: logits by a function, and no image is ever fooled."""
-
-    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
-        self.logits = logits
-        self.tried: list[Tensor] = []
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self.tried.append(images.detach())
-        return self.logits(images)
-
-    gradient = Victim.gradient
-
-    def confirmed(self, fooled: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        return torch.zeros_like(fooled)
-
-
-def test_fab_stays_where_there_is_no_gradient() -> None:
-    victim = Chosen(lambda images: images.flatten(1)[:, :2] * 0 + torch.tensor([1.0, 0.0]))
-    images, labels = torch.rand(2, 1, 3, 3), torch.zeros(2, dtype=torch.int64)
-    fab(victim, images, labels, labels + 1, eps=EPS, steps=3)  # type: ignore[arg-type]
-    assert all(torch.allclose(tried, images) for tried in victim.tried)
-
-
-def test_square_tries_what_its_counters_say() -> None:
-    batch, channels, height, width, seed = 3, 3, 5, 8, 7
-    torch.manual_seed(0)
-    images = torch.rand(batch, channels, height, width, dtype=torch.float64)
-    weights = torch.randn(images[0].shape, dtype=torch.float64)
-    samples, labels = torch.tensor([4, 0, 9]), torch.zeros(batch, dtype=torch.int64)
-
-    def logits(images: Tensor) -> Tensor:
-        lead = 100 + (images * weights).sin().flatten(1).sum(1)
-        return torch.stack([lead, torch.zeros_like(lead)], 1)
-
-    def words(epoch: int, count: int) -> Tensor:
-        return philox.random_bits(seed, epoch, samples, philox.EVALUATION, count)
-
-    victim, eps = Chosen(logits), 0.4  # some bounds are those of the box
-    square(victim, images, labels, samples, eps=eps, seed=seed, queries=220)  # type: ignore[arg-type]
-    low, high = (images - eps).clamp_min(0), (images + eps).clamp_max(1)
-    up = philox.bernoulli(words(1000, channels * width), 0.5).view(batch, channels, 1, width)
-    best = torch.where(up, high, low)
-    assert torch.equal(victim.tried[0], best)
-    least = logits(best)[:, 0]
-    for query in range(220):
-        halvings = (query > 10) + (query > 50) + (query > 200)
-        side = min(max(round((0.8 / 2**halvings * height * width) ** 0.5), 1), height)
-        drawn = words(1001 + query // 100, 400).view(batch, 100, 4)[:, query % 100]
-        expected = best.clone()
-        for k in range(batch):
-            top = int(philox.integers(drawn[k, 0], height - side + 1))
-            left = int(philox.integers(drawn[k, 1], width - side + 1))
-            place = slice(top, top + side), slice(left, left + side)
-            for channel in range(channels):
-                ends = high if int(drawn[k, 2]) >> channel & 1 else low
-                expected[(k, channel, *place)] = ends[(k, channel, *place)]
-        assert torch.equal(victim.tried[1 + query], expected)
-        margins = logits(expected)[:, 0]
-        better = margins < least
-        best[better], least[better] = expected[better], margins[better]
-
-
-def test_the_step_to_a_hyperplane_is_the_packages() -> None:
-    projections = pytest.importorskip("pyautoattack.fab_projections")
-    generator = torch.Generator().manual_seed(1)
-    points, inside = (torch.rand(50, 200, generator=generator).double() for _ in range(2))
-    normal = torch.randn(50, 200, generator=generator).double()
-    offset = (normal * inside).sum(1)
-    expected = projections.projection_linf(points, normal, offset)
-    # Newton stops at steps of one part in a million.
-    torch.testing.assert_close(hyperplane_step(points, normal, offset), expected, rtol=2e-6, atol=0)
-
-
-def test_squares_have_the_sizes_of_autoattack_and_lie_inside() -> None:
-    words = torch.randint(0, 2**32, (500, 4), generator=torch.Generator().manual_seed(0))
-    for query, share in [(0, 0.8), (10, 0.8), (11, 0.4), (201, 0.1), (4001, 0.8 / 128)]:
-        inside = _squares(words, torch.Size((500, 3, 32, 32)), query)
-        side = max(round((share * 32 * 32) ** 0.5), 1)
-        assert (inside.flatten(1).sum(1) == side * side).all()
-        touched = inside.any(0)[0]
-        assert touched.any(0).all() and touched.any(1).all()  # the last row and column too
-    assert (_squares(words, torch.Size((500, 1, 2, 2)), 5000).flatten(1).sum(1) == 1).all()
