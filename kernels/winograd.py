@@ -4,8 +4,8 @@
 
 B and A hold 0, 1 and -1 only; * is, summed over input channels, 16 matrix products. On two cores of
 one AMD EPYC that is hardly faster than oneDNN's convolution with 160 channels, but 1.3 to 2.2 times
-with 256 to 640, on those of a newer one it is slower: see winograd_pays. It rounds by two to three
-units of the last place of its terms' sum where oneDNN does by one. The input gradient of a
+with 256 to 640, on those of a newer one it is slower: see winograd_pays. It rounds more than
+oneDNN does, by a few units of the last place of its terms' sum. The input gradient of a
 convolution is a convolution too, by the same weights turned round. A form for CPUs: a GPU's matrix
 units would round the transformed tiles to bfloat16.
 Source: Lavin and Gray, CVPR 2016, F(2x2, 3x3).
@@ -64,7 +64,7 @@ def winograd_pays() -> bool:
 
     PyTorch's products are MKL's, which on AMD's CPUs use registers of 256 bits, its convolutions
     oneDNN's, which use 512 where there are any. Those are computed at once from Zen 5 on, where
-    16 products took 1.4 to 1.7 times as long as the convolution of 36 (two cores, 64 to 640
+    16 products took 1.2 to 1.7 times as long as the convolution of 36 (two cores, 64 to 640
     channels, bench/bench_cpu_convolutions.py); before, and elsewhere, both are as fast.
     """
     try:
