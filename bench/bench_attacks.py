@@ -2,8 +2,8 @@
 
 A table of robust accuracy and seconds: ours, the package's and their ratio. One model, the same
 test images, float32 on both sides unless --precision says otherwise for ours. PGD, FGSM and LSA are
-held against torchattacks (LSA: its PGD on a model with scaled logits), aa against pyautoattack;
-a package that is not installed leaves its cells empty.
+held against torchattacks (LSA: its PGD on a model with scaled logits), aa and l2aa against
+pyautoattack; a package that is not installed or has no such attack leaves its cells empty.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reat_fast.config import Config, from_json
 from reat_fast.data import load_run_data
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate
-from reat_fast.evaluation.attacks import LSA_SCALE, Attack
+from reat_fast.evaluation.attacks import AUTOATTACKS, LSA_SCALE, Attack
 from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import attacked
 
@@ -41,11 +41,11 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run."""
     attacks: tuple[str, ...] = ("fgsm", "pgd20", "lsa20", "aa")
-    """fgsm, pgdN, lsaN or aa."""
+    """fgsm, pgdN, lsaN, aa or l2aa."""
     subset: int = 200
     """Test images, evenly spread over the set."""
     eps: Radius = 8 / 255
-    """L-infinity radius."""
+    """L-infinity radius; that of l2aa is 128/255 in L2."""
     step_size: Radius = 2 / 255
     """Step of PGD and LSA."""
     precision: Precision = "float32"
@@ -127,12 +127,19 @@ def _package(
         import torchattacks
     except ImportError:
         torchattacks = None
-    if name == "aa":
+    if name in AUTOATTACKS:
         from reat_fast.evaluation.autoattack import package_autoattack
 
-        settings = {"eps": options.eps, "seed": options.seed, "batch_size": options.batch_size}
-        return package_autoattack(model, images, labels, **settings)
-    if torchattacks is None or attack.loss == "cw":
+        return package_autoattack(
+            model,
+            images,
+            labels,
+            eps=attack.radius(options.eps),
+            seed=options.seed,
+            batch_size=options.batch_size,
+            norm=attack.norm,
+        )
+    if torchattacks is None or attack.loss == "cw" or attack.norm == "l2":
         return None
     # eval(): the package gives back the mode of the outer module to those inside.
     victim = _Scaled(model).eval() if attack.loss == "lsa" else model

@@ -43,16 +43,25 @@ def l2_step_torch_(
     if nonfinite is not None:
         nonfinite += grad.isfinite().logical_not().sum()
     per_sample = (-1,) + (1,) * (adv.ndim - 1)
-    step_size, eps = step_size.view(per_sample), eps.view(per_sample)
-    grad = grad.to(adv.dtype).nan_to_num(0.0, 0.0, 0.0)
-    largest = grad.abs().reshape(len(grad), -1).amax(1).view(per_sample)
-    unit = grad / torch.where(largest > 0, largest, 1)
-    length = _norm(unit)
-    moved = adv + step_size * (unit / torch.where(length > 0, length, 1))
-    delta = moved - clean
+    moved = adv + step_size.view(per_sample) * unit(grad.to(adv.dtype).nan_to_num(0.0, 0.0, 0.0))
+    adv.copy_(into_ball(moved, clean, eps.view(per_sample)).clamp_(low, high))
+
+
+def unit(moves: Tensor) -> Tensor:
+    """Give each of the finite moves [B, ...] the L2 length 1; 0 stays 0."""
+    per_sample = (-1,) + (1,) * (moves.ndim - 1)
+    largest = moves.abs().reshape(len(moves), -1).amax(1).view(per_sample)
+    scaled = moves / torch.where(largest > 0, largest, 1)
+    length = _norm(scaled)
+    return scaled / torch.where(length > 0, length, 1)
+
+
+def into_ball(images: Tensor, clean: Tensor, eps: float | Tensor) -> Tensor:
+    """Bring images [B, ...] that are further than eps from clean back to that distance, in L2."""
+    delta = images - clean
     length = _norm(delta)
     projected = clean + delta * (eps / torch.where(length > eps, length, 1))
-    adv.copy_(torch.where(length > eps, projected, moved).clamp_(low, high))
+    return torch.where(length > eps, projected, images)
 
 
 def _norm(images: Tensor) -> Tensor:

@@ -61,14 +61,15 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""
     attacks: tuple[str, ...] = STANDARD_ATTACKS
-    """clean, fgsm, pgd20, pgd100, cw20, lsa20, l2pgd20 (any N), aa (AutoAttack), or aa-package, the
-    much slower one of pyautoattack, to compare with."""
+    """clean, fgsm, pgd20, pgd100, cw20, lsa20, l2pgd20 (any N), aa (AutoAttack), l2aa (the
+    same in L2), or aa-package and l2aa-package, the much slower ones of pyautoattack, to compare
+    with."""
     eps: Radius | None = None
     """L-infinity radius, on images in [0, 1]; unset: that of the run, 8/255 of lone weights."""
     step_size: Radius | None = None
     """Step of the PGD, CW and LSA attacks; unset: a quarter of the radius, 2/255 of 8/255."""
     l2_eps: Radius = L2_EPS
-    """L2 radius of l2pgdN, over a whole image; its step is 15/128 of it."""
+    """L2 radius of l2pgdN and l2aa, over a whole image; the step of l2pgdN is 15/128 of it."""
     restarts: int = 1
     """Random starts of these attacks; an image counts if it withstands them all."""
     precision: Precision | None = None

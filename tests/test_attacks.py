@@ -25,6 +25,9 @@ def test_attacks_by_name() -> None:
     assert Attack.from_name("pgd20", EPS, STEP) == Attack("pgd20", 20, STEP, random_start=True)
     assert Attack.from_name("cw20", EPS, STEP) == Attack("cw20", 20, STEP, True, loss="cw")
     assert Attack.from_name("lsa7", EPS, STEP) == Attack("lsa7", 7, STEP, True, loss="lsa")
+    searched = Attack.from_name("l2aa", EPS, STEP, l2_eps=0.5)
+    assert (searched.norm, searched.radius(EPS)) == ("l2", 0.5)
+    assert Attack.from_name("aa", EPS).radius(EPS) == EPS
     in_l2 = Attack.from_name("l2pgd20", EPS, STEP, l2_eps=0.5)
     assert in_l2 == Attack("l2pgd20", 20, 0.5 * 15 / 128, True, l2_eps=0.5)
     assert (in_l2.norm, in_l2.radius(EPS)) == ("l2", 0.5)
@@ -49,6 +52,8 @@ def test_attacks_by_name() -> None:
 def test_figures_name_the_ball_of_their_attack() -> None:
     told = {"eps": 8 / 255, "step_size": 2 / 255, "l2_eps": 0.5, "attacks": {"pgd20": {}}}
     assert threat_text(told) == "L-infinity eps 8/255, step 2/255"
+    told["attacks"] = {"pgd20": {}, "l2aa": {}}
+    assert threat_text(told).endswith("; L2 eps 0.5")  # AutoAttack finds its steps itself
     told["attacks"] = {"pgd20": {}, "l2pgd20": {}}
     assert threat_text(told) == "L-infinity eps 8/255, step 2/255; L2 eps 0.5, step 0.0585938"
     assert [threat_text(told, name) for name in ("pgd20", "l2pgd20")] == ["eps 8/255", "L2 eps 0.5"]

@@ -15,15 +15,18 @@ import torch
 from made_data import made_images
 from torch import Tensor, nn
 
+from reat_fast.attack import Norm
 from reat_fast.evaluation import apgd, autoattack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
+from reat_fast.evaluation.ball import Ball
 from reat_fast.evaluation.fab import fab
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.square import square
 from reat_fast.evaluation.victim import Victim, attacked, filled_up
 from reat_fast.networks.architectures import Network
 
-EPS = 0.1
+EPS, EPS_L2 = 0.1, 0.8
+RADII: dict[Norm, float] = {"linf": EPS, "l2": EPS_L2}
 CLASSES = 6
 
 
@@ -63,6 +66,7 @@ def search(victim: Victim, images: Tensor, labels: Tensor, **settings: object) -
 
 Find = Callable[[Victim, Tensor, Tensor, Tensor], Tensor]
 NOISE = 2 * torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 1
+START_L2 = Ball("l2", EPS_L2).to_surface(NOISE)
 FINDERS: dict[str, Find] = {
     "apgd-ce": lambda v, x, y, t: apgd.apgd(
         v, x, y, t, EPS * NOISE, apgd.cross_entropy, eps=EPS, steps=20
@@ -72,6 +76,16 @@ FINDERS: dict[str, Find] = {
     ),
     "fab-t": lambda v, x, y, t: fab(v, x, y, t, eps=EPS, steps=20),
     "square": lambda v, x, y, t: square(v, x, y, torch.arange(len(x)), eps=EPS, queries=200),
+    "apgd-ce l2": lambda v, x, y, t: apgd.apgd(
+        v, x, y, t, START_L2, apgd.cross_entropy, eps=EPS_L2, steps=20, norm="l2"
+    ),
+    "apgd-t l2": lambda v, x, y, t: apgd.apgd(
+        v, x, y, t, START_L2, apgd.targeted_dlr, eps=EPS_L2, steps=20, norm="l2"
+    ),
+    "fab-t l2": lambda v, x, y, t: fab(v, x, y, t, eps=EPS_L2, steps=20, norm="l2"),
+    "square l2": lambda v, x, y, t: square(
+        v, x, y, torch.arange(len(x)), eps=EPS_L2, queries=200, norm="l2"
+    ),
 }
 
 
@@ -88,23 +102,14 @@ def test_what_is_found_fools_the_model_within_the_ball(
     assert torch.equal(moved | (model(images).argmax(1) != labels), wrong)
     assert 0 < moved.sum() < len(images)
     assert found.min() >= 0 and found.max() <= 1
-    # clean + eps is rounded once: half a unit in the last place of a number up to 2.
-    assert (found - images).abs().max() <= EPS + 2**-23
-
-
-@pytest.fixture(scope="module")
-def ours_and_package(
-    model: nn.Module, test_set: tuple[Tensor, Tensor]
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Run both in full, but for Square: 500 queries instead of 5000 keep the test quick."""
-    pytest.importorskip("pyautoattack")
-    images, labels = test_set
-    with attacked(model) as victim:
-        standing = search(victim, images, labels, steps=100, queries=500).run()
-    with pytest.MonkeyPatch.context() as patch:
-        shorten_package(patch, steps=100, queries=500)
-        theirs = package_autoattack(model, images, labels, eps=EPS, seed=0, batch_size=64)
-    return standing.after, standing.robust, theirs
+    if name.endswith("l2"):
+        # All 192 pixels are rounded by half a unit in the last place of 1, and the length is.
+        lengths = (found - images).double().flatten(1).norm(dim=1)
+        assert lengths.max() <= EPS_L2 * (1 + 2**-21) + 192**0.5 * 2**-24
+        assert lengths[moved].max() > 0.9 * EPS_L2
+    else:
+        # clean + eps is rounded once: half a unit in the last place of a number up to 2.
+        assert (found - images).abs().max() <= EPS + 2**-23
 
 
 def shorten_package(patch: pytest.MonkeyPatch, steps: int, queries: int) -> None:
@@ -136,28 +141,45 @@ def shorten_package(patch: pytest.MonkeyPatch, steps: int, queries: int) -> None
     patch.setattr(SquareAttack, "perturb", short_square)
 
 
+@pytest.mark.parametrize("norm", RADII)
 def test_the_robust_accuracy_is_that_of_the_package(
-    ours_and_package: tuple[dict[str, float], Tensor, Tensor],
+    model: nn.Module, test_set: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, norm: Norm
 ) -> None:
-    after, ours, theirs = ours_and_package
+    """Both run in full, but for Square: 500 queries instead of 5000 keep the test quick."""
+    pytest.importorskip("pyautoattack")
+    images, labels = test_set
+    with attacked(model) as victim:
+        standing = search(
+            victim, images, labels, eps=RADII[norm], steps=100, queries=500, norm=norm
+        ).run()
+    shorten_package(monkeypatch, steps=100, queries=500)
+    theirs = package_autoattack(
+        model, images, labels, eps=RADII[norm], seed=0, batch_size=64, norm=norm
+    )
+    after, ours = standing.after, standing.robust
     assert after["clean"] > 90 and 20 < after["square"] < 80
     assert after["square"] == pytest.approx(100 * ours.double().mean())
     # Random starts: over seeds each of the two varies by an image of these 60.
     assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
 
 
+@pytest.mark.parametrize("norm", RADII)
 def test_of_a_thousand_images_the_same_stand_as_with_the_package(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, norm: Norm
 ) -> None:
     pytest.importorskip("pyautoattack")
     images, labels = made(1000, seed=2)
     with attacked(model) as victim:
-        ours = search(victim, images, labels, steps=10, queries=20, batch_size=500).run().robust
+        ours = search(
+            victim, images, labels, eps=RADII[norm], norm=norm, steps=10, queries=20, batch_size=500
+        ).run()
     shorten_package(monkeypatch, steps=10, queries=20)
-    theirs = package_autoattack(model, images, labels, eps=EPS, seed=0, batch_size=500)
-    assert 400 < int(ours.sum()) < 700
+    theirs = package_autoattack(
+        model, images, labels, eps=RADII[norm], seed=0, batch_size=500, norm=norm
+    )
+    assert 400 < int(ours.robust.sum()) < 700
     # A tenth of a point. Random starts: of two seeds, ours or the package's, one image differs.
-    assert int((ours != theirs).sum()) <= 1
+    assert int((ours.robust != theirs).sum()) <= 1
 
 
 def test_every_attack_takes_its_part(model: nn.Module, test_set: tuple[Tensor, Tensor]) -> None:
@@ -211,6 +233,15 @@ def test_targets_go_down_the_logits_and_starts_reach_the_radius(
         assert (noise.abs().flatten(1).amax(1) == 0.25).all()  # one pixel of each image
         assert abs(float(noise.mean())) < 0.01  # of 10,000 numbers: a deviation of 0.0015
     assert len({float(noise.sum()) for noise in starts}) == CLASSES  # new in each run
+    starts.clear()
+    with attacked(model) as victim:
+        search(victim, images, labels, queries=0, eps=0.25, norm="l2").run()
+    for noise in starts:  # evenly in all directions: of a pixel 0.25^2 / 192 on average
+        torch.testing.assert_close(noise.flatten(1).norm(dim=1), torch.full((len(noise),), 0.25))
+        squares = 192 / 0.25**2 * noise**2
+        assert float((squares.mean((0, 2, 3)) - 1).abs().max()) < 0.1  # of 3,500 a channel
+        assert 2.5 < float(squares.square().mean()) < 3.5  # 1.8 of even numbers
+    assert len({float(noise.sum()) for noise in starts}) == CLASSES
 
 
 def test_fab_stands_where_the_package_stands(
@@ -363,7 +394,8 @@ def test_a_search_goes_on_from_its_own_state_file_alone(
     with attacked(model) as victim:
         broken_off(2, victim, images, labels, state=SearchState(tmp_path))
         assert search(victim, images, labels, state=SearchState(tmp_path)).standing.run == 2
-        for setting in ({"seed": 1}, {"eps": EPS / 2}, {"steps": 11}, {"queries": 61}):
+        others = {"seed": 1}, {"eps": EPS / 2}, {"steps": 11}, {"queries": 61}, {"norm": "l2"}
+        for setting in others:
             assert (
                 search(victim, images, labels, state=SearchState(tmp_path), **setting).standing.run
                 == 0
@@ -611,3 +643,6 @@ def test_the_function_returns_which_images_stand(
     monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", shortened)
     robust = autoattack.autoattack(model, images, labels, eps=0.0)
     assert torch.equal(robust, model(images).argmax(1) == labels)
+    in_l2 = autoattack.autoattack(model, images, labels, eps=EPS_L2, norm="l2")
+    beyond = autoattack.autoattack(model, images, labels, eps=EPS_L2)  # of every pixel
+    assert int(beyond.sum()) < int(in_l2.sum()) < int(robust.sum())

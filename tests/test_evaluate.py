@@ -197,7 +197,7 @@ class DecodedOnDemand:
         raise AssertionError("the whole set was decoded")
 
 
-@pytest.mark.parametrize("attack", ["aa", "aa-package"])
+@pytest.mark.parametrize("attack", ["aa", "aa-package", "l2aa", "l2aa-package"])
 def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
     image_set: ImageSet, attack: str
 ) -> None:
@@ -407,11 +407,11 @@ def test_the_state_of_a_search_stays_until_its_result_is_written(
 
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "write_beside_others", fail)
-        assert command(run_dir, "--attacks", "aa", "--subset", 6) == 2
-    assert list(run_dir.glob(STATES)) and "No space left" in capsys.readouterr().err
+        assert command(run_dir, "--attacks", "aa", "l2aa", "--subset", 6) == 2
+    assert len(list(run_dir.glob(STATES))) == 2 and "No space left" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(AutoAttack, "_survive", lambda *_: pytest.fail("attacked again"))
-        assert command(run_dir, "--attacks", "aa", "--subset", 6, "--quiet") == 0
+        assert command(run_dir, "--attacks", "aa", "l2aa", "--subset", 6, "--quiet") == 0
     assert not list(run_dir.glob(STATES))
     (run_dir / "evaluation-2.json").unlink()
 
@@ -490,17 +490,19 @@ def test_the_command_runs_the_attacks_of_the_field(
     # Two steps and five queries a stage: that each has its part is shown in test_autoattack.
     short = {"steps": 2, "queries": 5, "state": None}
     monkeypatch.setattr(AutoAttack.__init__, "__kwdefaults__", short)
-    out, names = tmp_path / "figures.json", ["clean", "fgsm", "pgd3", "cw3", "lsa3", "aa"]
+    out, names = tmp_path / "figures.json", ["clean", "fgsm", "pgd3", "cw3", "lsa3", "aa", "l2aa"]
     arguments = [run_dir, "--attacks", *names, "--subset", 12, "--restarts", 2, "--out", out]
     assert command(*arguments) == 0
     shown = capsys.readouterr()
     result = json.loads(out.read_text())
     assert list(result["attacks"]) == names and "lsa3" in shown.out
-    assert shown.err.count("% stand after") == 5
-    assert list(result["attacks"]["aa"]["after"]) == [
-        "clean", "apgd-ce", "apgd-t", "fab-t", "square",
-    ]  # fmt: skip
-    assert result["attacks"]["aa"]["after"]["clean"] == result["attacks"]["clean"]["overall"]
+    assert shown.err.count("% stand after") == 10
+    assert shown.err.count("L2 AutoAttack: ") == 5 and "L2 eps 128/255" in shown.out
+    for name in ("aa", "l2aa"):
+        after = result["attacks"][name]["after"]
+        assert list(after) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+        assert after["clean"] == result["attacks"]["clean"]["overall"]
+        assert after["square"] == result["attacks"][name]["overall"]
     assert result["restarts"] == 2 and result["precision"] == "float32"
     assert isinstance(result["warnings"], list)
     assert not list(run_dir.glob(STATES))

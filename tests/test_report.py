@@ -114,8 +114,9 @@ def test_a_markdown_table_shows_its_cells_as_they_are() -> None:
 
 
 def test_attacks_are_named_as_papers_do() -> None:
-    names = ["clean", "fgsm", "pgd20", "cw20", "aa", "aa-package"]
-    titles = ["Clean", "FGSM", "PGD-20", "CW-20", "AutoAttack", "AA-PACKAGE"]
+    names = ["clean", "fgsm", "pgd20", "cw20", "aa", "aa-package", "l2aa", "l2pgd20"]
+    titles = ["Clean", "FGSM", "PGD-20", "CW-20", "AutoAttack", "pyautoattack"]
+    titles += ["L2 AutoAttack", "L2 PGD-20"]
     assert list(map(attack_title, names)) == titles
 
 

@@ -1,4 +1,4 @@
-"""Auto-PGD in the L-infinity ball: gradient ascent that sets its own step size, image by image.
+"""Auto-PGD: gradient ascent in a ball that sets its own step size, image by image.
 
 Nothing is shared between images, so one that is fooled leaves the batch and the others do not
 notice. Source: Croce and Hein, ICML 2020 (arXiv 2003.01690), algorithm 1 and equation 6.
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reat_fast.attack import Norm
+from reat_fast.evaluation.ball import Ball
 from reat_fast.evaluation.victim import PerImage, Victim
 
 MOMENTUM = 0.75  # alpha of the paper: share of the gradient step, the rest is the last move
@@ -65,12 +67,15 @@ def apgd(
     *,
     eps: float,
     steps: int = 100,
+    norm: Norm = "linf",
 ) -> Tensor:
     """Search the eps-ball round each image for one that fools the model; return what was found.
 
-    images [B, C, H, W] in [0, 1]; labels, targets int64 [B]; noise like images, in [-eps, eps], is
-    the start. Returns the fooling images, and the clean image where there is none.
+    images [B, C, H, W] in [0, 1]; labels, targets int64 [B]; noise like images, of at most eps, is
+    the start. eps: a length in the norm. Returns the fooling images, and the clean image where
+    there is none.
     """
+    ball = Ball(norm, eps)
     found = images.clone()
     adv = (images + noise).clamp(0, 1)
     search, logits = _begin(victim, images, labels, targets, adv, objective, eps)
@@ -80,7 +85,7 @@ def apgd(
     for step in range(steps):
         if not len(search.rows):
             break
-        _move(search, eps, MOMENTUM if step else 1.0)
+        _move(search, ball, MOMENTUM if step else 1.0)
         logits, loss, search.gradient = victim.gradient(
             search.adv, lambda z: objective(z, search.labels, search.targets)
         )
@@ -128,16 +133,12 @@ def _begin(
     return search, logits
 
 
-def _move(search: _Search, eps: float, momentum: float) -> None:
-    step = search.step_size.view(-1, 1, 1, 1) * search.gradient.sign()
-    moved = _project(search.adv + step, search.clean, eps)
+def _move(search: _Search, ball: Ball, momentum: float) -> None:
+    step = search.step_size.view(-1, 1, 1, 1) * ball.uphill(search.gradient)
+    moved = ball.project(search.adv + step, search.clean)
     last_move = search.adv - search.before
     moved = search.adv + momentum * (moved - search.adv) + (1 - momentum) * last_move
-    search.before, search.adv = search.adv, _project(moved, search.clean, eps)
-
-
-def _project(images: Tensor, clean: Tensor, eps: float) -> Tensor:
-    return torch.minimum(torch.maximum(images, clean - eps), clean + eps).clamp(0, 1)
+    search.before, search.adv = search.adv, ball.project(moved, search.clean)
 
 
 def _leave_if_fooled(victim: Victim, search: _Search, found: Tensor, logits: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The attacks that the field reports: clean, FGSM, PGD-N, CW-N, LSA-N, PGD-N in L2 and AutoAttack.
 
 All but AutoAttack are projected gradient ascent with different losses, judged at their last step;
-AutoAttack, which the names aa and aa-package stand for, has a module of its own.
+AutoAttack, which the names in AUTOATTACKS stand for, has a module of its own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from reat_fast.evaluation.victim import Victim
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 
 NAMES = (
-    "clean, fgsm, pgdN, cwN, lsaN, l2pgdN (N steps: pgd20, pgd100, cw20, lsa20, l2pgd20), aa or "
-    "aa-package"
+    "clean, fgsm, pgdN, cwN, lsaN, l2pgdN (N steps: pgd20, pgd100, cw20, lsa20, l2pgd20), aa, "
+    "l2aa, aa-package or l2aa-package"
 )
-AUTOATTACKS = ("aa", "aa-package")
+PACKAGED = ("aa-package", "l2aa-package")
+AUTOATTACKS = ("aa", "l2aa", *PACKAGED)
 CW_CONFIDENCE = 50.0
 LSA_SCALE = 10.0
 LINF_STEP = 1 / 4
@@ -58,7 +59,7 @@ class Attack:
         cwN: the same on the margin of Carlini and Wagner (2017). lsaN: the same on scaled logits
         (Hitaj et al., 2021). l2pgdN: pgdN along the gradient in the L2 ball of l2_eps, for models
         trained in L-infinity a threat they have not met. aa, aa-package: AutoAttack, ours and that
-        of pyautoattack.
+        of pyautoattack; l2aa, l2aa-package: the same in the L2 ball of l2_eps.
         Errors: ValueError listing the names.
         """
         if match := re.fullmatch(r"l2pgd([1-9]\d{0,3})", name):
@@ -70,7 +71,8 @@ class Attack:
         if name == "fgsm":
             return cls(name, 1, eps, random_start=False)
         if name in ("clean", *AUTOATTACKS):
-            return cls(name, 0, 0.0, random_start=False)
+            radius = l2_eps if name.startswith("l2") else None
+            return cls(name, 0, 0.0, random_start=False, l2_eps=radius)
         raise ValueError(f"unknown attack {name!r}; attacks are {NAMES}")
 
     @property
@@ -130,7 +132,9 @@ def threat_text(evaluation: Mapping[str, Any], attack: str | None = None) -> str
     eps, step = (fraction_text(evaluation[name]) for name in ("eps", "step_size"))
     text = f"L-infinity eps {eps}, step {step}"
     if any(name.startswith("l2") for name in evaluation["attacks"]):
-        text += f"; L2 eps {fraction_text(l2_eps)}, step {fraction_text(L2_STEP * l2_eps)}"
+        text += f"; L2 eps {fraction_text(l2_eps)}"
+    if any(name.startswith("l2pgd") for name in evaluation["attacks"]):
+        text += f", step {fraction_text(L2_STEP * l2_eps)}"
     return text
 
 

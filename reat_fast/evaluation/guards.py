@@ -133,11 +133,12 @@ def warnings_for_figures(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{name} leaves {value:.2f} % and fgsm {overall['fgsm']:.2f} %: one step fools "
                 "more than many, a sign of hidden gradients; trust aa"
             )
-    after = attacks.get("aa", {}).get("after", {})
-    if after and after["fab-t"] - after["square"] > SQUARE_POINTS:
-        lowered = f"from {after['fab-t']:.2f} % to {after['square']:.2f} %"
-        found.append(
-            f"Square lowered aa {lowered}: it needs no gradients, so gradients may be hidden and "
-            "the true figure lower still"
-        )
+    for name in ("aa", "l2aa"):
+        after = attacks.get(name, {}).get("after", {})
+        if after and after["fab-t"] - after["square"] > SQUARE_POINTS:
+            lowered = f"from {after['fab-t']:.2f} % to {after['square']:.2f} %"
+            found.append(
+                f"Square lowered {name} {lowered}: it needs no gradients, so gradients may be "
+                "hidden and the true figure lower still"
+            )
     return found

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from reat_fast.data import ImageSet
 from reat_fast.engine.distributed import World
 from reat_fast.engine.precision import Precision
-from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
+from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.search_state import SearchState
@@ -56,7 +56,7 @@ def evaluate(
     CUDA graph, whose memory is free again at the end; where that fails, a warning says so.
     world: processes that share the images; each has to call this, and gets the figures of all.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
-    also "after": the accuracy after each of its attacks.
+    and l2aa also "after": the accuracy after each of its attacks.
     Errors: ValueError for AutoAttack on fewer than four classes, before the first attack;
     FloatingPointError for logits that are NaN or infinite.
     """
@@ -116,9 +116,10 @@ def share_tally(
                 f"--attacks: AutoAttack needs an image for each of the {world.size} processes, "
                 f"the set has {len(image_set)}; start fewer"
             )
-    if world.size > 1 and any(attack.name == "aa-package" for attack in attacks):
+    packaged = [attack.name for attack in attacks if attack.name in PACKAGED]
+    if world.size > 1 and packaged:
         # The random numbers of an image are those of its place in a batch.
-        raise ValueError("--attacks: aa-package takes one process; start it without torchrun")
+        raise ValueError(f"--attacks: {packaged[0]} takes one process; start it without torchrun")
     numbers = torch.arange(world.rank, len(image_set), world.size)
     labels = torch.from_numpy(image_set.labels)[numbers]
     tally = Tally(labels.bincount(minlength=num_classes))

@@ -16,10 +16,11 @@ STATES = "autoattack-state-*.pt"
 
 
 class SearchState:
-    """Read, write and remove the state of one search in a folder."""
+    """Read, write and remove the states of one search after the other in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._key = folder, ""
+        self._read: set[Path] = set()
 
     @property
     def file(self) -> Path:
@@ -29,6 +30,7 @@ class SearchState:
     def read(self, key: str) -> dict[str, Any] | None:
         """Return what the search with this key left; from now on the state is that of this one."""
         self._key = key
+        self._read.add(self.file)
         if not self.file.is_file():
             return None
         try:
@@ -43,6 +45,6 @@ class SearchState:
         write_atomically(self.file, lambda partial: torch.save(saved, partial))
 
     def remove(self) -> None:
-        """Remove the state of the search, if there was one; those of others stay."""
-        if self._key:
-            self.file.unlink(missing_ok=True)
+        """Remove the states of the searches that were read; those of others stay."""
+        for file in self._read:
+            file.unlink(missing_ok=True)

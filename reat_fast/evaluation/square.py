@@ -1,19 +1,21 @@
-"""Square Attack in the L-infinity ball: random search over squares, with logits and no gradient.
+"""Square Attack: random search over squares, with logits and no gradient.
 
-Every pixel stays at an end of its range, so an image is two ends and a pattern of choices. Source:
-Andriushchenko et al., ECCV 2020 (arXiv 1912.00049), algorithms 1 and 2, with the schedule of square
-sizes that AutoAttack uses, unscaled by the number of queries.
+What is tried in which norm is in square_moves. Source: Andriushchenko et al., ECCV 2020 (arXiv
+1912.00049), algorithm 1, with the schedule of square sizes that AutoAttack uses, unscaled by the
+number of queries.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reat_fast.attack import Norm
 from reat_fast.evaluation.attacks import margin
+from reat_fast.evaluation.ball import Ball
+from reat_fast.evaluation.square_moves import PROPOSALS, STARTS, WORDS
 from reat_fast.evaluation.victim import PerImage, Victim
 from reat_fast.kernels import philox
 
@@ -21,7 +23,6 @@ LARGEST_SHARE = 0.8  # p of the first queries: share of the pixels in a square
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which p is halved."""
 
-WORDS = 4  # random words per query: row, column, sign per channel, one unused
 FIRST_EPOCH = 1000  # of the random counters: those of Auto-PGD, one a run, lie below
 QUERIES_AT_ONCE = 100  # queries whose random words are drawn together
 
@@ -31,11 +32,10 @@ class _Search(PerImage):
     rows: Tensor
     samples: Tensor
     labels: Tensor
-    low: Tensor
-    high: Tensor
+    clean: Tensor
     best: Tensor
     margin: Tensor
-    words: Tensor  # [B, queries at once, 4], random
+    words: Tensor  # [B, queries at once, WORDS], random
 
 
 @torch.no_grad()
@@ -48,44 +48,47 @@ def square(
     eps: float,
     seed: int = 0,
     queries: int = 5000,
+    norm: Norm = "linf",
 ) -> Tensor:
     """Try random squares until the model is fooled; return what was found.
 
     images [B, C, H, W] in [0, 1]; labels int64 [B]; samples int64 [B] names each image for the
-    random numbers. Returns the fooling images, and the clean image where there is none.
+    random numbers. eps: a length in the norm. Returns the fooling images, and the clean image where
+    there is none.
     """
+    ball = Ball(norm, eps)
     found = images.clone()
-    search = _stripes(images, labels, samples, eps, seed)
+    search = _begin(images, labels, samples, ball, seed)
     _query(victim, search, search.best, found)
     for query in range(queries):
         if not len(search.rows):
             break
         turn = query % QUERIES_AT_ONCE
         if turn == 0:
-            search.words = _draw(search.samples, seed, query // QUERIES_AT_ONCE)
+            search.words = _draw(search.samples, ball, seed, query // QUERIES_AT_ONCE)
         words = search.words[:, turn]
-        inside = _squares(words, images.shape, query)
-        up = words[:, 2, None] >> torch.arange(images.shape[1], device=words.device) & 1
-        ends = torch.where(up.bool()[..., None, None], search.high, search.low)
-        _query(victim, search, torch.where(inside, ends, search.best), found)
+        tried = PROPOSALS[norm](search.clean, search.best, words, share_of(query), ball)
+        _query(victim, search, tried, found)
     return found
 
 
-def _stripes(images: Tensor, labels: Tensor, samples: Tensor, eps: float, seed: int) -> _Search:
-    """Begin at vertical stripes: one end of the range per image, channel and column."""
-    batch, channels, _, width = images.shape
-    words = philox.random_bits(seed, FIRST_EPOCH, samples, philox.EVALUATION, channels * width)
-    up = philox.bernoulli(words, 0.5).view(batch, channels, 1, width)
-    low, high = (images - eps).clamp(0, 1), (images + eps).clamp(0, 1)
+def share_of(query: int) -> float:
+    """Return the share of the pixels that lie in a square of this query."""
+    return LARGEST_SHARE * 0.5 ** sum(query > last for last in HALVINGS)
+
+
+def _begin(images: Tensor, labels: Tensor, samples: Tensor, ball: Ball, seed: int) -> _Search:
+    def words(count: int) -> Tensor:
+        return philox.random_bits(seed, FIRST_EPOCH, samples, philox.EVALUATION, count)
+
     return _Search(
-        rows=torch.arange(batch, device=images.device),
+        rows=torch.arange(len(images), device=images.device),
         samples=samples,
         labels=labels,
-        low=low,
-        high=high,
-        best=torch.where(up, high, low),
-        margin=images.new_full((batch,), torch.inf),
-        words=_draw(samples, seed, 0),
+        clean=images,
+        best=STARTS[ball.norm](images, words, ball),
+        margin=images.new_full((len(images),), torch.inf),
+        words=_draw(samples, ball, seed, 0),
     )
 
 
@@ -101,22 +104,9 @@ def _query(victim: Victim, search: _Search, tried: Tensor, found: Tensor) -> Non
         search.keep(~fooled)
 
 
-def _draw(samples: Tensor, seed: int, turn: int) -> Tensor:
-    count = QUERIES_AT_ONCE * WORDS
-    words = philox.random_bits(seed, FIRST_EPOCH + 1 + turn, samples, philox.EVALUATION, count)
-    return words.view(-1, QUERIES_AT_ONCE, WORDS)
-
-
-def _squares(words: Tensor, shape: torch.Size, query: int) -> Tensor:
-    """Place one square per image; returns bool [B, 1, H, W]."""
-    height, width = shape[2:]
-    share = LARGEST_SHARE / 2 ** sum(query > last for last in HALVINGS)
-    side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
-    top, left = (
-        philox.integers(words[:, k, None], length - side + 1)
-        for k, length in enumerate((height, width))
+def _draw(samples: Tensor, ball: Ball, seed: int, turn: int) -> Tensor:
+    count = WORDS[ball.norm]
+    words = philox.random_bits(
+        seed, FIRST_EPOCH + 1 + turn, samples, philox.EVALUATION, QUERIES_AT_ONCE * count
     )
-    row = torch.arange(height, device=words.device) - top  # [B, H], from the top of the square
-    column = torch.arange(width, device=words.device) - left
-    inside = ((row >= 0) & (row < side))[:, :, None] & ((column >= 0) & (column < side))[:, None, :]
-    return inside[:, None]
+    return words.view(-1, QUERIES_AT_ONCE, count)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import full_precision
-from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
+from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.search_state import SearchState
@@ -69,7 +69,8 @@ class Trial:
         """Return which images the model gets right, bool [N], and Tally.after of AutoAttack."""
         if attack.name not in AUTOATTACKS:
             return self._ascent(attack), {}
-        right, details = self._autoattack() if attack.name == "aa" else (self._package(), {})
+        packaged = attack.name in PACKAGED
+        right, details = (self._package(attack), {}) if packaged else self._autoattack(attack)
         self._done(len(self.labels))
         return right, details
 
@@ -110,23 +111,24 @@ class Trial:
             self._done(len(rows))
         return torch.cat(right)
 
-    def _autoattack(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def _autoattack(self, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
         search = AutoAttack(
             self.victim,
             lambda rows: self.images(rows)[0],
             self.labels,
-            eps=self.eps,
+            eps=attack.radius(self.eps),
             seed=self.seed,
             batch_size=self.batch_size,
             state=self.state,
             numbers=self.images.numbers,
+            norm=attack.norm,
         )
         standing = search.run()
         left = {stage: share * len(self.labels) / 100 for stage, share in standing.after.items()}
         return standing.robust, {stage: torch.tensor(round(n)) for stage, n in left.items()}
 
-    def _package(self) -> Tensor:
-        self.victim.expect("aa-package", 0)
+    def _package(self, attack: Attack) -> Tensor:
+        self.victim.expect(attack.name, 0)
         clean, _ = self.images(torch.arange(len(self.labels)))
         labels = self.labels.to(clean.device)
         with full_precision():
@@ -134,7 +136,8 @@ class Trial:
                 self.victim.model,
                 clean,
                 labels,
-                eps=self.eps,
+                eps=attack.radius(self.eps),
                 seed=self.seed,
                 batch_size=self.batch_size,
+                norm=attack.norm,
             )

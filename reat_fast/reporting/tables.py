@@ -86,8 +86,10 @@ def part_of_class(num_classes: int) -> list[str]:
 
 def attack_title(name: str) -> str:
     """Write an attack's name as papers do: pgd20 is PGD-20, l2pgd20 L2 PGD-20, aa AutoAttack."""
-    known = {"clean": "Clean", "aa": "AutoAttack"}
-    return known.get(name) or re.sub(
+    known = {"clean": "Clean", "aa": "AutoAttack", "aa-package": "pyautoattack"}
+    if name.removeprefix("l2") in known:
+        return f"{'L2 ' * name.startswith('l2')}{known[name.removeprefix('l2')]}"
+    return re.sub(
         r"^(L2)?([A-Z]+)(\d+)$", lambda m: f"{'L2 ' if m[1] else ''}{m[2]}-{m[3]}", name.upper()
     )
 
