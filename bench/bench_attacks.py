@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -123,10 +124,9 @@ def _package(
 ) -> Tensor | None:
     """Return which images stand against the package's attack, None where it is not installed."""
     attack = Attack.from_name(name, options.eps, options.step_size)
-    try:
-        import torchattacks
-    except ImportError:
-        torchattacks = None
+    package = "pyautoattack" if name in AUTOATTACKS else "torchattacks"
+    if attack.loss == "cw" or name.startswith("l2pgd") or not find_spec(package):
+        return None
     if name in AUTOATTACKS:
         from reat_fast.evaluation.autoattack import package_autoattack
 
@@ -139,8 +139,8 @@ def _package(
             batch_size=options.batch_size,
             norm=attack.norm,
         )
-    if torchattacks is None or attack.loss == "cw" or attack.norm == "l2":
-        return None
+    import torchattacks
+
     # eval(): the package gives back the mode of the outer module to those inside.
     victim = _Scaled(model).eval() if attack.loss == "lsa" else model
     torch.manual_seed(options.seed)

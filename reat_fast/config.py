@@ -114,8 +114,8 @@ class Config:
     attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "trial", "cpu"] = "auto"
     """How the attacked network computes: op by op, compiled, by fused cuDNN, by kernels of ours
     where they take a convolution (triton, from Hopper on), those that no GPU has timed yet among
-    them (trial), or in forms made for CPUs (cpu). auto in bfloat16 on a GPU is triton on an H100 or
-    H200 and cudnn elsewhere; on a CPU it is cpu."""
+    them (trial), or in forms made for CPUs (cpu). auto is triton in bfloat16 on an H100 or H200,
+    cudnn in bfloat16 on other GPUs, cpu in float32 on a CPU, and else eager."""
     update_form: Literal["eager", "fused", "compiled"] = "eager"
     """How the update computes: op by op, with BatchNorm, the sum and the ReLU behind it in one op
     of ours (fused; on a GPU, not yet timed), or compiled, once for each size of a batch."""
@@ -353,8 +353,8 @@ LOCAL_FIELDS = (
     *("run_dir", "resume", "device", "data", "loader", "workers", "attack_form", "update_form"),
     *("on_nonfinite", "save_minutes", "profile", "quiet", "log", "skip_bad"),
 )
-"""Fields that say where a run lives and how it reports, not what it computes: they may differ on
-resume. So may skip_bad, for training images are compared with those of before."""
+"""Fields that may differ on resume: they say where a run lives and how it reports, and of what it
+computes they change roundings at most. Of skip_bad what matters is compared: the images."""
 
 
 def changes(begun: Config, now: Config) -> Iterator[tuple[str, object, object]]:
@@ -390,8 +390,8 @@ def from_json(text: str, source: str = "config.json") -> Config:
             raise ValueError(f"unknown field {unknown[0]!r}, written by another version")
         for name in ("data", "run_dir", "resume"):
             values[name] = Path(values[name]) if values.get(name) else None
-        for name in ("milestones", "log"):
-            values[name] = tuple(values.get(name, ()))
+        for name in {"milestones", "log"} & set(values):
+            values[name] = tuple(values[name])
         return from_values(Config, values)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{source}: not a configuration of reat_fast ({error})") from error

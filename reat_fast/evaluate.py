@@ -31,15 +31,15 @@ from reat_fast.engine.precision import Precision, resolve_precision
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
-from reat_fast.evaluation.figures import STANDARD_ATTACKS, tail_by_share
+from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.measure import evaluate as evaluate
 from reat_fast.evaluation.saved import (
     EVALUATION,
+    described,
     images_sha256,
     joined,
     known_epoch,
     refuse_other,
-    weights_sha256,
     write,
     write_beside_others,
 )
@@ -223,17 +223,9 @@ def _evaluate_run(
             say=(lambda text: None) if silent else partial(_say, world=world),
             world=world,
         )
-    if counts is not None:
-        result |= {"train_counts": counts, "tail80_classes": tail_by_share(counts)}
-    result |= told | {
-        "weights": weights.name,
-        "weights_sha256": weights_sha256(weights),
-        "dataset": dataset.name,
-        "images_sha256": known,
-        "class_names": list(dataset.class_names),
-        "warnings": warnings + guards.warnings_for_figures(result["attacks"]),
-    }
-    return result, len(dataset.test)
+    warnings += guards.warnings_for_figures(result["attacks"])
+    whole = described(result, told, weights, dataset, known, counts, warnings)
+    return whole, len(dataset.test)
 
 
 def _conditions(options: Options, config: Config, device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.average import WeightAverage
 from reat_fast.engine.distributed import World
 from reat_fast.engine.epoch_sums import EpochSums
+from reat_fast.engine.memory import shelter_thin_convolutions_
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import StepAttack
 from reat_fast.engine.step_update import StepUpdate
@@ -85,6 +86,8 @@ class TrainStep:
         weight = next(model.parameters())
         device = weight.device
         counts = _checked(counts, model.fc.out_features)
+        if device.type == "cpu":
+            shelter_thin_convolutions_(model)
         self.model = model
         self.optimizer = optimizer
         self.config = config

@@ -17,6 +17,7 @@ from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
+from reat_fast.engine.stopping import Stopped, StopRequest
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.training import gauge, selection
 from reat_fast.training.faults import (
@@ -30,7 +31,6 @@ from reat_fast.training.plan import Plan, make_plan
 from reat_fast.training.progress import Progress, TrainingClock
 from reat_fast.training.run import Run
 from reat_fast.training.schedule import learning_rate
-from reat_fast.training.stopping import Stopped, StopRequest
 
 
 def main(arguments: list[str]) -> int:
@@ -82,16 +82,16 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 def train(run: Run, stop: StopRequest | None = None) -> None:
     """Run what is left, saving as often as is affordable; see take_steps and Run.finish_epoch."""
     stop = stop or StopRequest()
-    steps = (run.config.epochs - run.epoch) * run.batches - run.batch
-    clock = TrainingClock(steps)
+    clock = TrainingClock(run.steps_left)
     quiet = run.config.quiet or not run.world.main
-    progress = Progress(steps, run.config.epochs, clock, quiet=quiet)
+    progress = Progress(run.steps_left, run.config.epochs, clock, quiet=quiet)
     try:
         while run.epoch < run.config.epochs:
             try:
                 train_epoch(run, clock, progress, stop)
             except FloatingPointError as error:
                 progress.say(f"{error}; {roll_back(run, error)}")
+                progress.expect(run.steps_left)
     finally:
         progress.close()
 

@@ -157,8 +157,8 @@ def test_the_robust_accuracy_is_that_of_the_package(
         model, images, labels, eps=RADII[norm], seed=0, batch_size=64, norm=norm
     )
     after, ours = standing.after, standing.robust
-    assert after["clean"] > 90 and 20 < after["square"] < 80
-    assert after["square"] == pytest.approx(100 * ours.double().mean())
+    assert after["clean"] > 54 and 12 < after["square"] < 48
+    assert after["square"] == ours.sum()
     # Random starts: over seeds each of the two varies by an image of these 60.
     assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
 
@@ -358,7 +358,7 @@ def test_what_stands_is_said_after_each_of_its_attacks(
         after = search(victim, *test_set).run().after
     assert list(after) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert said == [
-        f"AutoAttack: {found:.2f} % stand after {name}" for name, found in after.items()
+        f"AutoAttack: {100 * found / 60:.2f} % stand after {name}" for name, found in after.items()
     ]
 
 

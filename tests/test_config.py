@@ -127,6 +127,7 @@ def test_json_gives_the_same_configuration_back(
 ) -> None:
     config = Config(eps=eps, lr=lr, milestones=milestones, limit_batches=limit)
     assert from_json(to_json(config)) == config
+    assert from_json("{}") == Config()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"epochs": 0}', '{"epoch": 3}', '{"eps": "x"}'])

@@ -33,6 +33,7 @@ from reat_fast.engine.distributed import (
     synchronise_batchnorm_,
 )
 from reat_fast.engine.step_update import StepUpdate
+from reat_fast.engine.stopping import Stopped
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.trial import Images
@@ -42,7 +43,6 @@ from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.step import TrainStep, make_optimizer
 from reat_fast.training.plan import make_plan
-from reat_fast.training.stopping import Stopped
 
 COUNTS = [40, 24, 12, 7, 4]
 CONFIG = Config(lr=0.125, steps=3)

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from reat_fast.cli.command import choose_device
+from reat_fast.config import Config
 from reat_fast.engine.memory import forget_peak_memory, shelter_thin_convolutions_
+from reat_fast.models import create_model
+from reat_fast.step import TrainStep, make_optimizer
 
 FAULTS = """
 import resource, sys, torch
@@ -75,6 +78,18 @@ def test_only_thin_strided_convolutions_of_one_pixel_change_their_layout(
     assert bool(shelter_thin_convolutions_(conv)) is sheltered
     x = torch.rand(2, conv.in_channels, 8, 8).to(memory_format=torch.channels_last)
     assert conv(x).is_contiguous() is sheltered
+    assert not shelter_thin_convolutions_(conv)  # once is enough
+
+
+def test_a_step_shelters_the_network_that_it_trains() -> None:
+    """Of one that is not made by the training command, too."""
+    config = Config(device="cpu")
+    model = create_model("resnet8", 10, width=8).to(memory_format=torch.channels_last)
+    TrainStep(model, make_optimizer(model, config), [8] * 10, config)
+    thin = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 8]
+    (shortcut,) = (m for m in thin if m.kernel_size == (1, 1))
+    x = torch.rand(2, 8, 8, 8).to(memory_format=torch.channels_last)
+    assert shortcut(x).is_contiguous() and not shelter_thin_convolutions_(model)
 
 
 def test_large_blocks_are_taken_again_without_page_faults() -> None:

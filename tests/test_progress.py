@@ -53,6 +53,8 @@ def test_throughput_leaves_out_the_first_step_and_what_is_not_training() -> None
     assert clock.images_per_second == pytest.approx(50)
     assert clock.seconds_left == pytest.approx(4)
     assert clock.training_seconds == pytest.approx(6)
+    clock.expect(5)  # gone back
+    assert clock.seconds_left == pytest.approx(10)
     now.seconds += 3  # the host was ahead of the device, and waited for it
     clock.catch_up()
     assert clock.images_per_second == pytest.approx(300 / 9)

@@ -23,13 +23,13 @@ from made_run import run
 from reat_fast import checkpoint, train
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
 from reat_fast.engine.distributed import World
+from reat_fast.engine.stopping import Stopped, StopRequest
 from reat_fast.env import environment
 from reat_fast.training import faults, selection
 from reat_fast.training import run as run_module
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.run import Run
 from reat_fast.training.save_pace import SavePace
-from reat_fast.training.stopping import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -476,7 +476,10 @@ def test_rollback_goes_on_from_the_last_epoch_at_half_the_rate(
     arguments = [*SMALL, "--data", data, "--save-minutes", "60", "--run-dir", folder]
     quiet = [argument for argument in arguments if argument != "--quiet"]
     assert run(*quiet, "--schedule", "constant", "--on-nonfinite", "rollback") == 0
-    assert "with the learning rate times 0.5" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "with the learning rate times 0.5" in shown
+    # Steps that are taken again are left again.
+    assert "left -" not in shown and re.search(r"epoch 3/3 .* left 0", shown)
     rates = [row["lr"] for row in checkpoint.load_checkpoint(folder / CHECKPOINT)["metrics"]]
     assert rates == [0.05, 0.05, 0.025]
     assert logged == [1, 2, 3]  # logs take no step twice

@@ -21,6 +21,7 @@ from torch import Tensor
 from reat_fast import checkpoint, train
 from reat_fast.data import make_splits
 from reat_fast.engine.distributed import World
+from reat_fast.engine.stopping import Stopped
 from reat_fast.evaluate import evaluate
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.networks.architectures import Network
@@ -29,7 +30,6 @@ from reat_fast.reporting.probe import probe_run
 from reat_fast.training import gauge, selection
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
-from reat_fast.training.stopping import Stopped
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
 SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-batch-size", "32"]

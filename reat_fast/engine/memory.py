@@ -50,6 +50,7 @@ def shelter_thin_convolutions_(network: nn.Module) -> list[nn.Conv2d]:
         if isinstance(module, nn.Conv2d)
         and module.in_channels < REGISTER
         and module.kernel_size == (1, 1) != module.stride
+        and _contiguous not in module._forward_pre_hooks.values()  # sheltered before
     ]
     for conv in thin:
         # Where height and width are 1 both layouts are contiguous; strides tell which is meant.

@@ -34,6 +34,8 @@ from reat_fast.networks.architectures import Network
 
 MOST_TARGETS = 9
 SAVE_EVERY_SECONDS = 10.0
+FORMAT = 2
+"""Of the state that a search leaves: one of another format is not gone on from."""
 
 Images = Callable[[Tensor], Tensor]
 """Give the images [B, C, H, W] in [0, 1] at rows, int64 [B] on the CPU, on the victim's device."""
@@ -46,7 +48,7 @@ class Standing:
     robust: Tensor  # bool [N]
     run: int = 0
     pending: Tensor | None = None  # int64, images that the current run has not seen
-    after: dict[str, float] = field(default_factory=dict)  # robust accuracy in % after each stage
+    after: dict[str, int] = field(default_factory=dict)  # images that stand after each stage
 
 
 def autoattack(
@@ -169,11 +171,12 @@ class AutoAttack:
             standing.pending = standing.pending[size:]
             self._write()
         # In this order, for a signal may come between the lines.
-        standing.after[stage] = 100 * float(standing.robust.double().mean())
+        standing.after[stage] = int(standing.robust.sum())
         standing.run, standing.pending = standing.run + 1, None
         if stage not in [later for later, _ in self.runs[standing.run :]]:
             title = "AutoAttack" if self.ball.norm == "linf" else "L2 AutoAttack"
-            self.victim.say(f"{title}: {standing.after[stage]:.2f} % stand after {stage}")
+            share = 100 * standing.after[stage] / max(len(self.labels), 1)
+            self.victim.say(f"{title}: {share:.2f} % stand after {stage}")
 
     def _survive(self, stage: str, rank: int, rows: Tensor) -> Tensor:
         """Attack the images at rows once; returns which of them stand, bool [B] on the CPU."""
@@ -239,7 +242,7 @@ class AutoAttack:
     def _fingerprint(self) -> str:
         """Name the search: its weights, settings, labels and first images."""
         victim = self.victim
-        settings = self.ball, self.seed, self.steps, self.queries, victim.precision
+        settings = FORMAT, self.ball, self.seed, self.steps, self.queries, victim.precision
         digest = hashlib.sha256(repr(settings).encode())
         few = self.images(torch.arange(min(len(self.labels), 8)))
         in_order = torch.equal(self._numbers, torch.arange(len(self.labels)))

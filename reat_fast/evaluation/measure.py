@@ -12,6 +12,7 @@ from tqdm import tqdm
 from reat_fast.data import ImageSet
 from reat_fast.engine.distributed import World
 from reat_fast.engine.precision import Precision
+from reat_fast.engine.stopping import Stopped
 from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
@@ -20,7 +21,6 @@ from reat_fast.evaluation.tally import Tally
 from reat_fast.evaluation.trial import Images, Trial
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
-from reat_fast.training.stopping import Stopped
 
 
 def evaluate(

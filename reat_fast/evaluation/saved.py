@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reat_fast.data import ImageSet
+from reat_fast.data import Dataset, ImageSet
+from reat_fast.evaluation.figures import tail_by_share
 from reat_fast.sources.beton_folder import digest
 from reat_fast.sources.lazy import FileImages, LazyImages
 from reat_fast.storage.whole_files import write_text
@@ -48,6 +49,36 @@ def images_sha256(image_set: ImageSet) -> str:
     else:
         hashed.update(np.ascontiguousarray(images).data)
     return hashed.hexdigest()
+
+
+def described(
+    result: Mapping[str, Any],
+    conditions: Mapping[str, Any],
+    weights: Path,
+    dataset: Dataset,
+    images: str,
+    train_counts: Sequence[int] | None,
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return what evaluation.json holds but the seconds: figures, and what they were measured on.
+
+    result: what measure.evaluate returns; conditions: eps, step_size, l2_eps, restarts, precision,
+    seed and device; images: the images_sha256 of the set; train_counts: None where nothing tells.
+    """
+    counts = {}
+    if train_counts is not None:
+        counts = {"train_counts": list(train_counts), "tail80_classes": tail_by_share(train_counts)}
+    return {
+        **result,
+        **conditions,
+        **counts,
+        "weights": weights.name,
+        "weights_sha256": weights_sha256(weights),
+        "dataset": dataset.name,
+        "images_sha256": images,
+        "class_names": list(dataset.class_names),
+        "warnings": list(warnings),
+    }
 
 
 def of_these_weights(evaluation: Mapping[str, Any], folder: Path) -> bool:

@@ -124,8 +124,7 @@ class Trial:
             norm=attack.norm,
         )
         standing = search.run()
-        left = {stage: share * len(self.labels) / 100 for stage, share in standing.after.items()}
-        return standing.robust, {stage: torch.tensor(round(n)) for stage, n in left.items()}
+        return standing.robust, {stage: torch.tensor(n) for stage, n in standing.after.items()}
 
     def _package(self, attack: Attack) -> Tensor:
         self.victim.expect(attack.name, 0)

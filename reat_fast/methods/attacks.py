@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reat_fast.attack import AttackLoss, SummedClassLoss, cross_entropy
+from reat_fast.attack import AttackLoss, SummedClassLoss, cross_entropy, uniform_noise
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.prepare import Noise
@@ -52,13 +52,12 @@ class AttackPlan:
         scale: a noise_scale for each image [B], or one for all; None is the plan's own.
         """
         scale = self.noise_scale if scale is None else scale
-        scale = scale.view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale
         if self.noise == "none":
             return images.clone()
-        unit = torch.rand_like(images) * 2 - 1
-        if self.noise == "normal":
-            unit = torch.randn_like(images)
-        return self.settle_(images + scale * unit)
+        if self.noise == "uniform":
+            return self.settle_(images + uniform_noise(images, scale))
+        per_image = scale.view(-1, 1, 1, 1) if isinstance(scale, Tensor) else scale
+        return self.settle_(images + per_image * torch.randn_like(images))
 
     def settle_(self, start: Tensor) -> Tensor:
         """Bring a start, noise added, to where the attack begins; in place, may not sync."""

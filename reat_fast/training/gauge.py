@@ -13,7 +13,7 @@ from reat_fast.attack import pgd
 from reat_fast.engine.memory import forget_peak_memory
 from reat_fast.engine.precision import full_precision, resolve_precision
 from reat_fast.methods.penalty_size import tail_gradient_share
-from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.networks.frozen import FrozenNetwork, fastest_form
 from reat_fast.training.run import Run
 
 BATCHES = 4
@@ -21,7 +21,7 @@ BATCHES = 4
 
 
 def seconds_per_step(run: Run) -> float:
-    """Time one step of the attack, per image.
+    """Time one step of the attack, per image, in the form that starts without compiling.
 
     On a GPU peak memory is counted anew afterwards: what a run reports is what training took.
     """
@@ -29,7 +29,7 @@ def seconds_per_step(run: Run) -> float:
     # So many on a GPU that launching kernels, which a captured step does not do, hardly counts.
     number = 1024 if run.device.type == "cuda" else min(64, run.config.batch_size)
     images, labels = _training_images(run, np.arange(min(number, len(run.splits.train))))
-    form: Form = "cpu" if run.device.type == "cpu" else "eager"
+    form = fastest_form(low or torch.float32, run.device)
     frozen = FrozenNetwork(run.model, low, form)
 
     def seconds() -> float:

@@ -34,6 +34,10 @@ class TrainingClock:
         self.waiting_seconds = 0.0
         self.warm_up_seconds: float | None = None
 
+    def expect(self, steps: int) -> None:
+        """Take so many steps for those that are left, as where a run has gone back."""
+        self._total_steps = self._steps + steps
+
     def resume(self) -> None:
         """Start counting again after something that is not training."""
         self._mark = self._clock()
@@ -131,9 +135,15 @@ class Progress:
         )
 
     def due(self) -> bool:
-        """Say whether it is time to read the running loss: about once a second, not each step."""
+        """Say whether to read the running loss: each second, each minute without a terminal."""
         waited = self._now() - self._read_at
         return waited >= (READ_EVERY_SECONDS if self._bar is not None else LINE_EVERY_SECONDS)
+
+    def expect(self, steps: int) -> None:
+        """Take so many steps for those that are left, on the clock and the bar."""
+        self.clock.expect(steps)
+        if self._bar is not None:
+            self._bar.total = self._bar.n + steps
 
     def step(self, epoch: int, means: dict[str, float] | None) -> None:
         """Move on by one step; means as from TrainStep.running_means when it was due."""

@@ -14,7 +14,7 @@ from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.config import to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_run_data, make_splits
 from reat_fast.engine.graph import CapturedStep
-from reat_fast.engine.memory import keep_freed_memory, shelter_thin_convolutions_
+from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import use_precision
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.env import environment
@@ -69,8 +69,6 @@ class Run:
             self.device,
             memory_format=torch.channels_last,  # type: ignore[call-overload]
         )
-        if self.device.type == "cpu":
-            shelter_thin_convolutions_(self.model)
         self.optimizer = make_optimizer(self.model, self.config)
         kind = TrainStep if self.config.fused else ReferenceStep
         self.step = kind(self.model, self.optimizer, self.splits.counts, self.config, self.world)
@@ -121,6 +119,11 @@ class Run:
     def captures(self) -> bool:
         """Whether the step is replayed as a CUDA graph."""
         return self.device.type == "cuda" and self.config.fused and self.config.graph != "off"
+
+    @property
+    def steps_left(self) -> int:
+        """Steps from where the run stands to its end."""
+        return (self.config.epochs - self.epoch) * self.batches - self.batch
 
     def images_in(self, batch: int) -> int:
         """Return the images of batch number `batch` over all processes."""

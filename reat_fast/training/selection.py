@@ -12,10 +12,10 @@ from reat_fast import checkpoint
 from reat_fast.config import Config
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import resolve_precision
-from reat_fast.evaluate import Attack, evaluate
-from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP
+from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, Attack
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
-from reat_fast.evaluation.saved import images_sha256, weights_sha256, write_at_the_end
+from reat_fast.evaluation.measure import evaluate
+from reat_fast.evaluation.saved import described, images_sha256, write_at_the_end
 from reat_fast.methods.work import WITH_GRADIENT, work_per_image
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.curves import draw_learning
@@ -121,14 +121,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     result = _evaluated(run, _chosen(run, weights), images, STANDARD_ATTACKS, tick)
     if not run.world.main:
         return result
-    result |= {
-        "weights": weights.name,
-        "weights_sha256": weights_sha256(weights),
-        "weights_epoch": int(run.best["epoch"]) if best and run.best else config.epochs,
-        "dataset": run.dataset.name,
-        "images_sha256": known,
-        "class_names": list(run.dataset.class_names),
-        "train_counts": run.splits.counts,
+    conditions = {
         "eps": config.eps,
         "step_size": LINF_STEP * config.eps,
         "l2_eps": L2_EPS,
@@ -136,9 +129,10 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
         "precision": resolve_precision(config, run.device),
         "seed": config.seed,
         "device": str(run.device),
-        "seconds": round(time.perf_counter() - began, 3),
-        "warnings": [],
     }
+    result = described(result, conditions, weights, run.dataset, known, run.splits.counts)
+    result["weights_epoch"] = int(run.best["epoch"]) if best and run.best else config.epochs
+    result["seconds"] = round(time.perf_counter() - began, 3)
     result = write_at_the_end(folder, result)
     title = f"{run.dataset.name}, {config.model}, {run.plan.preset}, {weights.stem} weights"
     draw_accuracy(result, folder / "accuracy.png", title)

@@ -15,7 +15,7 @@ AGREE_EVERY_STEPS = 10
 
 
 class Stopped(Exception):
-    """The run was asked to stop and everything it needs to go on is saved; code: exit code."""
+    """The run was asked to stop, and whoever catches this saves; code: exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"stopped by signal {code - 128}")
