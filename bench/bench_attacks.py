@@ -26,13 +26,14 @@ from bench.timing import timed
 from reat_fast import checkpoint
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.cli.radius import Radius
-from reat_fast.config import Config, from_json
+from reat_fast.config import Config
 from reat_fast.data import load_run_data
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluate import evaluate
 from reat_fast.evaluation.attacks import AUTOATTACKS, LSA_SCALE, Attack
 from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import attacked
+from reat_fast.storage.config_file import from_json
 
 
 @dataclass(frozen=True)

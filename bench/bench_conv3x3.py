@@ -28,8 +28,7 @@ from bench.bench_masked_gradients import NO_WORSE
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.traced import Convolution, convolutions
-from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import flag
+from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels import strided_conv as strided

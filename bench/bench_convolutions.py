@@ -22,8 +22,7 @@ from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.timing import matrix_rate, seconds
 from bench.traced import KINDS, Convolution, Kind, convolutions
-from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import flag
+from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
 
 LONGEST_NAME = 160
 

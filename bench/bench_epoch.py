@@ -21,8 +21,8 @@ import torch
 from bench.official import Official, as_loaded
 from bench.records import Figure, record
 from bench.timing import seconds
-from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import Config, flag
+from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
+from reat_fast.config import Config
 from reat_fast.data import ImageSet, longtail_counts
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory

@@ -27,8 +27,7 @@ from bench.bench_convolutions import timed_calls
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.traced import Convolution, convolutions
-from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import flag
+from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.masked_sum import masked_sum
 

@@ -27,9 +27,8 @@ from bench.ladder import RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step, d
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stop, Stopped, stoppable
 from bench.timing import matrix_rate, seconds, timed
-from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
 from reat_fast.cli.terminal import one_line
-from reat_fast.config import flag
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.models import create_model
 

@@ -22,9 +22,9 @@ import tyro
 from bench.records import Figure, record
 from reat_fast import evaluate
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.config import from_json
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.search_state import STATES
+from reat_fast.storage.config_file import from_json
 
 LINES = (("clean", "pgd20"), ("aa",))
 """Attacks that are timed together: AutoAttack alone."""

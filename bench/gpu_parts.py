@@ -25,7 +25,7 @@ class Options:
     out: Path
     """Folder for logs, tables, runs and summary.json; the same one for all calls."""
     call: Literal[1, 2, 3, 4] = 1
-    """Which of the calls: what decides most, REAT's rivals, single kernels, the rest."""
+    """Which of the calls: what decides most, two recipes, single kernels, the rest."""
     data: Path | None = None
     """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the trainings; unset: none is run."""
     official: Path | None = None

@@ -1,24 +1,20 @@
 """The configuration of a run: one flat dataclass, its presets, and the parser of the command line.
 
 Every field is a flag. The text under a field is its help. Presets are instances, so a preset is
-read as the list of what it changes.
+read as the list of what it changes. What a configuration may not say is in config_checks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from reat_fast.cli.command import parse_flags
 from reat_fast.cli.radius import Radius
+from reat_fast.config_checks import refuse_misfits
 from reat_fast.methods.presets import METHOD_PRESETS
-from reat_fast.models import NAMES
-from reat_fast.storage.typed_fields import from_values
 
 
 @dataclass(frozen=True)
@@ -202,134 +198,12 @@ class Config:
     """Stop each epoch after so many batches and evaluate on as many: to try things out."""
 
     def __post_init__(self) -> None:
-        def whole(value: int | None, least: int) -> bool:
-            return value is None or value >= least
-
-        def finite(value: float) -> bool:
-            return 0 <= value <= 1e30  # float32 holds it, NaN fails
-
-        unit, number = "must lie in [0, 1)", "must be a finite number, 0 or more"
-        checks = {
-            "imbalance": (0 < self.imbalance <= 1, "must lie in (0, 1]; 0.02 is ratio 50"),
-            "largest": (whole(self.largest, 1), "must be at least 1"),
-            "held_out": (0 <= self.held_out < 1, unit),
-            "split_seed": (0 <= self.split_seed < 2**32, "must lie in [0, 2^32)"),
-            "image_size": (whole(self.image_size, 1), "must be at least 1"),
-            "model": (
-                self.model in NAMES or self.model.startswith("timm/"),
-                f"is unknown; give one of {', '.join(NAMES)} or timm/NAME",
-            ),
-            "width": (whole(self.width, 1), "must be at least 1"),
-            "epochs": (whole(self.epochs, 1), "must be at least 1"),
-            "batch_size": (whole(self.batch_size, 1), "must be at least 1"),
-            "accumulate": (
-                1 <= self.accumulate <= self.batch_size,
-                "must be at least 1, and at most the batch size",
-            ),
-            "lr": (finite(self.lr), number),
-            "momentum": (0 <= self.momentum < 1, unit),
-            "nesterov": (self.momentum > 0 or not self.nesterov, "needs --momentum above 0"),
-            "weight_decay": (finite(self.weight_decay), number),
-            "clip_norm": (finite(self.clip_norm), number),
-            "label_smoothing": (
-                0 <= self.label_smoothing <= 1
-                and (self.objective in ("bsl", "ce", "trades") or not self.label_smoothing),
-                "must lie in [0, 1], and goes with --objective bsl, ce and trades",
-            ),
-            "ema": (0 <= self.ema < 1, unit),
-            "milestones": (
-                all(epoch >= 1 for epoch in self.milestones),
-                "must be numbers of epochs, 1 or more",
-            ),
-            "gamma": (finite(self.gamma), number),
-            "warmup": (0 <= self.warmup <= 1, "must lie in [0, 1]"),
-            "eps": (0 <= self.eps <= 1, "must lie in [0, 1], as images do; 8/255 is usual"),
-            "step_size": (0 <= self.step_size <= 1, "must lie in [0, 1]; 2/255 is usual"),
-            "steps": (whole(self.steps, 0), "must be 0 or more"),
-            "tail_coefficient": (finite(self.tail_coefficient), number),
-            "replays": (whole(self.replays, 1), "must be at least 1"),
-            "radius_alpha": (0 <= self.radius_alpha <= 1, "must lie in [0, 1]"),
-            "radius_warmup": (0 <= self.radius_warmup <= 1, "must lie in [0, 1]"),
-            "beta": (finite(self.beta), number),
-            "margin": (finite(self.margin), number),
-            "margin_tau": (finite(self.margin_tau), number),
-            "prior_tau": (finite(self.prior_tau), number),
-            "post_tau": (finite(self.post_tau), number),
-            "second_stage": (whole(self.second_stage, 0), "must be 0 or more"),
-            "head_scale": (0 < self.head_scale <= 1e30, "must be above 0"),
-            "awp": (finite(self.awp), number),
-            "policy_magnitude": (0 <= self.policy_magnitude <= 30, "must lie in 0..30"),
-            "attack": (
-                self.attack != "free" or (self.accumulate == 1 and not self.awp),
-                "trains on whole batches; leave out --accumulate and --awp",
-            ),
-            "objective": (
-                self.objective != "robal" or self.head == "cosine",
-                "needs the cosine classifier; add --head cosine",
-            ),
-            "attack_loss": (
-                self.attack_loss != "cosine" or self.head == "cosine",
-                "needs the cosine classifier; add --head cosine",
-            ),
-            "tail": (
-                self.objective == "bsl" or self.tail == "none",
-                f"goes with --objective bsl; add --tail none to {self.objective}",
-            ),
-            "precision": (
-                self.fused or self.precision != "bf16",
-                "the reference of --no-fused computes in float32 or tf32",
-            ),
-            "attack_form": (
-                self.attack_form in ("auto", "eager")
-                or (self.fused and self.attack_batchnorm == "eval" and self.attack != "free"),
-                "is one of the folded network, which --no-fused, --attack-batchnorm train and "
-                "--attack free do not have; leave it out",
-            ),
-            "update_form": (
-                self.fused or self.update_form == "eager",
-                "the reference of --no-fused computes op by op; leave it out",
-            ),
-            "graph": (self.fused or self.graph != "on", "the reference of --no-fused has no graph"),
-            "workers": (whole(self.workers, 0), "must be 0 or more"),
-            "save_minutes": (self.save_minutes > 0, "must be above 0"),
-            "seed": (0 <= self.seed < 2**63, "must lie in [0, 2^63)"),
-            "eval_every": (whole(self.eval_every, 1), "must be at least 1"),
-            "eval_batch_size": (whole(self.eval_batch_size, 1), "must be at least 1"),
-            "limit_batches": (whole(self.limit_batches, 1), "must be at least 1"),
-        }
-        for name, (fine, need) in checks.items():
-            if not fine:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: {need}")
-        if self.attack == "free":
-            _refuse_for_free_training(self)
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value >= 2**31 and not name.endswith("seed"):
-                raise ValueError(f"{flag(name)} {value}: must be below 2^31")
+        refuse_misfits(self)
 
     @property
     def evaluated_every(self) -> int:
         """Epochs between two evaluations, whether or not that was given."""
         return self.eval_every or (1 if self.evaluation == "official" else 5)
-
-
-def _refuse_for_free_training(config: Config) -> None:
-    """Refuse what the attack of a preset may have and free training cannot."""
-    fitting = {"radius": ("same",), "attack_batchnorm": ("eval",), "attack_loss": ("auto", "ce")}
-    needed = [
-        f"{flag(name)} {values[0]}"
-        for name, values in fitting.items()
-        if getattr(config, name) not in values
-    ]
-    if needed:
-        raise ValueError(
-            "--attack free: has one radius, and the loss and BatchNorm of training itself; "
-            f"add {' '.join(needed)}"
-        )
-
-
-def flag(name: str) -> str:
-    """Write a field's name as its flag on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 QUICKSTART = Config(
@@ -348,53 +222,6 @@ METHODS = {name: Config(**changes) for name, changes in METHOD_PRESETS.items()} 
 PRESETS: dict[str, Config] = {"reat": METHODS["reat"], "quickstart": QUICKSTART, **METHODS}
 """reat: the official recipe on CIFAR-10-LT. quickstart: minutes on a CPU, on Fashion-MNIST-LT. The
 others are the methods of the field: docs/methods.md."""
-
-LOCAL_FIELDS = (
-    *("run_dir", "resume", "device", "data", "loader", "workers", "attack_form", "update_form"),
-    *("on_nonfinite", "save_minutes", "profile", "quiet", "log", "skip_bad"),
-)
-"""Fields that may differ on resume: they say where a run lives and how it reports, and of what it
-computes they change roundings at most. Of skip_bad what matters is compared: the images."""
-
-
-def changes(begun: Config, now: Config) -> Iterator[tuple[str, object, object]]:
-    """Yield flag, old and new value of each field in which two runs compute different things."""
-    for field in dataclasses.fields(Config):
-        # Unset, its value depends on another field.
-        name = "evaluated_every" if field.name == "eval_every" else field.name
-        old, new = getattr(begun, name), getattr(now, name)
-        if old != new and field.name not in LOCAL_FIELDS:
-            yield flag(field.name), old, new
-
-
-def to_json(config: Config) -> str:
-    """Write a configuration as JSON text; from_json reads it back equal."""
-    values = dataclasses.asdict(config)
-    return json.dumps(values, indent=2, default=str)
-
-
-def from_json(text: str, source: str = "config.json") -> Config:
-    """Read a configuration that to_json wrote.
-
-    Errors: ValueError naming the source for text that is not one, and for unknown fields.
-    """
-    try:
-        values = json.loads(text)
-        if isinstance(values, dict):
-            values = values.get("training", values)  # an exported config.json holds more
-        if not isinstance(values, dict):
-            raise ValueError("no object of fields")
-        known = {field.name for field in dataclasses.fields(Config)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"unknown field {unknown[0]!r}, written by another version")
-        for name in ("data", "run_dir", "resume"):
-            values[name] = Path(values[name]) if values.get(name) else None
-        for name in {"milestones", "log"} & set(values):
-            values[name] = tuple(values[name])
-        return from_values(Config, values)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{source}: not a configuration of reat_fast ({error})") from error
 
 
 def parse(

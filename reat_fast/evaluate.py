@@ -18,12 +18,13 @@ from reat_fast.cli.command import (
     choose_own_device,
     ended_by_sigterm,
     exit_code,
+    flag,
     parse_flags,
     refused_once,
     run_command,
 )
 from reat_fast.cli.radius import Radius
-from reat_fast.config import Config, flag, from_json
+from reat_fast.config import Config
 from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import keep_freed_memory
@@ -48,6 +49,7 @@ from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.tables import accuracy_table
+from reat_fast.storage.config_file import from_json
 from reat_fast.storage.whole_files import refuse_unwritable
 
 GUARDED_IMAGES = 64

@@ -26,11 +26,12 @@ from reat_fast import checkpoint
 from reat_fast.checkpoint import ModelSpec
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.cli.extras import import_extra
-from reat_fast.config import LOCAL_FIELDS, Config
+from reat_fast.config import Config
 from reat_fast.evaluation.saved import files, weights_sha256
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.model_card import model_card
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+from reat_fast.storage.config_file import LOCAL_FIELDS
 from reat_fast.storage.whole_files import replacing, write_text
 
 ONNX, DESCRIPTION, CARD = "model.onnx", "config.json", "README.md"

@@ -162,14 +162,15 @@ def _model(path: Path, content: bytes) -> None:
 
 
 def _config(path: Path, content: bytes) -> None:
-    from reat_fast.config import from_json, to_json
+    from reat_fast.storage.config_file import from_json, to_json
 
     config = from_json(content.decode("utf-8", "replace"), str(path))
     assert from_json(to_json(config)) == config
 
 
 def _flags(path: Path, content: bytes) -> None:
-    from reat_fast.config import from_json, parse, to_json
+    from reat_fast.config import parse
+    from reat_fast.storage.config_file import from_json, to_json
 
     words = content.decode("utf-8", "replace").split("\n")
     try:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from reat_fast import checkpoint, export
 from reat_fast.checkpoint import ModelSpec, load_model
 from reat_fast.cli.command import run_command
-from reat_fast.config import Config, to_json
+from reat_fast.config import Config
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+from reat_fast.storage.config_file import to_json
 
 NAMES = ("a", "b", "c", "<script>|`d")
 SPEC = ModelSpec("resnet8", 4, 3, 8, None, NAMES)

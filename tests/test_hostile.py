@@ -32,12 +32,12 @@ from test_sources import as_images, batch, idx_bytes, python2_batch
 from reat_fast import checkpoint, data, evaluate
 from reat_fast.checkpoint import CHECKPOINT, PREVIOUS, CheckpointError, ModelSpec
 from reat_fast.cli.command import run_command
-from reat_fast.config import from_json
 from reat_fast.sources import cifar, download, formats
 from reat_fast.sources.download import Remote
 from reat_fast.sources.formats import DataError
 from reat_fast.sources.lazy import FileImages
 from reat_fast.storage import whole_files
+from reat_fast.storage.config_file import from_json
 from reat_fast.training.run import Run
 
 MakeDisk = Callable[[int], Path]

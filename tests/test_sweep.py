@@ -20,11 +20,12 @@ from made_data import made_npz
 from reat_fast import evaluate, sweep, train
 from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import exit_code, run_command
-from reat_fast.config import PRESETS, from_json, parse, to_json
+from reat_fast.config import PRESETS, parse
 from reat_fast.data import load_run_data
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.methods.work import work_per_image
 from reat_fast.sources import download
+from reat_fast.storage.config_file import from_json, to_json
 from reat_fast.training import sweep_runs
 from reat_fast.training.run_folder import epochs_done
 from reat_fast.training.sweep_runs import make_runs, read_lines

@@ -100,6 +100,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in text for s in signs)
 
 
+def flag(name: str) -> str:
+    """Write a field's name as its flag on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def parse_flags(
     flags: type[Flags], arguments: list[str], program: str, default: Flags | None = None
 ) -> Flags:

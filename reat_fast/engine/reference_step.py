@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reat_fast import reference
-from reat_fast.config import Config, flag
+from reat_fast.cli.command import flag
+from reat_fast.config import Config
 from reat_fast.engine.distributed import World
 from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep

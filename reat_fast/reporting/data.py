@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reat_fast.config import Config, from_json
+from reat_fast.config import Config
 from reat_fast.evaluation.attacks import threat_text
 from reat_fast.evaluation.figures import largest_first
 from reat_fast.evaluation.saved import of_these_weights
 from reat_fast.sources.longtail import by_falling_size
+from reat_fast.storage.config_file import from_json
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
 """The figures of an attack, in the order tables show them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from reat_fast import env
 from reat_fast.cli.terminal import duration
-from reat_fast.config import LOCAL_FIELDS, Config
+from reat_fast.config import Config
 from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.evaluation.figures import SELECTION
 from reat_fast.reporting import curves, pictures, probe_pictures
@@ -26,6 +26,7 @@ from reat_fast.reporting.tables import (
     setting_text,
     time_split,
 )
+from reat_fast.storage.config_file import LOCAL_FIELDS
 
 THIRDS = (
     "Head, body and tail are the thirds of the classes by size, as REAT's code takes them; tail80, "

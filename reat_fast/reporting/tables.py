@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reat_fast.cli.radius import fraction_text
-from reat_fast.config import LOCAL_FIELDS
 from reat_fast.evaluation.attacks import L2_EPS
 from reat_fast.evaluation.figures import MAIN_ATTACK, largest_first
 from reat_fast.reporting.data import PARTS, TAIL80, RunRecord
 from reat_fast.sources.longtail import head_body_tail
+from reat_fast.storage.config_file import LOCAL_FIELDS
 
 Table = list[list[str]]
 """A heading and rows of equal length, as text."""

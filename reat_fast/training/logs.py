@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from reat_fast.cli.extras import import_extra
-from reat_fast.config import LOCAL_FIELDS
+from reat_fast.storage.config_file import LOCAL_FIELDS
 from reat_fast.storage.whole_files import write_text
 
 LogName = Literal["tensorboard", "wandb"]

@@ -13,8 +13,9 @@ import torch
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError
 from reat_fast.cli.command import choose_own_device
-from reat_fast.config import Config, changes, from_json, parse
+from reat_fast.config import Config, parse
 from reat_fast.engine.distributed import World
+from reat_fast.storage.config_file import changes, from_json
 from reat_fast.training.logs import check_logs
 from reat_fast.training.run_folder import never_began
 

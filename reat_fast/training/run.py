@@ -11,7 +11,6 @@ import torch
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError, ModelSpec
-from reat_fast.config import to_json
 from reat_fast.data import Dataset, ImageSet, Splits, load_run_data, make_splits
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
@@ -26,6 +25,7 @@ from reat_fast.loaders.order import EpochOrder
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
+from reat_fast.storage.config_file import to_json
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from reat_fast.checkpoint import CHECKPOINT, CheckpointError, new_run_dir
-from reat_fast.config import Config, from_json, to_json
+from reat_fast.config import Config
 from reat_fast.data import Dataset, Splits
 from reat_fast.env import environment
+from reat_fast.storage.config_file import from_json, to_json
 from reat_fast.storage.whole_files import write_text
 
 DESCRIPTION = ("config.json", "env.json", "split.json")

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast import checkpoint
-from reat_fast.config import Config, changes, flag, from_json, parse
+from reat_fast.cli.command import flag
+from reat_fast.config import Config, parse
 from reat_fast.data import DATASETS, DataError, find_dataset, load_run_data
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.attacks import LINF_STEP
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
+from reat_fast.storage.config_file import changes, from_json
 from reat_fast.training.run_folder import epochs_done, never_began
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
