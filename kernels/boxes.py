@@ -16,6 +16,8 @@ from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv
 
 CAPABILITY = (9, 0)
 """The first that fetches boxes by itself."""
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may take there, which the tiles are made for; an RTX 50 has 99 KiB."""
 PROCESSORS = 132
 """Of an H100."""
 PROGRAMS = PROCESSORS // 2 + 1
@@ -38,13 +40,23 @@ class Tile(NamedTuple):
 
 def why_not(device: torch.device) -> str | None:
     """Say what a device lacks to run such kernels, or nothing, as where Triton interprets them."""
-    if not INTERPRETED and (
-        device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY
-    ):
-        return f"needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, as an H100 is"
+    if not INTERPRETED and not _is_large_enough(device):
+        return (
+            f"needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} with "
+            f"{SHARED_MEMORY // 1024} KiB of shared memory, as an H100 is"
+        )
     if TensorDescriptor is None:
         return "needs Triton 3.6: pip install triton"
     return None
+
+
+def _is_large_enough(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:  # whose numbers mean other things
+        return False
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= SHARED_MEMORY)
 
 
 def dense(tensor: Tensor) -> bool:

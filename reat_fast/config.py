@@ -155,8 +155,9 @@ class Config:
     fused: bool = True
     """Train with the fused step; --no-fused is the plain reference, to compare with."""
     precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the network; auto is bf16 on a GPU, float32 on a CPU and with --no-fused. On a
-    CPU bf16 is that of the attack alone; it is the faster where the CPU multiplies bfloat16."""
+    """Arithmetic of the network; auto is bf16 on a GPU that has it (A100, RTX 30 and later), else
+    float32, as with --no-fused. On a CPU bf16 is that of the attack alone; it is the faster where
+    the CPU multiplies bfloat16."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the whole step as one CUDA graph; auto does on a GPU with --fused."""
     sync_batchnorm: bool = True

@@ -28,7 +28,7 @@ from reat_fast.config import Config
 from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import keep_freed_memory
-from reat_fast.engine.precision import Precision, resolve_precision
+from reat_fast.engine.precision import Precision, refuse_missing_bfloat16, resolve_precision
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
@@ -233,12 +233,15 @@ def _evaluate_run(
 def _conditions(options: Options, config: Config, device: torch.device) -> dict[str, Any]:
     """Return what the options say of the attacks, and the run where they are silent."""
     eps = config.eps if options.eps is None else options.eps
+    precision = options.precision or resolve_precision(config, device)
+    if precision == "bf16":
+        refuse_missing_bfloat16(device)
     return {
         "eps": eps,
         "step_size": LINF_STEP * eps if options.step_size is None else options.step_size,
         "l2_eps": options.l2_eps,
         "restarts": options.restarts,
-        "precision": options.precision or resolve_precision(config, device),
+        "precision": precision,
         "seed": config.seed if options.seed is None else options.seed,
         "device": str(device),
     }

@@ -64,6 +64,15 @@ def uninitialised_memory_is_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield
 
 
+@pytest.fixture(autouse=True)
+def arithmetic_is_pytorchs_own() -> None:
+    """Take back what a run that was tested before has set: TF32 would round what comes after it."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def forbid_syncs() -> Iterator[None]:
     """Fail on any operation that would make a program wait for its device."""

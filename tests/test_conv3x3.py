@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from old_triton import interprets_no_loop
@@ -359,6 +361,33 @@ def test_the_flag_says_what_it_needs(
     with pytest.raises(ValueError, match=f"--attack-form triton: .*{named}") as refused:
         TrainStep(model, make_optimizer(model, config), [50] * 10, config)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kilobytes", "hip", "fits"),
+    [
+        ((9, 0), 227, None, True),
+        ((10, 0), 227, None, True),
+        ((8, 0), 163, None, False),
+        ((12, 0), 99, None, False),  # an RTX 50 fetches boxes, and has no room for the tiles
+        ((9, 0), 227, "6.4", False),  # numbers of another maker
+    ],
+)
+def test_tiles_run_where_boxes_are_fetched_and_fit(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    kilobytes: int,
+    hip: str | None,
+    fits: bool,
+) -> None:
+    memory = SimpleNamespace(shared_memory_per_block_optin=1024 * kilobytes)
+    monkeypatch.setattr(boxes, "INTERPRETED", False)
+    monkeypatch.setattr(boxes, "TensorDescriptor", object)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    reason = boxes.why_not(torch.device("cuda"))
+    assert reason is None if fits else "needs a GPU" in str(reason)
 
 
 def test_without_triton_a_device_that_could_not_run_it_is_named_first(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from reat_fast.config import Config
 from reat_fast.engine.precision import full_precision, resolve_precision, use_precision
+from reat_fast.engine.step_attack import resolve_form
+from reat_fast.evaluate import Options, _conditions
 
 
 @pytest.mark.parametrize(
@@ -22,10 +25,27 @@ from reat_fast.engine.precision import full_precision, resolve_precision, use_pr
     ],
 )
 def test_auto_is_bfloat16_on_a_gpu_alone(
-    precision: str, fused: bool, device: str, expected: str
+    monkeypatch: pytest.MonkeyPatch, precision: str, fused: bool, device: str, expected: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     config = Config(precision=precision, fused=fused)  # type: ignore[arg-type]
     assert resolve_precision(config, torch.device(device)) == expected
+
+
+def test_a_gpu_without_bfloat16_gets_float32_and_refuses_the_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As cuDNN has no such convolution there: T4, RTX 20 and V100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    cuda = torch.device("cuda")
+    assert resolve_precision(Config(), cuda) == "float32"
+    assert resolve_form(Config(), cuda) == "eager"
+    with pytest.raises(ValueError, match="^--precision bf16: Tesla T4 does not .* float32$"):
+        resolve_precision(Config(precision="bf16"), cuda)
+    options = Options(Path("run"), precision="bf16")
+    with pytest.raises(ValueError, match="^--precision bf16: Tesla T4 does not"):
+        _conditions(options, Config(), cuda)
 
 
 @pytest.fixture

@@ -13,12 +13,37 @@ from reat_fast.config import Config
 
 Precision = Literal["float32", "tf32", "bf16"]
 
+BFLOAT16_CAPABILITY = (8, 0)
+"""The first GPUs for which cuDNN convolves in bfloat16: those of A100 and RTX 30."""
+
 
 def resolve_precision(config: Config, device: torch.device) -> Precision:
-    """Say in which arithmetic the network trains: float32, tf32 or bf16."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if device.type == "cuda" and config.fused else "float32"
+    """Say in which arithmetic the network trains: float32, tf32 or bf16.
+
+    Errors: ValueError for bf16 on a GPU that has none.
+    """
+    if config.precision == "auto":
+        quick = device.type == "cuda" and config.fused and has_bfloat16(device)
+        return "bf16" if quick else "float32"
+    if config.precision == "bf16":
+        refuse_missing_bfloat16(device)
+    return config.precision
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Say whether networks can compute in bfloat16 on a device."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
+
+
+def refuse_missing_bfloat16(device: torch.device) -> None:
+    """Raise ValueError where networks cannot compute in bfloat16."""
+    if not has_bfloat16(device):
+        raise ValueError(
+            f"--precision bf16: {torch.cuda.get_device_name(device)} does not convolve in "
+            "bfloat16; give --precision float32"
+        )
 
 
 def use_precision(config: Config, device: torch.device) -> None:
