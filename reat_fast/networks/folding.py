@@ -21,7 +21,7 @@ from reat_fast.kernels.pooled_linear import pooled_linear
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.networks.pooling import fuse_poolings
 from reat_fast.networks.preactivation import Affine, fuse_preactivations
-from reat_fast.networks.tracing import calls, is_add, is_relu, trace
+from reat_fast.networks.tracing import calls, drop_identities, is_add, is_relu, trace
 
 # By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
 # other padding or an activation behind; any other subclass may treat its weights in its own way.
@@ -99,10 +99,7 @@ def fuse_relus(
     graph = trace(network)
     if graph is None:
         return Fused(network, 0, [], [])
-    for node in list(graph.nodes):
-        if calls(network, node, lambda module: type(module) is nn.Identity):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+    drop_identities(network, graph)
     relus = [node for node in graph.nodes if is_relu(network, node)]
     biases: list[JoinedBias] = []
     fused = sum(_fuse(network, graph, relu, backend, biases) for relu in relus)
