@@ -19,6 +19,7 @@ from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.tracing import (
+    adds_in_place,
     calls,
     drop_identities,
     is_add,
@@ -117,7 +118,7 @@ def _fuse(
         relu = None
     name = f"fused_batchnorm_{len(norms)}"
     module: Any = network.get_submodule(str(norm.target))
-    norms[name] = FusedBatchNorm(module, relu is not None, _writes(end), backend)
+    norms[name] = FusedBatchNorm(module, relu is not None, adds_in_place(end), backend)
     with graph.inserting_before(end):
         output = graph.call_module(name, norm.args if residual is None else (*norm.args, residual))
     (relu or end).replace_all_uses_with(output)
@@ -146,11 +147,7 @@ def _other_summand(added: fx.Node, norm: fx.Node) -> fx.Node | None:
         return None
     if first is norm:
         return second
-    return None if _writes(added) else first
-
-
-def _writes(added: fx.Node) -> bool:
-    return added.target in (operator.iadd, "add_")
+    return None if adds_in_place(added) else first
 
 
 def _targets(

@@ -89,6 +89,11 @@ def is_add(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _ADD_FUNCTIONS
 
 
+def adds_in_place(node: fx.Node) -> bool:
+    """Say whether a node is a sum that is written into its first summand."""
+    return is_add(node) and node.target in (operator.iadd, "add_")
+
+
 class _Proxy(fx.Proxy):
     """Keep `a += b` what it is; fx would trace a + b, and another name of `a` would miss it."""
 
