@@ -43,7 +43,7 @@ from reat_fast.kernels.strided_gradient import (
     strided_gradient_runs_on,
     strided_gradient_torch,
 )
-from reat_fast.networks.folding import CHANNELS
+from reat_fast.networks.fused_relus import CHANNELS
 
 OTHERS = (Tile(128, 64, 8), Tile(256, 64, 8), Tile(128, 128, 8), Tile(64, 128, 4))
 CANDIDATES = (*TILES, RESIDENT, OVERLAPPED, *OTHERS)

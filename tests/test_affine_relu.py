@@ -16,8 +16,8 @@ from reat_fast.kernels.triton_support import Backend
 from reat_fast.models import create_model
 from reat_fast.networks import frozen as frozen_module
 from reat_fast.networks.architectures import Network
-from reat_fast.networks.folding import fuse_relus
 from reat_fast.networks.frozen import Form, FrozenNetwork
+from reat_fast.networks.fused_relus import fuse_relus
 
 Place = tuple[Backend, str]
 Given = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -457,6 +457,28 @@ def test_a_convolution_that_a_network_calls_itself_is_left_as_it_is_called() -> 
     assert_equal_to_rounding(frozen, model, torch.rand(2, 8, 4, 4, dtype=torch.float64))
 
 
+class NamedInput(nn.Module):
+    """nn.Identity called by name, behind a ReLU and between a convolution and one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.nothing = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.nothing(input=F.relu(self.first(images)))
+        maps = F.relu(self.nothing(input=self.second(maps)))
+        return maps.mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_an_identity_that_is_given_its_input_by_name_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = NamedInput().double()
+    frozen = FrozenNetwork(model, form="cudnn")
+    assert frozen.fused == 1
+    assert_equal_to_rounding(frozen, model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
 class DataDependent(nn.Module):
     """Take another path for bright images, which no trace can follow."""
 

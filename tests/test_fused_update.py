@@ -216,6 +216,7 @@ BODIES: dict[str, tuple[Body, list[str]]] = {
     "module in place": (lambda n, x: n.in_place(n.norm(n.first(x))), ["norm relu"]),
     "input by name": (lambda n, x: F.relu(n.norm(input=n.first(x))), []),
     "identity": (lambda n, x: n.relu(n.nothing(n.norm(n.first(x)))), ["norm relu"]),
+    "identity by name": (lambda n, x: n.relu(n.nothing(input=n.norm(n.first(x)))), ["norm"]),
     "sum": (lambda n, x: F.relu(n.norm(n.first(x)) + n.second(x)), ["norm sum relu"]),
     "summand first": (lambda n, x: F.relu(n.second(x) + n.norm(n.first(x))), ["norm sum relu"]),
     "bare sum": (lambda n, x: n.norm(n.first(x)) + n.second(x), ["norm sum"]),

@@ -21,7 +21,8 @@ from reat_fast.kernels.own_conv import faster_on
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_, winograd_pays
 from reat_fast.networks.compiling import compile_whole
-from reat_fast.networks.folding import Fold, JoinedBias, fold_batchnorms_, fuse_relus
+from reat_fast.networks.folding import Fold, fold_batchnorms_
+from reat_fast.networks.fused_relus import JoinedBias, fuse_relus
 from reat_fast.networks.preactivation import Affine, refresh_affines_
 
 Form = Literal["eager", "compiled", "cudnn", "triton", "trial", "cpu"]

@@ -18,7 +18,15 @@ from torch.nn import functional as F
 from reat_fast.kernels.batchnorm import fused_batchnorm
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.networks.architectures import Network
-from reat_fast.networks.tracing import calls, is_add, is_relu, is_traced_into, trace_training
+from reat_fast.networks.tracing import (
+    adds_in_place,
+    calls,
+    drop_identities,
+    is_add,
+    is_relu,
+    is_traced_into,
+    trace_training,
+)
 
 METHOD = "forward_features_logits"
 
@@ -41,7 +49,7 @@ class FusedUpdate:
         graph = trace_training(network, METHOD)
         if graph is None:
             return
-        self._skipped += _without_identities(network, graph)
+        self._skipped += drop_identities(network, graph)
         norms: dict[str, FusedBatchNorm] = {}
         uses = Counter(node.target for node in graph.nodes if node.op == "call_module")
         for node in list(graph.nodes):
@@ -110,7 +118,7 @@ def _fuse(
         relu = None
     name = f"fused_batchnorm_{len(norms)}"
     module: Any = network.get_submodule(str(norm.target))
-    norms[name] = FusedBatchNorm(module, relu is not None, _writes(end), backend)
+    norms[name] = FusedBatchNorm(module, relu is not None, adds_in_place(end), backend)
     with graph.inserting_before(end):
         output = graph.call_module(name, norm.args if residual is None else (*norm.args, residual))
     (relu or end).replace_all_uses_with(output)
@@ -139,22 +147,7 @@ def _other_summand(added: fx.Node, norm: fx.Node) -> fx.Node | None:
         return None
     if first is norm:
         return second
-    return None if _writes(added) else first
-
-
-def _writes(added: fx.Node) -> bool:
-    return added.target in (operator.iadd, "add_")
-
-
-def _without_identities(network: nn.Module, graph: fx.Graph) -> list[nn.Module]:
-    """Take nn.Identity out of a graph; returns those taken out."""
-    gone = []
-    for node in list(graph.nodes):
-        if calls(network, node, lambda module: type(module) is nn.Identity) and not node.kwargs:
-            gone.append(network.get_submodule(str(node.target)))
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return gone
+    return None if adds_in_place(added) else first
 
 
 def _targets(

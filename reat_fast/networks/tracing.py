@@ -59,6 +59,20 @@ def calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> b
     return kind(network.get_submodule(str(node.target)))
 
 
+def drop_identities(network: nn.Module, graph: fx.Graph) -> list[nn.Module]:
+    """Take the calls of nn.Identity out of a graph; returns the modules that they were of.
+
+    A call that gives the input by name stays as it is.
+    """
+    gone = []
+    for node in list(graph.nodes):
+        if calls(network, node, lambda module: type(module) is nn.Identity) and not node.kwargs:
+            gone.append(network.get_submodule(str(node.target)))
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return gone
+
+
 def is_relu(network: nn.Module, node: fx.Node) -> bool:
     """Say whether a node is a ReLU, in place or not."""
     if node.op == "call_method":
@@ -73,6 +87,11 @@ def is_add(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("add", "add_")
     return node.op == "call_function" and node.target in _ADD_FUNCTIONS
+
+
+def adds_in_place(node: fx.Node) -> bool:
+    """Say whether a node is a sum that is written into its first summand."""
+    return is_add(node) and node.target in (operator.iadd, "add_")
 
 
 class _Proxy(fx.Proxy):
