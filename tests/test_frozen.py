@@ -458,24 +458,33 @@ def test_a_convolution_that_a_network_calls_itself_is_left_as_it_is_called() -> 
 
 
 class NamedInput(nn.Module):
-    """nn.Identity called by name, behind a ReLU and between a convolution and one."""
+    """Every module called with its input by name, or with its place."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_name: bool) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
-        self.nothing = nn.Identity()
+        self.by_name = by_name
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut, self.nothing, self.relu = nn.Conv2d(8, 8, 1), nn.Identity(), nn.ReLU()
+        self.bn, self.pool, self.fc = nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.nothing(input=F.relu(self.first(images)))
-        maps = F.relu(self.nothing(input=self.second(maps)))
-        return maps.mean((2, 3))  # type: ignore[no-any-return]
+        def call(module: nn.Module, maps: Tensor) -> Tensor:
+            made: Tensor = module(input=maps) if self.by_name else module(maps)
+            return made
+
+        maps = call(self.nothing, call(self.relu, call(self.first, images)))
+        made = call(self.nothing, call(self.bn, call(self.second, maps)))
+        maps = call(self.relu, made + call(self.shortcut, maps))
+        return call(self.fc, call(self.pool, maps).flatten(1))
 
 
-def test_an_identity_that_is_given_its_input_by_name_changes_nothing() -> None:
+def test_modules_may_be_given_their_input_by_name() -> None:
     torch.manual_seed(0)
-    model = NamedInput().double()
+    model = NamedInput(by_name=True).double()
+    with_statistics(model)
     frozen = FrozenNetwork(model, form="cudnn")
-    assert frozen.fused == 1
+    model.by_name = False
+    assert frozen.fused == FrozenNetwork(model, form="cudnn").fused > 1 and not frozen.unfolded
     assert_equal_to_rounding(frozen, model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -60,13 +61,10 @@ def calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> b
 
 
 def drop_identities(network: nn.Module, graph: fx.Graph) -> list[nn.Module]:
-    """Take the calls of nn.Identity out of a graph; returns the modules that they were of.
-
-    A call that gives the input by name stays as it is.
-    """
+    """Take the calls of nn.Identity out of a graph; returns the modules that they were of."""
     gone = []
     for node in list(graph.nodes):
-        if calls(network, node, lambda module: type(module) is nn.Identity) and not node.kwargs:
+        if calls(network, node, lambda module: type(module) is nn.Identity):
             gone.append(network.get_submodule(str(node.target)))
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -119,6 +117,20 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return not is_traced_into(module)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        # Given by name, the input would not be where those who read the graph look for it.
+        first = next(iter(inspect.signature(m.forward).parameters.values()), None)
+        if first is not None and first.name in kwargs and first.kind is first.POSITIONAL_OR_KEYWORD:
+            args = (kwargs[first.name], *args)
+            kwargs = {name: value for name, value in kwargs.items() if name != first.name}
+        return super().call_module(m, forward, args, kwargs)
 
 
 class _TrainingTracer(_Tracer):
