@@ -195,39 +195,51 @@ def _evaluate_run(
     model, spec = checkpoint.load_model_and_spec(weights, device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = _config(folder)
-    told = _conditions(options, config, device)
+    conditions = _conditions(options, config, device)
     dataset = load_run_data(
         config, options.dataset, options.data, options.image_size, options.skip_bad
     )
     guards.refuse_other_data(dataset, spec, weights, "--dataset/--data")
     counts = _train_counts(options, folder, spec.num_classes)
     test = dataset.test if options.subset is None else dataset.test.evenly(options.subset)
-    warnings, known = _guard(model, test, told["seed"]), images_sha256(test)
+    warnings, known = _guard(model, test, conditions["seed"]), images_sha256(test)
+    result = _attacked(options, model, test, spec.num_classes, conditions, counts, state, world)
+    warnings += guards.warnings_for_figures(result["attacks"])
+    whole = described(result, conditions, weights, dataset, known, counts, warnings)
+    return whole, len(dataset.test)
+
+
+def _attacked(
+    options: Options,
+    model: Network,
+    test: ImageSet,
+    num_classes: int,
+    conditions: dict[str, Any],
+    counts: list[int] | None,
+    state: SearchState,
+    world: World,
+) -> dict[str, Any]:
+    """Return the figures of all attacks, with a bar on a terminal that counts forward passes."""
+    eps, step_size, l2_eps = (conditions[name] for name in ("eps", "step_size", "l2_eps"))
     silent = options.quiet or not world.main
     hidden = silent or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
-        result = evaluate(
+        return evaluate(
             model,
             test,
-            [
-                Attack.from_name(name, told["eps"], told["step_size"], told["l2_eps"])
-                for name in options.attacks
-            ],
-            spec.num_classes,
-            eps=told["eps"],
-            seed=told["seed"],
+            [Attack.from_name(name, eps, step_size, l2_eps) for name in options.attacks],
+            num_classes,
+            eps=eps,
+            seed=conditions["seed"],
             batch_size=options.batch_size,
             restarts=options.restarts,
-            precision=told["precision"],
+            precision=conditions["precision"],
             train_counts=counts,
             state=state,
             bar=bar,
             say=(lambda text: None) if silent else partial(_say, world=world),
             world=world,
         )
-    warnings += guards.warnings_for_figures(result["attacks"])
-    whole = described(result, told, weights, dataset, known, counts, warnings)
-    return whole, len(dataset.test)
 
 
 def _conditions(options: Options, config: Config, device: torch.device) -> dict[str, Any]:

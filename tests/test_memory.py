@@ -86,10 +86,12 @@ def test_a_step_shelters_the_network_that_it_trains() -> None:
     config = Config(device="cpu")
     model = create_model("resnet8", 10, width=8).to(memory_format=torch.channels_last)
     TrainStep(model, make_optimizer(model, config), [8] * 10, config)
-    thin = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 8]
-    (shortcut,) = (m for m in thin if m.kernel_size == (1, 1))
-    x = torch.rand(2, 8, 8, 8).to(memory_format=torch.channels_last)
-    assert shortcut(x).is_contiguous() and not shelter_thin_convolutions_(model)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs:
+        x = torch.rand(2, conv.in_channels, 8, 8).to(memory_format=torch.channels_last)
+        thin = conv.kernel_size == (1, 1) and conv.stride == (2, 2) and conv.in_channels < 16
+        assert conv(x).is_contiguous() is thin
+    assert not shelter_thin_convolutions_(model)  # all of them are, already
 
 
 def test_large_blocks_are_taken_again_without_page_faults() -> None:

@@ -18,7 +18,7 @@ from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.tally import Tally
-from reat_fast.evaluation.trial import Images, Trial
+from reat_fast.evaluation.trial import Images, Settings, Trial, Watch
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 
@@ -61,23 +61,10 @@ def evaluate(
     FloatingPointError for logits that are NaN or infinite.
     """
     world, own, stopped = world or World(), None, Stopped(128 + signal.SIGTERM)
+    settings = Settings(eps, seed, restarts, precision, batch_size)
+    watch = Watch(state, progress, bar, say)
     try:
-        own = share_tally(
-            model,
-            image_set,
-            attacks,
-            num_classes,
-            eps=eps,
-            seed=seed,
-            batch_size=batch_size,
-            restarts=restarts,
-            precision=precision,
-            state=state,
-            progress=progress,
-            bar=bar,
-            say=say,
-            world=world,
-        )
+        own = share_tally(model, image_set, attacks, num_classes, settings, watch, world)
     except Stopped as error:
         stopped = error
     if world.any(own is None) or own is None:  # one that stops alone leaves the others waiting
@@ -90,25 +77,36 @@ def share_tally(
     image_set: ImageSet,
     attacks: Sequence[Attack],
     num_classes: int,
-    *,
-    eps: float,
-    seed: int,
-    batch_size: int,
-    restarts: int = 1,
-    precision: Precision = "float32",
-    state: SearchState | None = None,
-    progress: Callable[[int], object] | None = None,
-    bar: tqdm[Any] | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    settings: Settings,
+    watch: Watch,
     world: World,
 ) -> Tally:
     """Attack the share of a set that this process has, every world.size-th image; no collective.
 
-    The arguments are those of reat_fast.evaluate.evaluate.
-    Errors: ValueError for AutoAttack on fewer than four classes or on fewer images than processes,
-    and for the package in several, before the first attack; FloatingPointError for logits that are
-    NaN or infinite.
+    Errors: those of evaluate; ValueError for AutoAttack on fewer images than processes, and for the
+    package in several.
     """
+    _refuse(image_set, attacks, num_classes, world)
+    numbers = torch.arange(world.rank, len(image_set), world.size)
+    labels = torch.from_numpy(image_set.labels)[numbers]
+    tally = Tally(labels.bincount(minlength=num_classes))
+    with (
+        attacked(model, settings.precision, watch.bar, watch.say) as victim,
+        Ascents(victim, min(settings.batch_size, len(labels))) as ascents,
+    ):
+        images = Images(image_set, victim, settings.seed, settings.eps, numbers)
+        trial = Trial(victim, images, labels, settings, watch, ascents)
+        for attack in attacks:
+            right, after = trial.run(attack)
+            tally.right[attack.name] = labels[right.cpu()].bincount(minlength=num_classes)
+            if after:
+                tally.after[attack.name] = after
+            victim.refuse_nonfinite()
+    return tally
+
+
+def _refuse(image_set: ImageSet, attacks: Sequence[Attack], num_classes: int, world: World) -> None:
+    """Raise ValueError for what an attack cannot do, before the first of them."""
     if any(attack.name in AUTOATTACKS for attack in attacks):
         refuse_few_classes(num_classes)
         if len(image_set) < world.size:
@@ -120,21 +118,3 @@ def share_tally(
     if world.size > 1 and packaged:
         # The random numbers of an image are those of its place in a batch.
         raise ValueError(f"--attacks: {packaged[0]} takes one process; start it without torchrun")
-    numbers = torch.arange(world.rank, len(image_set), world.size)
-    labels = torch.from_numpy(image_set.labels)[numbers]
-    tally = Tally(labels.bincount(minlength=num_classes))
-    with (
-        attacked(model, precision, bar, say) as victim,
-        Ascents(victim, min(batch_size, len(labels))) as ascents,
-    ):
-        images = Images(image_set, victim, seed, eps, numbers)
-        trial = Trial(
-            victim, images, labels, eps, seed, batch_size, restarts, state, progress, ascents
-        )
-        for attack in attacks:
-            right, after = trial.run(attack)
-            tally.right[attack.name] = labels[right.cpu()].bincount(minlength=num_classes)
-            if after:
-                tally.after[attack.name] = after
-            victim.refuse_nonfinite()
-    return tally

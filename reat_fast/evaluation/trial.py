@@ -5,19 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from reat_fast.data import ImageSet
-from reat_fast.engine.precision import full_precision
+from reat_fast.engine.precision import Precision, full_precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
 from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
 from reat_fast.evaluation.captured import Ascents
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.victim import Victim
 from reat_fast.kernels.prepare import prepare
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the figures of attacks depend on, beside the model and the images; see measure."""
+
+    eps: float
+    seed: int
+    restarts: int
+    precision: Precision
+    batch_size: int
+    """Changes no figure, but how much is computed at once."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows an evaluation, and where its searches keep what they found; see measure."""
+
+    state: SearchState | None
+    progress: Callable[[int], object] | None
+    bar: tqdm[Any] | None
+    say: Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -57,12 +81,8 @@ class Trial:
     victim: Victim
     images: Images
     labels: Tensor  # int64 [N] on the CPU, of the share
-    eps: float
-    seed: int
-    batch_size: int
-    restarts: int
-    state: SearchState | None
-    progress: Callable[[int], object] | None
+    settings: Settings
+    watch: Watch
     ascents: Ascents
 
     def run(self, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,13 +95,13 @@ class Trial:
         return right, details
 
     def _done(self, images: int) -> None:
-        if self.progress is not None:
-            self.progress(images)
+        if self.watch.progress is not None:
+            self.watch.progress(images)
 
     def _ascent(self, attack: Attack) -> Tensor:
         right = torch.ones(len(self.labels), dtype=torch.bool)
-        restarts = self.restarts if attack.random_start else 1
-        steps = attack.steps * restarts * math.ceil(len(right) / self.batch_size)
+        restarts = self.settings.restarts if attack.random_start else 1
+        steps = attack.steps * restarts * math.ceil(len(right) / self.settings.batch_size)
         for restart in range(restarts):
             standing = right.nonzero().squeeze(1)  # what fell to an earlier start need not again
             if len(standing):
@@ -99,13 +119,12 @@ class Trial:
         images to the end of the attack, if none falls.
         """
         labels = self.labels[standing].to(self.victim.device)
+        batches = (rows.split(self.settings.batch_size) for rows in (standing, labels))
         right = []
-        for rows, own in zip(
-            standing.split(self.batch_size), labels.split(self.batch_size), strict=True
-        ):
+        for rows, own in zip(*batches, strict=True):
             self.victim.expect(attack.name, left)
             clean, start = self.images(rows, restart)
-            adv = self.ascents.perturb(attack, clean, start, own, self.eps, steps)
+            adv = self.ascents.perturb(attack, clean, start, own, self.settings.eps, steps)
             right.append(~self.victim.fooled(adv, own))
             left -= len(rows) * attack.passes
             self._done(len(rows))
@@ -116,10 +135,10 @@ class Trial:
             self.victim,
             lambda rows: self.images(rows)[0],
             self.labels,
-            eps=attack.radius(self.eps),
-            seed=self.seed,
-            batch_size=self.batch_size,
-            state=self.state,
+            eps=attack.radius(self.settings.eps),
+            seed=self.settings.seed,
+            batch_size=self.settings.batch_size,
+            state=self.watch.state,
             numbers=self.images.numbers,
             norm=attack.norm,
         )
@@ -135,8 +154,8 @@ class Trial:
                 self.victim.model,
                 clean,
                 labels,
-                eps=attack.radius(self.eps),
-                seed=self.seed,
-                batch_size=self.batch_size,
+                eps=attack.radius(self.settings.eps),
+                seed=self.settings.seed,
+                batch_size=self.settings.batch_size,
                 norm=attack.norm,
             )
