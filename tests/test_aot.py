@@ -13,6 +13,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 import reat_fast.kernels
 from bench import aot
+from bench.launches import launches
 from reat_fast.kernels import linf, triton_support
 from reat_fast.kernels.class_loss import class_loss_gradient
 
@@ -70,7 +71,7 @@ NARROW_ROWS = "class_loss float32 [128, 10]"
 
 @pytest.fixture(scope="module")
 def rows() -> list[aot.Compiled]:
-    return aot.compile_cases(aot.cases())
+    return aot.compile_launches(launches())
 
 
 def test_every_kernel_of_the_project_is_compiled_for_every_target(rows: list[aot.Compiled]) -> None:
@@ -111,8 +112,8 @@ def test_global_memory_is_accessed_16_bytes_at_a_time_where_the_data_allow(
 def test_a_policy_fuses_no_product_with_a_sum(rows: list[aot.Compiled]) -> None:
     fused = [row for row in rows if row.kernel == "_policy_kernel" and row.target == "cuda:90"]
     cases = {row.case for row in fused}
-    launches = ((case, launch) for case, launch in aot.cases() if case in cases)
-    without = aot.compile_cases(launches, ["cuda:90"], fusion=False)
+    chosen = ((case, launch) for case, launch in launches() if case in cases)
+    without = aot.compile_launches(chosen, ["cuda:90"], fusion=False)
     assert [row.fused for row in fused] == [row.fused for row in without]
     assert len(fused) == 4  # two steps of either policy
 
@@ -133,18 +134,18 @@ def test_a_launch_leaves_nothing_with_pytorch(monkeypatch: pytest.MonkeyPatch) -
         return len(kernel_side_table.id_to_kernel), len(kernel_side_table.constant_args)
 
     wanted = ("masked_sum bfloat16", "pooled_linear bfloat16", "autoaugment", "linf_step_ gradient")
-    launches = [launch for case, launch in aot.cases() if case.startswith(wanted)]
+    chosen = [launch for case, launch in launches() if case.startswith(wanted)]
     logits, labels = torch.zeros(8, 16, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
-    launches.append(lambda: class_loss_gradient(logits, labels, backend="triton"))
+    chosen.append(lambda: class_loss_gradient(logits, labels, backend="triton"))
     before = kept()
     with aot._launches_compile([90], fusion=True) as seen, monkeypatch.context() as patch:
         # Launched as on a GPU, where wrap_triton does what it is for.
         patch.setattr(triton_support, "INTERPRETED", False)
         patch.setattr(triton_support, "kernel_runs_on", lambda tensor: True)
         patch.setattr(linf, "kernel_runs_on", lambda tensor: True)
-        for launch in launches:
+        for launch in chosen:
             launch()
-    assert len(seen) >= len(launches) and kept() == before
+    assert len(seen) >= len(chosen) and kept() == before
 
 
 def test_the_table_has_a_line_for_each_launch_and_target(
