@@ -7,7 +7,7 @@ read as the list of what it changes. What a configuration may not say is in conf
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -245,4 +245,8 @@ def parse(
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"unknown preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
     flags = f"{program} [{'|'.join(PRESETS)}]"
-    return preset, parse_flags(Config, rest, flags, PRESETS[preset] if default is None else default)
+    config = parse_flags(Config, rest, flags, PRESETS[preset] if default is None else default)
+    named = any(given.partition("=")[0] == "--largest" for given in rest)
+    if config.imbalance_profile == "as-is" and not named:
+        config = replace(config, largest=None)  # a preset's, for the set that it is made for
+    return preset, config

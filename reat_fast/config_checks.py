@@ -88,7 +88,7 @@ def _combinations(config: Config) -> Iterator[Need]:
     yield (
         "attack",
         config.attack != "free" or (config.accumulate == 1 and not config.awp),
-        "trains on whole batches; leave out --accumulate and --awp",
+        "trains on whole batches; give --accumulate 1 and --awp 0",
     )
     cosine = "needs the cosine classifier; add --head cosine"
     yield "objective", config.objective != "robal" or config.head == "cosine", cosine

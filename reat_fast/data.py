@@ -223,7 +223,10 @@ def _smallest_class(labels: Indices, imbalance: float) -> int:
     sizes = np.bincount(labels)
     if imbalance < 1 and sizes.min() <= imbalance * sizes.max():
         found = f"long-tailed already, {sizes.max()} to {sizes.min()} images a class"
-        raise DataError(f"the training set is {found}: take it with profile as-is, or give largest")
+        raise DataError(
+            f"--imbalance {imbalance:g}: the training set is {found}; take it as it is "
+            "(--imbalance-profile as-is in training, no --imbalance in convert), or give --largest"
+        )
     return int(sizes.min())
 
 

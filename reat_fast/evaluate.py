@@ -205,6 +205,7 @@ def _evaluate_run(
     warnings, known = _guard(model, test, conditions["seed"]), images_sha256(test)
     result = _attacked(options, model, test, spec.num_classes, conditions, counts, state, world)
     warnings += guards.warnings_for_figures(result["attacks"])
+    warnings += guards.warnings_for_classes(dataset.class_names, spec.class_names, counts)
     whole = described(result, conditions, weights, dataset, known, counts, warnings)
     return whole, len(dataset.test)
 

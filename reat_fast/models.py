@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,25 @@ def create_model(
         raise ValueError(f"{name} has no option {', '.join(options)}; it takes width, stem_stride")
     shape = _shape_options(width, stem_stride)
     return _NETWORKS[name](num_classes=num_classes, in_channels=in_channels, **shape)
+
+
+def refuse_other_size(network: nn.Module, name: str, shape: Sequence[int]) -> None:
+    """Refuse images that a network which was just made cannot compute with.
+
+    shape: [H, W, C]. Raises ValueError with the network's own first line.
+    """
+    height, width, channels = shape
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, channels, height, width))
+    except Exception as error:  # whatever the code of a network of timm makes of them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"--model {name}: takes no images of {height} x {width} pixels ({reason:.100}); name "
+            "another, or for image files an --image-size that it takes"
+        ) from error
+    network.train()
 
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

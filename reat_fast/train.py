@@ -15,11 +15,10 @@ from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import peak_memory
-from reat_fast.engine.precision import resolve_precision
-from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
 from reat_fast.engine.stopping import Stopped, StopRequest
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.training import gauge, selection
+from reat_fast.training.announcement import announce
 from reat_fast.training.faults import (
     diverged,
     explained_faults,
@@ -185,59 +184,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the learning rate of an optimizer of make_optimizer, in place."""
     for group in optimizer.param_groups:
         group["lr"].fill_(value)
-
-
-def announce(run: Run) -> None:
-    """Print what will run, why, and how long it should take."""
-    config, plan, counts = run.config, run.plan, run.splits.counts
-    print(
-        f"preset {plan.preset} ({plan.reason}); "
-        f"expected time {duration(selection.expected_seconds(run))} on {run_place(run)}, "
-        "from one timed pass"
-    )
-    print(
-        f"{run.dataset.name}: {sum(counts):,} training images in {len(counts)} classes of "
-        f"{max(counts):,} to {min(counts):,} (ratio {max(counts) / min(counts):.0f}), "
-        f"{len(run.splits.held_out):,} held out, {len(run.splits.test):,} test images; "
-        f"{config.model}, {sum(p.numel() for p in run.model.parameters()):,} parameters"
-    )
-    for note in run.dataset.notes:
-        print(note)
-    if config.attack == "free":
-        print(
-            f"attack: free, along the gradient of training itself, {config.replays} updates on "
-            "each batch; --start, --steps and --step-size do not act"
-        )
-    elif config.fused and resolve_attack_loss(config) == "ce" and config.attack_loss == "auto":
-        print(
-            "attack: plain cross-entropy; REAT's RBL weights cannot change an adversarial "
-            "example while BatchNorm is in eval mode"
-        )
-    if kept := run.step.unfolded:
-        shown = ", ".join(kept[:5]) + (" and others" if len(kept) > 5 else "")
-        print(f"{len(kept)} BatchNorms follow no convolution, so the attack keeps them: {shown}")
-    how = "one CUDA graph" if run.captures else "eager"
-    if config.fused and run.step.attack.network is not None:
-        how += f", attack form {resolve_form(config, run.device)}"
-    print(f"step: {_arithmetic(run)}, {how}; {run.loader_reason}")
-    if config.graph == "on" and not run.captures:
-        print(f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly")
-    sys.stdout.flush()
-
-
-def _arithmetic(run: Run) -> str:
-    precision = resolve_precision(run.config, run.device)
-    if precision != "bf16" or run.device.type != "cpu":
-        return precision
-    return "float32" if run.config.attack == "free" else "bf16 in the attack"  # see TrainStep
-
-
-def run_place(run: Run) -> str:
-    """Name where a run computes: the GPU's name or the CPU's threads, and how many processes."""
-    place = f"{torch.get_num_threads()} CPU threads"
-    if run.device.type == "cuda":
-        place = torch.cuda.get_device_name(run.device)
-    return place if run.world.size == 1 else f"{run.world.size} x {place}"
 
 
 def test(run: Run, stop: StopRequest) -> None:

@@ -149,3 +149,16 @@ def test_evaluations_that_were_always_that_far_apart_are_no_change() -> None:
     assert not [*changes(Config(eval_every=5), held_out)]
     assert not [*changes(Config(evaluation="official", eval_every=1), official)]
     assert [*changes(held_out, Config(eval_every=3))] == [("--eval-every", 5, 3)]
+
+
+def test_a_set_taken_as_it_is_has_every_image_whatever_the_preset_says() -> None:
+    as_is = ["quickstart", "--imbalance-profile", "as-is"]
+    assert parse(as_is, "reat")[1].largest is None
+    assert parse(["quickstart"], "reat")[1].largest == 2000
+    for largest in (["--largest", "30"], ["--largest=30"]):
+        assert parse([*as_is, *largest], "reat")[1].largest == 30  # which the data then refuses
+
+
+def test_what_changes_no_figure_may_be_another_on_resume() -> None:
+    """A run that ends for want of memory in an evaluation can go on."""
+    assert not [*changes(Config(), Config(eval_batch_size=50))]

@@ -285,7 +285,7 @@ def test_a_set_that_is_long_tailed_already_is_taken_as_it_is() -> None:
     with pytest.raises(DataError, match="--largest: a set that is taken as-is has every image"):
         make_splits(dataset, imbalance=0.5, profile="as-is", largest=30)
     with pytest.raises(
-        DataError, match="long-tailed already, 30 to 3 images a class: take it with"
+        DataError, match="--imbalance 0.1: .* already, 30 to 3 images a class; take it as it is"
     ):
         make_splits(dataset, imbalance=0.1)
     assert make_splits(dataset, imbalance=0.25, largest=12, held_out=0).counts == [12, 6, 3]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from reat_fast.checkpoint import ModelSpec
+from reat_fast.data import Dataset, ImageSet
 from reat_fast.evaluation import guards
 from reat_fast.evaluation.guards import GuardError
 
@@ -128,3 +132,29 @@ def test_sound_figures_pass() -> None:
         "aa": {"overall": 49.9, "after": after},
     }
     assert guards.warnings_for_figures(sound) == []
+
+
+NAMES = ("apple", "bear", "cat")
+
+
+@pytest.mark.parametrize("names", [("apple", "cat", "bear"), ("bear", "cat", "apple")])
+def test_the_same_classes_in_another_order_are_refused(names: tuple[str, ...]) -> None:
+    """Their labels would be those of other classes."""
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    images = ImageSet(pixels, np.arange(3))
+    spec = ModelSpec("resnet8", 3, 3, None, None, NAMES)
+    data = Dataset("folder", images, images, names)
+    place = 0 if names[0] != "apple" else 1
+    wanted = f"--data: class {place} of folder is {names[place]}, .* trained on {NAMES[place]};"
+    with pytest.raises(GuardError, match=wanted):
+        guards.refuse_other_data(data, spec, Path("best"), "--data")
+    guards.refuse_other_data(Dataset("folder", images, images, NAMES), spec, Path("best"), "--data")
+
+
+def test_other_names_and_unknown_sizes_of_classes_are_warned_of() -> None:
+    assert guards.warnings_for_classes(NAMES, NAMES, [3, 2, 1]) == []
+    assert guards.warnings_for_classes(NAMES, (), [3, 2, 1]) == []  # official weights have none
+    (other,) = guards.warnings_for_classes(("apple", "cat", "dog"), NAMES, [3, 2, 1])
+    assert other.startswith("class 1 of this data is cat, the model was trained on bear")
+    (sizes,) = guards.warnings_for_classes(NAMES, NAMES, None)
+    assert "--train-counts" in sizes

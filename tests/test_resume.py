@@ -509,7 +509,8 @@ def test_running_out_of_memory_says_what_to_lower(
     monkeypatch.setattr(Run, "take_step", too_much)
     assert run(*SMALL, "--data", data, "--run-dir", tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert "lower --batch-size (now 8)" in error and "--accumulate (now 1)" in error
+    assert "lower --eval-batch-size (now" in error
+    assert "--batch-size (now 8)" in error and "--accumulate (now 1)" in error
     assert error.count("\n") == 1
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from reat_fast.data import ImageSet
 from reat_fast.evaluation import saved
+from reat_fast.evaluation.figures import parts
 from reat_fast.evaluation.saved import (
     CONDITIONS,
     images_sha256,
@@ -149,3 +150,19 @@ def test_weights_are_known_by_their_bytes(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"abc")
     assert weights_sha256(file).startswith("ba7816bf8f01cfea414140de5dae2223")  # of FIPS 180-2
+
+
+def test_gathered_attacks_have_head_body_and_tail_by_the_same_classes(tmp_path: Path) -> None:
+    """Which are known where either evaluation knew the training images of each class."""
+    per_class = [10.0, 20.0, 60.0, 90.0]
+    unknown, counts = {**parts(per_class), "per_class": per_class}, [5, 10, 20, 40]
+    known = {**parts(per_class, counts), "per_class": per_class}
+    assert unknown["tail"] != known["tail"] and known["tail80"] is not None
+    first = result({}) | {"attacks": {"pgd20": unknown}}
+    later = result({}) | {"attacks": {"clean": known}, "train_counts": counts}
+    for name, pair in (("a", (first, later)), ("b", (later, first))):
+        (tmp_path / name).mkdir()
+        for found in pair:
+            _, whole = write_beside_others(tmp_path / name, found)
+        assert whole["attacks"] == {"pgd20": known, "clean": known}
+        assert whole["train_counts"] == counts

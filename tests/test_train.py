@@ -16,7 +16,7 @@ import pytest
 import torch
 from made_data import made_images, made_npz
 from made_run import run
-from torch import Tensor
+from torch import Tensor, nn
 
 from reat_fast import checkpoint, train
 from reat_fast.data import make_splits
@@ -24,10 +24,12 @@ from reat_fast.engine.distributed import World
 from reat_fast.engine.stopping import Stopped
 from reat_fast.evaluate import evaluate
 from reat_fast.methods.cosine_head import CosineHead
+from reat_fast.models import refuse_other_size
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.data import read_run
 from reat_fast.reporting.probe import probe_run
 from reat_fast.training import gauge, selection
+from reat_fast.training.announcement import announce
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
 
@@ -621,3 +623,85 @@ def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_i
         planned.close()
     assert [named["batch_size"] for named in asked] == [6]  # of batches of 16 in 3 parts
     assert asked[0]["steps"] == 2 and asked[0]["form"] == "official"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "at --attack fgsm-rs --start none --steps 5",
+            "attack: fgsm-rs, one step of 10/255 from even noise of 8/255; --start, --steps and "
+            "--step-size do not act",
+        ),
+        (
+            "at --schedule multistep --milestones 1 3 --epochs 2",
+            "--milestones 3: never reached in 2 epochs; the learning rate falls fewer times",
+        ),
+        (
+            "at --schedule multistep --milestones 2 3 --epochs 2",
+            "--milestones 2 3: never reached in 2 epochs; the learning rate falls not at all",
+        ),
+        (
+            "taet --second-stage 2 --epochs 2",
+            "--second-stage 2: never reached in 2 epochs, which all train on clean images",
+        ),
+        ("at --imbalance-profile exp", "--imbalance 0.1: drawn from classes that have 60 to 20 "),
+    ],
+)
+def test_what_will_not_act_is_announced(
+    flags: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset, *own = flags.split()
+    labels = np.repeat(np.arange(4), [20, 30, 40, 60])
+    file = tmp_path / "uneven.npz"
+    images = made_images(labels, 3, seed=0)
+    np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    small = [word for word in SMALL if word != "--schedule" and word != "onecycle"]
+    for name, lines in (("said", own), ("silent", ["--imbalance-profile", "as-is"])):
+        given = [preset, *small, "--data", file, *map(str, lines), "--run-dir", tmp_path / name]
+        planned = Run(make_plan([str(word) for word in given]))
+        announce(planned)
+        planned.close()
+        shown = capsys.readouterr().out
+        assert (said in shown) is (name == "said")
+
+
+def test_a_run_finds_its_data_from_every_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    run_dir = tmp_path / "run"
+    arguments = ["at", *SMALL, "--data", data.name, "--run-dir", run_dir, "--epochs", 1, "--quiet"]
+    assert run(*arguments) == 0
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((run_dir / "config.json").read_text())["data"] == str(data)
+    assert run("--resume", run_dir, "--quiet") == 0
+
+
+@pytest.mark.parametrize("left", ["wandb-id.txt", "wandb", "events.out.tfevents.1.host", "notes"])
+def test_what_a_log_left_of_a_run_that_never_began_is_no_run(
+    left: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    (folder / left).mkdir(parents=True)
+    code = run("at", *SMALL, "--data", data, "--run-dir", folder, "--epochs", 1, "--quiet")
+    assert code == (2 if left == "notes" else 0)
+
+
+class Picky(nn.Module):
+    """Take images of one size, as a vision transformer does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[2:] == (224, 224), "Input height (8) doesn't match model (224).\nmore"
+        return images.mean((2, 3))
+
+
+def test_a_network_that_takes_another_size_is_refused_in_one_line() -> None:
+    network = Picky()
+    with pytest.raises(
+        ValueError, match=r"^--model timm/vit: takes no images of 8 x 9 pixels"
+    ) as e:
+        refuse_other_size(network, "timm/vit", (8, 9, 3))
+    assert "doesn't match model (224).); name another" in str(e.value)
+    refuse_other_size(network, "timm/vit", (224, 224, 3))
+    assert network.training

@@ -35,11 +35,14 @@ class ReferenceStep(TrainStep):
         if config.attack_batchnorm != "eval" or config.attack_loss not in ("auto", "rbl"):
             raise ValueError(
                 "--no-fused: the reference has REAT's own attack only; "
-                "leave out --attack-loss and --attack-batchnorm"
+                "give --attack-loss auto and --attack-batchnorm eval"
             )
         for field in UNKNOWN:
-            if getattr(config, field) != getattr(Config(), field):
-                raise ValueError(f"--no-fused: the reference has no {flag(field)}; leave it out")
+            only = getattr(Config(), field)
+            if getattr(config, field) != only:
+                raise ValueError(
+                    f"--no-fused: the reference knows {flag(field)} {only} alone; give it"
+                )
         if world is not None and world.size > 1:
             raise ValueError("--no-fused: the reference runs in one process; leave out torchrun")
         super().__init__(model, optimizer, counts, config, world)

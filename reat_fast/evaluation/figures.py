@@ -27,22 +27,29 @@ def figures(
     per_class [C] (None where a class has no image).
     """
     per_class = [100 * c / n if n else None for c, n in zip(correct, samples, strict=True)]
+    present = [value for value in per_class if value is not None]
+    return {
+        "overall": 100 * sum(correct) / max(sum(samples), 1),
+        "balanced": sum(present) / len(present) if present else None,
+        "worst": min(present) if present else None,
+        **parts(per_class, train_counts),
+        "per_class": per_class,
+    }
+
+
+def parts(
+    per_class: Sequence[float | None], train_counts: Sequence[int] | None = None
+) -> dict[str, float | None]:
+    """Return head, body, tail and tail80 of percentages per class; see figures."""
 
     def mean(classes: Sequence[int]) -> float | None:
         present = [value for c in classes if (value := per_class[c]) is not None]
         return sum(present) / len(present) if present else None
 
-    present = [value for value in per_class if value is not None]
+    thirds = head_body_tail(len(per_class), train_counts)
     return {
-        "overall": 100 * sum(correct) / max(sum(samples), 1),
-        "balanced": mean(range(len(samples))),
-        "worst": min(present) if present else None,
-        **{
-            part: mean(classes)
-            for part, classes in head_body_tail(len(samples), train_counts).items()
-        },
+        **{part: mean(classes) for part, classes in thirds.items()},
         "tail80": mean(tail_by_share(train_counts)) if train_counts else None,
-        "per_class": per_class,
     }
 
 

@@ -6,7 +6,7 @@ checks of AutoAttack and RobustBench (arXiv 2010.09670), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ def refuse_other_data(dataset: Dataset, spec: ModelSpec, weights: Path, flags: s
                 f"{flags}: {dataset.name} has {found} {what}, {weights} was trained on {wanted}; "
                 "give data of as many"
             )
+    names, own = list(dataset.class_names), list(spec.class_names)
+    if names != own and sorted(names) == sorted(own):
+        place = next(k for k, name in enumerate(names) if name != own[k])
+        raise GuardError(
+            f"{flags}: class {place} of {dataset.name} is {names[place]}, where {weights} was "
+            f"trained on {own[place]}; give data with its classes in that order"
+        )
 
 
 def refuse(model: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -116,6 +123,31 @@ def _zero_gradients(model: nn.Module, images: Tensor, loss: Any) -> int:
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss(model(leaf)), leaf)
     return int((gradient.flatten(1) == 0).all(1).sum())
+
+
+def warnings_for_classes(
+    names: Sequence[str], own: Sequence[str], train_counts: Sequence[int] | None
+) -> list[str]:
+    """Say where classes may not be those that were meant.
+
+    names: of the data; own: those of the model, which official weights have not; train_counts: None
+    where nothing tells.
+    """
+    found = []
+    other = next(
+        (k for k, pair in enumerate(zip(names, own, strict=False)) if pair[0] != pair[1]), None
+    )
+    if other is not None:
+        found.append(
+            f"class {other} of this data is {names[other]}, the model was trained on {own[other]}: "
+            "figures are right if that is another name of the same class"
+        )
+    if train_counts is None:
+        found.append(
+            "how many training images a class had is not known: head, body and tail are the first, "
+            "middle and last classes; --train-counts tells"
+        )
+    return found
 
 
 def warnings_for_figures(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:

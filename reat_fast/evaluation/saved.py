@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from reat_fast.data import Dataset, ImageSet
-from reat_fast.evaluation.figures import tail_by_share
+from reat_fast.evaluation.figures import parts, tail_by_share
 from reat_fast.sources.beton_folder import digest
 from reat_fast.sources.lazy import FileImages, LazyImages
 from reat_fast.storage.whole_files import write_text
@@ -156,16 +156,25 @@ def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     """Return an earlier evaluation with the attacks of a later one, seconds added up.
 
     None where there is no earlier one, or one of other weights or under other conditions.
+    Attacks of both have head, body and tail by the training images that either knows of.
     """
     try:
         earlier = json.loads(file.read_text("utf-8"))
         same = all(earlier.get(name, result[name]) == result[name] for name in CONDITIONS)
         if not same or not isinstance(earlier["attacks"], dict):
             return None
+        whole = {**earlier, **result}
+        attacks = earlier["attacks"] | result["attacks"]
+        # One of the two may not have known which classes are head, body and tail.
+        counts = whole.get("train_counts")
+        if counts != earlier.get("train_counts") or counts != result.get("train_counts"):
+            attacks = {
+                name: {**found, **parts(found["per_class"], counts)}
+                for name, found in attacks.items()
+            }
         return {
-            **earlier,
-            **result,
-            "attacks": earlier["attacks"] | result["attacks"],
+            **whole,
+            "attacks": attacks,
             "seconds": round(earlier["seconds"] + result["seconds"], 3),
             "warnings": list(dict.fromkeys((*earlier.get("warnings", ()), *result["warnings"]))),
         }

@@ -22,7 +22,7 @@ def class_radius_factors(counts: Sequence[int], alpha: float) -> Tensor:
     if not 0 <= alpha <= 1:
         raise ValueError(f"--radius-alpha {alpha:g}: must lie in [0, 1]; RobustLT takes 0.3")
     if len({max(n, 1) for n in counts}) == 1:
-        raise ValueError("--radius class: all classes have the same size; leave it out")
+        raise ValueError("--radius class: all classes have the same size; give --radius same")
     sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
     rarity = (sizes.max() / sizes).log().sqrt()
     return 1 - alpha + alpha * rarity / ((sizes / sizes.sum()) * rarity).sum()

@@ -13,7 +13,7 @@ from reat_fast.storage.typed_fields import from_values
 
 LOCAL_FIELDS = (
     *("run_dir", "resume", "device", "data", "loader", "workers", "attack_form", "update_form"),
-    *("on_nonfinite", "save_minutes", "profile", "quiet", "log", "skip_bad"),
+    *("on_nonfinite", "save_minutes", "profile", "quiet", "log", "skip_bad", "eval_batch_size"),
 )
 """Fields that may differ on resume: they say where a run lives and how it reports, and of what it
 computes they change roundings at most. Of skip_bad what matters is compared: the images."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -38,11 +40,22 @@ def refuse_nonfinite_weights(run: Run) -> None:
 
 
 def _fault(run: Run, what: str, step: int) -> FloatingPointError:
-    good = checkpoint.has_checkpoint(run.folder)
-    advice = f"; the state before it is in {run.folder / checkpoint.CHECKPOINT}" if good else ""
+    file = run.folder / checkpoint.CHECKPOINT
     return FloatingPointError(
-        f"the {what} is not finite in epoch {run.epoch + 1}, step {step + 1}: lower --lr{advice}"
+        f"the {what} is not finite in epoch {run.epoch + 1}, step {step + 1}: "
+        f"lower --lr{_way_back(run, file)}"
     )
+
+
+def _way_back(run: Run, file: Path) -> str:
+    """Say where the state before a fault is, and how to go on from it at a lower rate."""
+    if not file.is_file():
+        return ""
+    kept = f"; the state before it is in {file}"
+    if run.config.on_nonfinite == "rollback":
+        return kept
+    folder = shlex.quote(str(run.folder))
+    return f" in a new run, or go on with --resume {folder} --on-nonfinite rollback{kept}"
 
 
 def diverged(run: Run, fault: FloatingPointError, saved: bool) -> FloatingPointError:
@@ -51,8 +64,9 @@ def diverged(run: Run, fault: FloatingPointError, saved: bool) -> FloatingPointE
     saved: whether the last checkpoint has the network that was evaluated.
     """
     file = run.folder / (checkpoint.PREVIOUS if saved else checkpoint.CHECKPOINT)
-    advice = f"; the state before it is in {file}" if file.is_file() else ""
-    return FloatingPointError(f"{fault}, in epoch {run.epoch + 1}: lower --lr{advice}")
+    return FloatingPointError(
+        f"{fault}, in epoch {run.epoch + 1}: lower --lr{_way_back(run, file)}"
+    )
 
 
 def roll_back(run: Run, fault: FloatingPointError) -> str:
@@ -88,7 +102,8 @@ def explained_faults(run: Run) -> Iterator[None]:
             raise
         device = "GPU memory" if run.device.type == "cuda" else "memory"
         raise ValueError(
-            f"out of {device} in epoch {run.epoch + 1}: lower --batch-size (now "
-            f"{config.batch_size}) or --eval-batch-size (now {config.eval_batch_size}), or raise "
-            f"--accumulate (now {config.accumulate}) to compute a batch in parts"
+            f"out of {device} in epoch {run.epoch + 1}: lower --eval-batch-size (now "
+            f"{config.eval_batch_size}), which --resume takes, or begin anew with a lower "
+            f"--batch-size (now {config.batch_size}) or a higher --accumulate (now "
+            f"{config.accumulate}), which computes a batch in parts"
         ) from error

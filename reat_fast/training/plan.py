@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         _, config = parse(flags, preset, default=saved)
         for name, old, new in changes(saved, config):
             raise ValueError(f"{name} {new}: the run was begun with {old}; leave it out")
+    if config.data is not None:  # a run is gone on with and evaluated from other folders, too
+        config = replace(config, data=config.data.absolute())
     check_logs(config.log)
     device = choose_own_device(config.device, world)
     run_dir = resume or _new_run_dir(config, preset, world)

@@ -23,6 +23,7 @@ from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.methods.cosine_head import use_cosine_head
+from reat_fast.models import refuse_other_size
 from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.storage.config_file import to_json
@@ -62,6 +63,8 @@ class Run:
         )
         torch.manual_seed(self.config.seed)
         network = self.spec.build()
+        if self.config.model.startswith("timm/"):
+            refuse_other_size(network, self.config.model, self.dataset.train.images.shape[1:])
         if self.config.head == "cosine":
             head = use_cosine_head(network, self.config.head_scale)
             head.compensate_(self.splits.counts, self.config.post_tau)

@@ -76,13 +76,18 @@ def never_began(folder: Path) -> bool:
     half_written = {f"{name}.part" for name in (*DESCRIPTION, CHECKPOINT)}
     if not folder.is_dir():
         return False
-    names = {file.name for file in folder.iterdir()}
+    names = {file.name for file in folder.iterdir() if not _is_of_a_log(file)}
     if "config.json" in names:
         try:
             from_json((folder / "config.json").read_text("utf-8"))
         except (ValueError, OSError):
             return False
     return names <= half_written.union(DESCRIPTION)
+
+
+def _is_of_a_log(file: Path) -> bool:
+    """Say whether a log of --log, which opens before the first checkpoint, has left this."""
+    return file.name in ("wandb", "wandb-id.txt") or file.name.startswith("events.out.tfevents")
 
 
 def epochs_done(folder: Path) -> int | None:

@@ -1,0 +1,117 @@
+"""What a run says of itself before its first step: what it is made of, and what will not act."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from reat_fast.cli.radius import fraction_text
+from reat_fast.cli.terminal import duration
+from reat_fast.engine.precision import resolve_precision
+from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
+from reat_fast.methods.attacks import plan_attack
+from reat_fast.training import selection
+from reat_fast.training.run import Run
+
+UNEVEN = 1.05
+"""Own sizes of classes that differ by more than this factor are no accident."""
+
+
+def announce(run: Run) -> None:
+    """Print what will run, why, and how long it should take."""
+    plan = run.plan
+    print(
+        f"preset {plan.preset} ({plan.reason}); "
+        f"expected time {duration(selection.expected_seconds(run))} on {_place(run)}, "
+        "from one timed pass"
+    )
+    for line in (*_data(run), *_attack(run), *_schedule(run), *_step(run)):
+        print(line)
+    sys.stdout.flush()
+
+
+def _data(run: Run) -> Iterator[str]:
+    config, counts = run.config, run.splits.counts
+    yield (
+        f"{run.dataset.name}: {sum(counts):,} training images in {len(counts)} classes of "
+        f"{max(counts):,} to {min(counts):,} (ratio {max(counts) / min(counts):.0f}), "
+        f"{len(run.splits.held_out):,} held out, {len(run.splits.test):,} test images; "
+        f"{config.model}, {sum(p.numel() for p in run.model.parameters()):,} parameters"
+    )
+    own = np.bincount(run.dataset.train.labels, minlength=len(counts))
+    drawn = config.imbalance_profile != "as-is" and config.largest is None
+    if drawn and own.max() > UNEVEN * own.min():
+        yield (
+            f"--imbalance {config.imbalance:g}: drawn from classes that have {own.max():,} to "
+            f"{own.min():,} images themselves, so none gets more than {own.min():,}; "
+            f"--imbalance-profile as-is takes all {own.sum():,} as they are"
+        )
+    yield from run.dataset.notes
+
+
+def _attack(run: Run) -> Iterator[str]:
+    config = run.config
+    if config.attack == "free":
+        yield (
+            f"attack: free, along the gradient of training itself, {config.replays} updates on "
+            "each batch; --start, --steps and --step-size do not act"
+        )
+    elif config.attack != "pgd":
+        plan = plan_attack(config.attack, eps=config.eps, step_size=0.0, steps=1)
+        yield (
+            f"attack: {config.attack}, one step of {fraction_text(plan.step_size)} from even noise "
+            f"of {fraction_text(plan.noise_scale)}; --start, --steps and --step-size do not act"
+        )
+    auto = config.fused and config.attack != "free" and config.attack_loss == "auto"
+    if auto and resolve_attack_loss(config) == "ce":
+        yield (
+            "attack: plain cross-entropy; REAT's RBL weights cannot change an adversarial "
+            "example while BatchNorm is in eval mode"
+        )
+    if kept := run.step.unfolded:
+        shown = ", ".join(kept[:5]) + (" and others" if len(kept) > 5 else "")
+        yield f"{len(kept)} BatchNorms follow no convolution, so the attack keeps them: {shown}"
+
+
+def _schedule(run: Run) -> Iterator[str]:
+    """Say what a run that is shorter than its recipe never comes to."""
+    config = run.config
+    beyond = [epoch for epoch in config.milestones if epoch >= config.epochs]
+    if config.schedule == "multistep" and beyond:
+        yield (
+            f"--milestones {' '.join(map(str, beyond))}: never reached in {config.epochs} epochs; "
+            "the learning rate falls "
+            + ("fewer times" if len(beyond) < len(config.milestones) else "not at all")
+        )
+    if config.objective == "taet" and config.second_stage >= config.epochs:
+        yield (
+            f"--second-stage {config.second_stage}: never reached in {config.epochs} epochs, which "
+            "all train on clean images"
+        )
+
+
+def _step(run: Run) -> Iterator[str]:
+    how = "one CUDA graph" if run.captures else "eager"
+    if run.config.fused and run.step.attack.network is not None:
+        how += f", attack form {resolve_form(run.config, run.device)}"
+    yield f"step: {_arithmetic(run)}, {how}; {run.loader_reason}"
+    if run.config.graph == "on" and not run.captures:
+        yield f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly"
+
+
+def _arithmetic(run: Run) -> str:
+    precision = resolve_precision(run.config, run.device)
+    if precision != "bf16" or run.device.type != "cpu":
+        return precision
+    return "float32" if run.config.attack == "free" else "bf16 in the attack"  # see TrainStep
+
+
+def _place(run: Run) -> str:
+    """Name where a run computes: the GPU's name or the CPU's threads, and how many processes."""
+    place = f"{torch.get_num_threads()} CPU threads"
+    if run.device.type == "cuda":
+        place = torch.cuda.get_device_name(run.device)
+    return place if run.world.size == 1 else f"{run.world.size} x {place}"
