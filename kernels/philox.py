@@ -99,17 +99,13 @@ def normal(bits: Tensor) -> Tensor:
 
 
 def permutation(
-    n: int,
-    seed: int | Tensor,
-    epoch: int | Tensor,
-    device: torch.device | str = "cpu",
-    purpose: int = ORDER,
+    n: int, seed: int | Tensor, epoch: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return a random order of range(n), int64 [n]: the same one on every device.
 
     The stable sorting of 63-bit keys, one per element.
     """
-    words = random_bits(seed, epoch, torch.arange(n, device=device), purpose, 2)
+    words = random_bits(seed, epoch, torch.arange(n, device=device), ORDER, 2)
     return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)
 
 

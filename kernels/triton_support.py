@@ -56,7 +56,7 @@ def wrap_triton(kernel: Any) -> Any:
 
 
 def kernel_runs_on(tensor: Tensor) -> bool:
-    """Say whether a kernel can be launched on this tensor; the body of every op asks this."""
+    """Say whether a kernel can be launched on this tensor; the body of a `triton_op` asks this."""
     return TRITON_INSTALLED and (tensor.device.type == "cuda" or INTERPRETED)
 
 
@@ -72,7 +72,9 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     if backend == "auto":
         return tensor.device.type == "cuda" and TRITON_INSTALLED and is_current(tensor.device)
     if backend not in ("triton", "trial"):
-        raise ValueError(f"backend={backend!r} is unknown: give 'auto', 'torch' or 'triton'")
+        raise ValueError(
+            f"backend={backend!r} is unknown: give 'auto', 'torch', 'triton' or 'trial'"
+        )
     if not TRITON_INSTALLED:
         raise ValueError(
             "backend='triton' needs Triton: pip install triton (Linux), or give backend='torch'"

@@ -37,7 +37,6 @@ class Loader(Protocol):
     """The protocol of every loader."""
 
     order: EpochOrder
-    batch_size: int  # images of a full batch, this rank's share
 
     def __len__(self) -> int:
         """Return the batches of an epoch, the same number on every rank."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +21,12 @@ import torch
 from torch import Tensor
 
 from reat_fast.data import ImageSet
-from reat_fast.kernels.philox import SAMPLER, permutation
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.prefetch import to_device
 from reat_fast.sources.beton_file import BetonError, BetonFile, BetonImages, read_beton
 
-ReadOrder = Literal["random", "quasi-random", "sequential"]
 Rows = npt.NDArray[np.int64]
-
-WINDOW = 256 << 20
-"""Bytes of the file that quasi-random mixes at a time; up to two such windows are in memory."""
 
 
 class BetonLoader:
@@ -40,13 +35,6 @@ class BetonLoader:
     rows: int64 [N], the position in the file of each image of the set; left out, those that
     `image_set.images` was read from, or the whole file in its order. workers: threads that decode,
     at most one per core; JPEG gains from more than one, raw pixels hardly.
-
-    read_order: "random" is the order of every other loader. For files larger than memory,
-    "quasi-random" mixes pages and the images of neighbouring pages: another order, also fixed by
-    (seed, epoch), every image once. "sequential" goes through the file from its beginning. Both
-    take `batch_size`, `drop_last` and ranks from `order` and need its sampler to be "instance".
-    cache: leave it to the system which parts of the file stay in memory; False keeps two windows
-    there, which a random order cannot do with.
 
     The first epoch begins some seconds late, while Numba compiles the decoder. Raw pixels are
     exact. JPEG is decoded with libjpeg's fast cosine transform: CIFAR-10 at quality 95 is off from
@@ -64,22 +52,17 @@ class BetonLoader:
         path: Path,
         rows: Rows | None = None,
         workers: int = 2,
-        read_order: ReadOrder = "random",
-        cache: bool = True,
     ) -> None:
-        _check_options(order, workers, read_order, cache)
+        if workers < 0:
+            raise ValueError(f"--workers {workers}: must be 0 or more")
         beton = read_beton(path)
         self._rows = _check_rows(image_set, beton, rows)
         self._labels = torch.from_numpy(image_set.labels)
         self._shape = image_set.images.shape[1:]
-        self._pages = torch.from_numpy(beton.images.starts[self._rows] // beton.page_bytes)
-        self._window = max(WINDOW // beton.page_bytes, 1)
         self.order = order.to(torch.device("cpu"))
-        self.batch_size = order.share
         self.device = device
-        self.read_order = read_order
         self._given = _GivenOrder()
-        self._ffcv: Any = _ffcv_loader(beton, self._rows, self.batch_size, workers, cache)
+        self._ffcv: Any = _ffcv_loader(beton, self._rows, order.share, workers)
         self._ffcv.traversal_order = self._given
 
     def __len__(self) -> int:
@@ -87,38 +70,11 @@ class BetonLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, from batch `first` on, without reading those before."""
-        return to_device(self._decoded(self._shares(epoch, first)), self.device)
+        return to_device(self._decoded(list(self.order.batches(epoch, first))), self.device)
 
     def close(self) -> None:
         """Let go of the file and FFCV's buffers."""
         self._ffcv = None
-
-    def _shares(self, epoch: int, first: int) -> list[Tensor]:
-        """Return this rank's positions in each batch."""
-        if self.read_order == "random":
-            return list(self.order.batches(epoch, first))
-        order = self.order
-        places = EpochOrder(
-            self._labels,
-            order.batch_size,
-            shuffle=False,
-            drop_last=order.drop_last,
-            rank=order.rank,
-            world=order.world,
-        )
-        positions = self._by_pages(epoch)
-        return [positions[share] for share in places.batches(epoch, first)]
-
-    def _by_pages(self, epoch: int) -> Tensor:
-        """Return the positions of an epoch page by page, or mixed in windows of random pages."""
-        if self.read_order == "sequential":
-            return torch.from_numpy(np.argsort(self._rows, kind="stable"))
-        pages, page = torch.unique(self._pages, return_inverse=True)
-        # The sampler's draws are free: a sampler at work was refused.
-        turns = permutation(len(pages), self.order.seed, epoch, purpose=SAMPLER)
-        windows = (turns // self._window)[page]  # [N], of each image
-        mixed = permutation(len(page), self.order.seed, epoch)
-        return mixed[torch.argsort(windows[mixed], stable=True)]
 
     def _decoded(self, shares: list[Tensor]) -> Iterator[Batch]:
         """Give the batches on the CPU, copied: FFCV uses its buffers again."""
@@ -154,7 +110,7 @@ class _GivenOrder:
         return self.rows
 
 
-def _ffcv_loader(beton: BetonFile, rows: Rows, batch_size: int, workers: int, cache: bool) -> Any:
+def _ffcv_loader(beton: BetonFile, rows: Rows, batch_size: int, workers: int) -> Any:
     with _torch_threads_kept():
         try:
             from ffcv.loader import Loader, OrderOption
@@ -168,7 +124,7 @@ def _ffcv_loader(beton: BetonFile, rows: Rows, batch_size: int, workers: int, ca
             str(beton.path),
             batch_size=batch_size,
             num_workers=_threads(workers),
-            os_cache=cache,
+            os_cache=True,  # FFCV's own cache holds the whole file where the order is random
             order=OrderOption.SEQUENTIAL,
             indices=rows,
             pipelines={name: None for name in beton.fields if name != beton.image_field},
@@ -212,33 +168,12 @@ def _next(running: Any) -> Tensor:
 
 
 def _stop(running: Any) -> None:
-    """End the thread of an epoch, wherever it is, and then those that read pages for it."""
+    """End the thread of an epoch, wherever it is."""
     running.iter_ixes = iter(())
     while running.is_alive():
         with suppress(Empty):
             running.output_queue.get(timeout=0.01)
     running.close()
-    executor = getattr(running.memory_context, "executor", None)
-    for reader in executor.threads if executor else ():
-        reader.join()
-
-
-def _check_options(order: EpochOrder, workers: int, read_order: str, cache: bool) -> None:
-    if workers < 0:
-        raise ValueError(f"--workers {workers}: must be 0 or more")
-    if read_order not in get_args(ReadOrder):
-        known = ", ".join(get_args(ReadOrder))
-        raise ValueError(f"read_order {read_order!r} is unknown: use one of {known}")
-    if read_order != "random" and order.sampler != "instance":
-        raise ValueError(
-            f"--sampler {order.sampler} draws images at random: it cannot go with "
-            f"read_order {read_order}"
-        )
-    if read_order == "random" and not cache:
-        raise ValueError(
-            "a random order without the system's cache holds the whole file in memory: use "
-            "read_order quasi-random"
-        )
 
 
 def _check_rows(image_set: ImageSet, beton: BetonFile, rows: Rows | None) -> Rows:

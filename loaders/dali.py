@@ -39,14 +39,13 @@ class DaliLoader:
         if threads < 1:
             raise ValueError(f"--workers {threads}: DALI needs at least 1 thread")
         self.order = order.to(torch.device("cpu"))
-        self.batch_size = order.share
         self.device = device
         self.labels = torch.from_numpy(image_set.labels).to(device)
         self.images = image_set.images
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._feed = _Feed(self.images)
         self._begun = 0  # epochs, of which only the last can be read on
-        self._pipe: Any = _pipeline(self._feed, self.batch_size, threads, device)
+        self._pipe: Any = _pipeline(self._feed, order.share, threads, device)
 
     def __len__(self) -> int:
         return len(self.order)

@@ -18,7 +18,7 @@ class FreshDraws:
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self._loader = loader
-        self.order, self.batch_size = loader.order, loader.batch_size
+        self.order = loader.order
         # A copy would wait there for the step before.
         self._there = loader.order.to(device)
 

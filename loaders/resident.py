@@ -29,7 +29,6 @@ class ResidentLoader:
         self.images = torch.from_numpy(np.asarray(image_set.images)).to(device)
         self.labels = torch.from_numpy(image_set.labels).to(device)
         self.order = order.to(device)
-        self.batch_size = order.share
 
     def __len__(self) -> int:
         return len(self.order)

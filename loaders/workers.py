@@ -43,7 +43,6 @@ class WorkersLoader:
         if workers < 0:
             raise ValueError(f"--workers {workers}: must be 0 or more")
         self.order = order.to(torch.device("cpu"))
-        self.batch_size = order.share
         self.device = device
         self._labels = torch.from_numpy(image_set.labels)
         self._rows: list[npt.NDArray[np.int64]] = []  # the sampler: what the next epoch reads

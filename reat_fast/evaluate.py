@@ -51,6 +51,7 @@ from reat_fast.networks.architectures import Network
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.storage.config_file import from_json
 from reat_fast.storage.whole_files import refuse_unwritable
+from reat_fast.training import run_folder
 
 GUARDED_IMAGES = 64
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left at most"
@@ -281,7 +282,7 @@ def _config(folder: Path) -> Config:
 
 
 def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int] | None:
-    counts = checkpoint.train_counts(folder)
+    counts = run_folder.train_counts(folder)
     if counts is not None and options.train_counts is not None:
         raise ValueError(f"--train-counts: {folder} has them; leave it out")
     if options.train_counts is not None:

@@ -23,7 +23,6 @@ import torch
 import tyro
 
 from reat_fast import checkpoint
-from reat_fast.checkpoint import ModelSpec
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.cli.extras import import_extra
 from reat_fast.config import Config
@@ -31,7 +30,9 @@ from reat_fast.evaluation.saved import files, weights_sha256
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.model_card import model_card
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+from reat_fast.storage import weights_file
 from reat_fast.storage.config_file import LOCAL_FIELDS
+from reat_fast.storage.weights_file import ModelSpec
 from reat_fast.storage.whole_files import replacing, write_text
 
 ONNX, DESCRIPTION, CARD = "model.onnx", "config.json", "README.md"
@@ -243,7 +244,7 @@ def _write(
     if options.format == "onnx":
         height, width = description["image_size"]
         return _write_onnx(folder / ONNX, model, (spec.in_channels, height, width))
-    checkpoint.save_weights(folder / checkpoint.EXPORTED, model, spec)
+    weights_file.save_weights(folder / checkpoint.EXPORTED, model, spec)
     if options.format == "hub":
         name = (options.push or options.to.resolve().name).rpartition("/")[2]
         write_text(folder / CARD, model_card(name, description, options.push))

@@ -15,11 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 
+import torch
+
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.triton_support import INTERPRETED, TRITON_INSTALLED, Backend
 from reat_fast.parity.convolutions import compare_convolutions
-from reat_fast.parity.ops import Row, compare_ops
+from reat_fast.parity.images import compare_images
+from reat_fast.parity.losses import compare_losses
+from reat_fast.parity.maps import compare_maps
+from reat_fast.parity.rows import Row
 from reat_fast.parity.steps import compare_steps
 
 
@@ -47,9 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             if INTERPRETED:
                 print("bfloat16 left out: Triton's interpreter computes it wrongly")
             print(f"{'op':15} {'case':62} {'dtype':9} {'error':>9} {'at most':>9}")
-        ops: Iterator[Row] = chain(
-            compare_ops(device, backend), compare_convolutions(device, backend)
-        )
+        ops = compare_ops(device, backend)
         if INTERPRETED:
             ops = _without_bfloat16(ops)
         for row in chain(ops, compare_steps(device)):
@@ -66,6 +69,12 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print(f"{len(rows) - short} of {len(rows)} rows hold")
     return 1 if short else 0
+
+
+def compare_ops(device: torch.device, backend: Backend) -> Iterator[Row]:
+    """Yield the comparisons of every op, one after another as they are made."""
+    for compare in (compare_images, compare_maps, compare_losses, compare_convolutions):
+        yield from compare(device, backend)
 
 
 def _without_bfloat16(rows: Iterable[Row]) -> Iterator[Row]:

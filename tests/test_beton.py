@@ -16,7 +16,6 @@ import torch
 
 from reat_fast.data import ImageSet
 from reat_fast.loaders import Batch
-from reat_fast.loaders import beton as beton_loader
 from reat_fast.loaders.beton import BetonLoader
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.loaders.resident import ResidentLoader
@@ -102,7 +101,7 @@ def test_batches_are_those_of_the_resident_loader(
     path, image_set = raw
     order = EpochOrder(image_set.labels, 128, sampler=sampler, seed=5, drop_last=drop_last)
     loader = BetonLoader(image_set, order, CPU, path=path)
-    assert loader.batch_size == 128 and len(loader) == len(order) == (11 if drop_last else 12)
+    assert len(loader) == len(order) == (11 if drop_last else 12)
     for epoch in range(2):
         batches = batches_of(loader, epoch)
         assert_same(batches, batches_of(ResidentLoader(image_set, order, CPU), epoch))
@@ -121,28 +120,23 @@ def test_a_subset_takes_its_rows_of_the_file(raw: tuple[Path, ImageSet]) -> None
     assert_same(batches_of(BetonLoader(lazy, order, CPU, path=path)), expected)
 
 
-@pytest.mark.parametrize("read_order", ["random", "quasi-random", "sequential"])
-def test_an_epoch_goes_on_from_any_batch(raw: tuple[Path, ImageSet], read_order: Any) -> None:
+def test_an_epoch_goes_on_from_any_batch(raw: tuple[Path, ImageSet]) -> None:
     path, image_set = raw
     order = EpochOrder(image_set.labels, 128, seed=2)
-    loader = BetonLoader(image_set, order, CPU, path=path, read_order=read_order)
+    loader = BetonLoader(image_set, order, CPU, path=path)
     whole = batches_of(loader, 3)
     assert_same(batches_of(loader, 3, first=5), whole[5:])
     assert batches_of(loader, 3, first=len(loader)) == []
 
 
-@pytest.mark.parametrize("read_order", ["random", "quasi-random", "sequential"])
-def test_ranks_share_each_batch_even_where_it_is_too_small(
-    raw: tuple[Path, ImageSet], read_order: Any
-) -> None:
+def test_ranks_share_each_batch_even_where_it_is_too_small(raw: tuple[Path, ImageSet]) -> None:
     path, image_set = raw
     rows = np.arange(301)
     subset = image_set.take(rows)  # batches of 75 and a last one of 1, which leaves rank 1 none
 
     def batches(rank: int, world: int) -> list[Batch]:
         order = EpochOrder(subset.labels, 75, rank=rank, world=world)
-        options: Any = {"path": path, "rows": rows, "read_order": read_order}
-        return batches_of(BetonLoader(subset, order, CPU, **options))
+        return batches_of(BetonLoader(subset, order, CPU, path=path, rows=rows))
 
     first, second, alone = batches(0, 2), batches(1, 2), batches(0, 1)
     assert [len(batch.indices) for batch in first] == [38, 38, 38, 38, 1]
@@ -179,12 +173,10 @@ def test_two_loaders_may_be_read_in_turn(raw: tuple[Path, ImageSet]) -> None:
     assert_same([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_an_abandoned_epoch_leaves_nothing_behind(raw: tuple[Path, ImageSet], cache: bool) -> None:
+def test_an_abandoned_epoch_leaves_nothing_behind(raw: tuple[Path, ImageSet]) -> None:
     path, image_set = raw
     order = EpochOrder(image_set.labels, 50)
-    options: Any = {"read_order": "random" if cache else "quasi-random", "cache": cache}
-    loader = BetonLoader(image_set, order, CPU, path=path, **options)
+    loader = BetonLoader(image_set, order, CPU, path=path)
 
     def abandon(epoch: int) -> tuple[int, int]:
         for _ in loader.epoch(epoch):
@@ -235,47 +227,6 @@ def test_grey_images_have_one_channel(
     assert expected[0].images.shape[1:] == (32, 32, 1)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_quasi_random_mixes_windows_of_the_file(
-    raw: tuple[Path, ImageSet], monkeypatch: pytest.MonkeyPatch, cache: bool
-) -> None:
-    path, image_set = raw
-    monkeypatch.setattr(beton_loader, "WINDOW", PAGE)  # a page at a time
-    order = EpochOrder(image_set.labels, 128, seed=1)
-    options: Any = {"path": path, "read_order": "quasi-random", "cache": cache}
-
-    def epoch(number: int) -> list[int]:
-        batches = batches_of(BetonLoader(image_set, order, CPU, **options), number)
-        for batch in batches:
-            assert torch.equal(batch.images, torch.from_numpy(image_set.images)[batch.indices])
-        return torch.cat([batch.indices for batch in batches]).tolist()
-
-    first = epoch(0)
-    assert sorted(first) == list(range(COUNT))
-    assert epoch(0) == first and epoch(1) != first
-    pages = read_beton(path).images.starts[first] // PAGE
-    assert np.count_nonzero(np.diff(pages)) == 2  # each of the three pages is read once
-    assert not np.array_equal(first, np.sort(first))
-    inside = np.array(first)[pages == pages[0]]
-    assert np.count_nonzero(np.diff(inside) < 0) > len(inside) / 4  # and mixed inside
-    starts = read_beton(path).images.starts
-    assert len({starts[epoch(number)[0]] // PAGE for number in range(6)}) > 1  # other pages first
-
-
-@pytest.mark.parametrize("cache", [True, False])
-def test_sequential_goes_through_the_file(raw: tuple[Path, ImageSet], cache: bool) -> None:
-    path, image_set = raw
-    rows = np.random.RandomState(2).permutation(COUNT)[:900]
-    subset = image_set.take(rows)
-    order = EpochOrder(subset.labels, 128)
-    options: Any = {"path": path, "rows": rows, "read_order": "sequential", "cache": cache}
-    for batch in (batches := batches_of(BetonLoader(subset, order, CPU, **options))):
-        assert torch.equal(batch.images, torch.from_numpy(subset.images)[batch.indices])
-        assert torch.equal(batch.labels, torch.from_numpy(subset.labels)[batch.indices])
-    shown = torch.cat([batch.indices for batch in batches]).numpy()
-    assert np.array_equal(rows[shown], np.sort(rows))
-
-
 def test_file_and_training_set_have_to_agree(raw: tuple[Path, ImageSet]) -> None:
     path, image_set = raw
     order = EpochOrder(image_set.labels, 128)
@@ -296,19 +247,11 @@ def test_file_and_training_set_have_to_agree(raw: tuple[Path, ImageSet]) -> None
     refused(ImageSet(image_set.images[:, :16], image_set.labels), None, r"\[32, 32, 3\], those")
 
 
-def test_options_that_cannot_go_together_are_refused(raw: tuple[Path, ImageSet]) -> None:
+def test_a_negative_number_of_workers_is_refused(raw: tuple[Path, ImageSet]) -> None:
     path, image_set = raw
     order = EpochOrder(image_set.labels, 128)
-    balanced = EpochOrder(image_set.labels, 128, sampler="class-balanced")
-    cases: list[tuple[EpochOrder, dict[str, Any], str]] = [
-        (order, {"workers": -1}, "--workers -1"),
-        (order, {"read_order": "sorted"}, "read_order 'sorted' is unknown"),
-        (order, {"cache": False}, "use read_order quasi-random"),
-        (balanced, {"read_order": "sequential"}, "--sampler class-balanced"),
-    ]
-    for chosen, options, message in cases:
-        with pytest.raises(ValueError, match=message):
-            BetonLoader(image_set, chosen, CPU, path=path, **options)
+    with pytest.raises(ValueError, match="--workers -1: must be 0 or more"):
+        BetonLoader(image_set, order, CPU, path=path, workers=-1)
 
 
 def test_without_ffcv_the_cure_is_named(

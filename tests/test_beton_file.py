@@ -93,7 +93,6 @@ def test_images_and_labels_come_back(tmp_path: Path, kind: str) -> None:
     off = 3 if kind in ("jpg", "smart") else 0
     assert np.abs(beton.images[:].astype(int) - expected).max() <= off
     assert np.array_equal(beton.images[np.array([4, 1])], beton.images[:][[4, 1]])
-    assert beton.page_bytes == PAGE and (np.diff(beton.images.starts) > 0).all()
 
 
 def test_a_selection_of_a_selection_keeps_its_place_in_the_file(tmp_path: Path) -> None:
@@ -101,7 +100,6 @@ def test_a_selection_of_a_selection_keeps_its_place_in_the_file(tmp_path: Path) 
     chosen = images.take(np.array([5, 3, 3, 0])).take(np.array([3, 1]))
     assert chosen.rows.tolist() == [0, 3]
     assert np.array_equal(chosen[:], images[[0, 3]])
-    assert chosen.starts.tolist() == images.starts[[0, 3]].tolist()
     copied = pickle.loads(pickle.dumps(chosen))  # as to a worker process
     assert np.array_equal(copied[:], chosen[:])
 
@@ -221,7 +219,7 @@ def test_a_file_that_shrinks_while_it_is_used_does_not_kill_the_process(tmp_path
 def test_a_damaged_jpeg_is_named(tmp_path: Path) -> None:
     path = made_beton(tmp_path / "set.beton", "jpg")
     beton = read_beton(path)
-    at = int(beton.images.starts[2])
+    at = int(beton.images._places["at"][2])
     content = path.read_bytes()
     path.write_bytes(content[:at] + bytes(20) + content[at + 20 :])
     assert beton.images[np.array([0, 1, 3])].shape == (3, 8, 10, 3)
@@ -295,7 +293,7 @@ def test_files_that_ffcv_writes_are_read(tmp_path: Path, kind: str) -> None:
     writer = DatasetWriter(str(path), fields, page_size=1 << 21, num_workers=1)
     writer.from_indexed_dataset(list(zip(images, labels, strict=True)))
     beton = read_beton(path)
-    assert beton.labels.tolist() == labels and beton.page_bytes == 1 << 21
+    assert beton.labels.tolist() == labels
     # FFCV's JPEG halves the resolution of colours, which a grey slope does not show.
     off = 3 if kind in ("jpg", "smart") else 0
     assert np.abs(beton.images[:].astype(int) - images).max() <= off

@@ -10,7 +10,6 @@ import torch
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError, ModelSpec, load_model
-from reat_fast.training.run_folder import make_folder
 
 SPEC = ModelSpec("resnet8", 3, 1, 8, None, ("a", "b", "<script>"))
 
@@ -106,32 +105,6 @@ def test_weights_that_do_not_fit_are_named(run_dir: Path) -> None:
     checkpoint.save_weights(run_dir / "last.safetensors", SPEC.build(), other)
     with pytest.raises(CheckpointError, match="do not fit resnet8"):
         load_model(run_dir / "last.safetensors")
-
-
-def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert checkpoint.new_run_dir(None, "reat") == Path("runs/reat-1")
-    Path("runs/reat-1").mkdir(parents=True)
-    assert checkpoint.new_run_dir(None, "reat") == Path("runs/reat-2")
-    assert checkpoint.new_run_dir(Path("runs/reat-1"), "reat") == Path("runs/reat-1")
-    Path("runs/reat-1/config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="--run-dir runs/reat-1: .* --resume runs/reat-1"):
-        checkpoint.new_run_dir(Path("runs/reat-1"), "reat")
-    Path("file").touch()
-    with pytest.raises(CheckpointError, match="--run-dir file"):
-        checkpoint.new_run_dir(Path("file"), "reat")
-
-
-def test_a_folder_that_another_run_took_meanwhile_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    chosen = [checkpoint.new_run_dir(None, "reat") for _ in range(3)]
-    made = [make_folder(folder, numbered="reat") for folder in chosen]
-    assert made == [Path("runs/reat-1"), Path("runs/reat-2"), Path("runs/reat-3")]
-    assert make_folder(made[0]) == made[0]
-    Path("runs/reat-4").symlink_to("of a disk that is gone")
-    assert make_folder(chosen[0], numbered="reat") == Path("runs/reat-5")
 
 
 def test_a_device_that_is_not_there_is_not_blamed_on_the_file(run_dir: Path) -> None:

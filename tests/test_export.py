@@ -27,7 +27,9 @@ from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
+from reat_fast.storage import weights_file
 from reat_fast.storage.config_file import to_json
+from reat_fast.training.run_folder import train_counts
 
 NAMES = ("a", "b", "c", "<script>|`d")
 SPEC = ModelSpec("resnet8", 4, 3, 8, None, NAMES)
@@ -109,9 +111,7 @@ def test_an_exported_folder_is_exported_again_with_all_it_says(
     assert description(second) == description(first) | changed
     assert "no figures in it" in capsys.readouterr().out
     said = description(first)
-    assert (
-        checkpoint.train_counts(first) == checkpoint.train_counts(run_dir) == said["train_counts"]
-    )
+    assert train_counts(first) == train_counts(run_dir) == said["train_counts"]
     (first / "config.json").write_text(json.dumps(said | {"training": 3}))
     assert command(first, "--to", tmp_path / "third") == 2
     assert "config.json: damaged" in capsys.readouterr().err
@@ -388,7 +388,7 @@ def test_a_failed_export_leaves_the_earlier_one(
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_weights", fail)
+    monkeypatch.setattr(weights_file, "save_weights", fail)
     assert command(run_dir, "--to", to, "--force") == 2
     assert description(to)["weights"] == "last.safetensors"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "to"]

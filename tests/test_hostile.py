@@ -39,6 +39,7 @@ from reat_fast.sources.lazy import FileImages
 from reat_fast.storage import whole_files
 from reat_fast.storage.config_file import from_json
 from reat_fast.training.run import Run
+from reat_fast.training.run_folder import train_counts
 
 MakeDisk = Callable[[int], Path]
 SPEC = ModelSpec("resnet8", 3, 1, 2, None, ("a", "b", "c"))
@@ -426,7 +427,7 @@ def test_a_checkpoint_of_another_version_is_named(
 def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "split.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"split\.json: damaged"):
-        checkpoint.train_counts(tmp_path)
+        train_counts(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -27,3 +27,8 @@ def test_the_example_runs() -> None:
 def test_importing_the_package_does_not_load_torch() -> None:
     code = "import sys, reat_fast; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_loading_a_model_does_not_load_the_training() -> None:
+    code = "import sys, reat_fast.checkpoint; sys.exit('reat_fast.training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

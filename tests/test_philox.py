@@ -232,12 +232,11 @@ def test_permutation_holds_every_element_once(n: int) -> None:
     assert torch.equal(philox.permutation(n, 0, 0).sort().values, torch.arange(n))
 
 
-def test_permutation_depends_on_seed_epoch_and_purpose_only() -> None:
+def test_permutation_depends_on_seed_and_epoch_only() -> None:
     base = philox.permutation(100, 1, 2)
     assert torch.equal(base, philox.permutation(100, torch.tensor(1), torch.tensor(2)))
     assert not torch.equal(base, philox.permutation(100, 2, 2))
     assert not torch.equal(base, philox.permutation(100, 1, 3))
-    assert not torch.equal(base, philox.permutation(100, 1, 2, purpose=philox.SAMPLER))
 
 
 def test_permutation_goes_by_the_second_word_where_the_first_are_equal(

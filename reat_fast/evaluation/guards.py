@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from reat_fast.attack import cross_entropy, evaluating
-from reat_fast.checkpoint import ModelSpec
 from reat_fast.data import Dataset
 from reat_fast.evaluation.attacks import margin
+from reat_fast.storage.weights_file import ModelSpec
 
 SQUARE_POINTS = 0.2
 """Square lowering the robust accuracy by more, in percentage points, is AutoAttack's own alarm."""

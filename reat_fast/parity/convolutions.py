@@ -14,7 +14,7 @@ from reat_fast.kernels.conv3x3 import conv3x3, conv3x3_gradient
 from reat_fast.kernels.strided_conv import strided_conv
 from reat_fast.kernels.strided_gradient import strided_gradient
 from reat_fast.kernels.triton_support import Backend
-from reat_fast.parity.ops import GRADIENT, Row, generator, name_of, worst
+from reat_fast.parity.rows import GRADIENT, Row, generator, name_of, worst
 
 
 def compare_convolutions(device: torch.device, backend: Backend) -> Iterator[Row]:

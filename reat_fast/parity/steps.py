@@ -19,7 +19,7 @@ from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import Form, FrozenNetwork
-from reat_fast.parity.ops import COUNTS, EPS, STEP_SIZE, Row, generator, name_of, worst
+from reat_fast.parity.rows import COUNTS, EPS, STEP_SIZE, Row, generator, name_of, worst
 from reat_fast.step import TrainStep, make_optimizer
 
 

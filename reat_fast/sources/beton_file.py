@@ -53,7 +53,6 @@ class BetonFile:
     labels: npt.NDArray[np.int64]
     fields: tuple[str, ...]
     image_field: str
-    page_bytes: int
 
 
 class BetonImages(LazyImages):
@@ -68,11 +67,6 @@ class BetonImages(LazyImages):
         self.path = path
         self.rows = rows
         self._places = places  # of all images of the file, in order: at, size, jpeg
-
-    @property
-    def starts(self) -> npt.NDArray[np.int64]:
-        """Return where in the file each image lies: int64 [N], bytes."""
-        return np.asarray(self._places["at"][self.rows], np.int64)
 
     def read(self, indices: Rows) -> Bytes:
         """Decode the images at `indices`."""
@@ -146,8 +140,7 @@ def _read_tables(path: Path, size: int) -> BetonFile:
     if not records.size:
         _refuse(path, "holds no images")
     places = read(_PLACE, table_at, (size - table_at) // _PLACE.itemsize)
-    page_bytes = int(header["page"])
-    _check_places(path, places, pixels_at, table_at, page_bytes)
+    _check_places(path, places, pixels_at, table_at, int(header["page"]))
 
     names = [_name(path, field) for field in fields]
     image = _choose(path, "image", names, [kind in (_RGB, _ARRAY) for kind in kinds])
@@ -155,7 +148,7 @@ def _read_tables(path: Path, size: int) -> BetonFile:
     shape, found = _locate(path, fields[image], records[f"f{image}"], places)
     images = BetonImages(path, shape, found, np.arange(len(records), dtype=np.int64))
     labels = records[f"f{label}"].astype(np.int64)
-    return BetonFile(path, images, labels, tuple(names), names[image], page_bytes)
+    return BetonFile(path, images, labels, tuple(names), names[image])
 
 
 def _locate(

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from reat_fast import checkpoint
-from reat_fast.checkpoint import CheckpointError
 from reat_fast.cli.command import choose_own_device
 from reat_fast.config import Config, parse
 from reat_fast.engine.distributed import World
 from reat_fast.storage.config_file import changes, from_json
+from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.training.logs import check_logs
-from reat_fast.training.run_folder import never_began
+from reat_fast.training.run_folder import never_began, new_run_dir, newest_run
 
 
 @dataclass
@@ -67,7 +67,7 @@ def _folder_to_resume(config: Config, world: World) -> Path | None:
     """Return the run to go on with: the one named, the newest one, or that of a restarted job."""
     if config.resume is not None:
         if str(config.resume) == "auto":
-            return checkpoint.newest_run(Path("runs"))
+            return newest_run(Path("runs"))
         if not config.resume.is_dir():
             raise CheckpointError(f"--resume {config.resume}: no such folder")
         if never_began(config.resume):
@@ -93,4 +93,4 @@ def _new_run_dir(config: Config, preset: str, world: World) -> Path:
         return config.run_dir  # the main process looks, and what an earlier attempt left is ours
     if config.run_dir is not None and never_began(config.run_dir):
         return config.run_dir  # what it holds is written again
-    return checkpoint.new_run_dir(config.run_dir, preset)
+    return new_run_dir(config.run_dir, preset)

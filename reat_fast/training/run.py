@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from reat_fast import checkpoint
-from reat_fast.checkpoint import CheckpointError, ModelSpec
 from reat_fast.data import Dataset, ImageSet, Splits, load_run_data, make_splits
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
@@ -26,7 +25,9 @@ from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import refuse_other_size
 from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
+from reat_fast.storage import weights_file
 from reat_fast.storage.config_file import to_json
+from reat_fast.storage.weights_file import CheckpointError, ModelSpec
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
@@ -229,7 +230,7 @@ class Run:
         self.best = found
         if self.world.main:
             network = self.step.evaluated_network()
-            self._unsaved_best = checkpoint.packed_weights(network, self.spec)
+            self._unsaved_best = weights_file.packed_weights(network, self.spec)
 
     def save(self) -> None:
         """Write the checkpoint: everything that a run resumed at this very step needs.
@@ -242,9 +243,9 @@ class Run:
                 return
             if self.epoch or self.batch:
                 network = self.step.evaluated_network()
-                checkpoint.save_weights(self.folder / "last.safetensors", network, self.spec)
+                weights_file.save_weights(self.folder / "last.safetensors", network, self.spec)
             if self._unsaved_best is not None:
-                checkpoint.write_weights(self.folder / "best.safetensors", self._unsaved_best)
+                weights_file.write_weights(self.folder / "best.safetensors", self._unsaved_best)
                 self._unsaved_best = None
             self._save_checkpoint()
 

@@ -1,9 +1,10 @@
-"""The folder of a run: who may write it, what describes it, and its tables."""
+"""The folder of a run: which it is, who may write it, what describes it, and its tables."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,15 +12,45 @@ from typing import Any
 
 import torch
 
-from reat_fast.checkpoint import CHECKPOINT, CheckpointError, new_run_dir
+from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
 from reat_fast.config import Config
 from reat_fast.data import Dataset, Splits
 from reat_fast.env import environment
 from reat_fast.storage.config_file import from_json, to_json
+from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.storage.whole_files import write_text
 
 DESCRIPTION = ("config.json", "env.json", "split.json")
 """What describe_run writes; the first checkpoint follows it."""
+
+
+def new_run_dir(run_dir: Path | None, preset: str) -> Path:
+    """Choose the folder of a new run: the one asked for, or the next free runs/PRESET-N.
+
+    Errors: CheckpointError when the folder already holds a run or anything else.
+    """
+    if run_dir is None:
+        numbered = (Path("runs") / f"{preset}-{number}" for number in itertools.count(1))
+        return next(folder for folder in numbered if not os.path.lexists(folder))  # also links
+    if run_dir.exists() and not run_dir.is_dir():
+        raise CheckpointError(f"--run-dir {run_dir}: is a file; name a folder")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise CheckpointError(
+            f"--run-dir {run_dir}: already holds files; go on with --resume {run_dir} "
+            "or name another folder"
+        )
+    return run_dir
+
+
+def newest_run(folder: Path) -> Path:
+    """Return the run below `folder` whose checkpoint was written last.
+
+    Errors: CheckpointError where there is none.
+    """
+    found = [file for name in (CHECKPOINT, PREVIOUS) for file in folder.glob(f"*/{name}")]
+    if not found:
+        raise CheckpointError(f"--resume auto: no run with a checkpoint in {folder}; name one")
+    return max(found, key=lambda file: file.stat().st_mtime_ns).parent
 
 
 class FolderLock:
@@ -120,6 +151,21 @@ def describe_run(
     )
     for name, text in zip(DESCRIPTION, texts, strict=True):
         write_text(folder / name, text + "\n")
+
+
+def train_counts(run_dir: Path) -> list[int] | None:
+    """Return the training images per class of a run or an export, where its folder tells."""
+    split = run_dir / "split.json"
+    file = split if split.is_file() else run_dir / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        counts = json.loads(file.read_text("utf-8")).get("train_counts")
+        if counts is None and file != split:
+            return None  # only an export has them there
+        return [int(count) for count in counts]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged, gives no train_counts ({error})") from None
 
 
 def write_tables(folder: Path, metrics: list[dict[str, Any]], timing: list[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
 from reat_fast.storage.config_file import changes, from_json
-from reat_fast.training.run_folder import epochs_done, never_began
+from reat_fast.training.run_folder import epochs_done, never_began, train_counts
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""
@@ -245,7 +245,7 @@ def refuse_autoattack_on_few_classes(runs: Sequence[SweepRun]) -> None:
     for run in runs:
         config, place = run.line.config, run.data or run.line.config.data
         data = config.dataset, place, config.image_size
-        counts = checkpoint.train_counts(run.folder)
+        counts = train_counts(run.folder)
         if counts is not None:
             known[data] = len(counts)
         elif data not in known:
