@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton
+from reat_fast.kernels.triton_support import Backend, cdiv, jit, power_of_two, tl, use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -257,7 +257,7 @@ def _tiles(x: Tensor) -> tuple[int, tuple[int, int, int], dict[str, int]]:
     rows = x.numel() // channels
     columns = channels & -channels
     if columns < 8:
-        columns = 1 << (channels - 1).bit_length()
+        columns = power_of_two(channels)
     columns = min(columns, WIDEST)
     tile = {"ROWS": TILE // columns, "COLUMNS": columns}
     across = cdiv(channels, columns)

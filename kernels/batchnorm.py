@@ -32,7 +32,7 @@ from reat_fast.kernels.batchnorm_triton import (
     _normalise_kernel,
     _statistics_kernel,
 )
-from reat_fast.kernels.triton_support import Backend, cdiv, use_triton
+from reat_fast.kernels.triton_support import Backend, cdiv, power_of_two, use_triton
 
 TILE = 4096  # numbers of a tile: 32 a thread with 4 warps
 GRADIENT_TILE = 2048  # of one that is summed backward: more registers would keep programs waiting
@@ -188,7 +188,7 @@ def _fits(x: Tensor, residual: Tensor | None, *others: Tensor) -> bool:
 def _matrix(x: Tensor, numbers: int = TILE) -> tuple[int, int, dict[str, int]]:
     """Return rows and columns of images whose channels are last, and a tile of them."""
     channels = x.shape[1]
-    columns = min(WIDEST, 1 << (channels - 1).bit_length())
+    columns = min(WIDEST, power_of_two(channels))
     return x.numel() // channels, channels, {"ROWS": numbers // columns, "COLUMNS": columns}
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv
+from reat_fast.kernels.triton_support import INTERPRETED, TensorDescriptor, cdiv, power_of_two
 
 CAPABILITY = (9, 0)
 """The first that fetches boxes by itself."""
@@ -97,7 +97,7 @@ def weight_boxes(weight: Tensor | None, box: list[int]) -> Any:
 
 def tile_sides(x: Tensor, pixels: int) -> tuple[int, int, int]:
     """Return images, rows and width of a tile of x: powers of two that cover whole rows."""
-    height, width = (1 << (size - 1).bit_length() for size in x.shape[2:])
+    height, width = map(power_of_two, x.shape[2:])
     rows = min(pixels // width, height)
     return pixels // (width * rows), rows, width
 

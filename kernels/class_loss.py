@@ -25,6 +25,7 @@ from reat_fast.kernels.triton_support import (
     cdiv,
     in_loss_precision,
     kernel_runs_on,
+    power_of_two,
     use_triton,
     wrap_triton,
 )
@@ -126,7 +127,7 @@ def _launch(
     batch, classes = logits.shape
     losses = torch.empty(batch, dtype=torch.float32, device=logits.device)
     predictions = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    columns = 1 << (classes - 1).bit_length()
+    columns = power_of_two(classes)
     rows = max(1, BLOCK_ELEMENTS // columns)
     wrap_triton(_class_loss_kernel)[(cdiv(batch, rows),)](
         logits.contiguous(),
@@ -173,7 +174,7 @@ def class_loss(
     _check(logits, labels, offsets, weights, label_smoothing, reduction, histogram)
     if not _use_kernel(logits, backend):
         if histogram is not None:
-            _count_(histogram, logits.argmax(1))
+            count_(histogram, logits.argmax(1))
         return class_loss_torch(
             logits,
             labels,
@@ -189,7 +190,7 @@ def class_loss(
         logits, labels, offsets, weights, label_smoothing, with_gradient
     )
     if histogram is not None:
-        _count_(histogram, predictions)
+        count_(histogram, predictions)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -274,7 +275,7 @@ class _ClassLoss(torch.autograd.Function):
         return grad_logits, None, None, None, None, None
 
 
-def _count_(histogram: Tensor, predictions: Tensor) -> None:
+def count_(histogram: Tensor, predictions: Tensor) -> None:
     """Count predictions into the histogram; integers, so the order of the additions is free."""
     histogram.scatter_add_(0, predictions, torch.ones_like(predictions))
 

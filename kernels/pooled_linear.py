@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reat_fast.kernels.triton_support import Backend, cdiv, jit, tl, use_triton
+from reat_fast.kernels.triton_support import Backend, cdiv, jit, power_of_two, tl, use_triton
 
 MOST_CLASSES = 1024
 """What the kernels take."""
@@ -231,11 +231,10 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _tiles(pixels: int, channels: int, elements: int) -> dict[str, int]:
     """Return sides of the tiles of maps and of weights, powers of two."""
-    rows = min(_block(pixels), MOST_PIXELS)
+    rows = min(power_of_two(pixels), MOST_PIXELS)
     columns = elements // max(rows, CLASS_BLOCK)
-    return {"PIXELS": rows, "CHANNELS": min(_block(channels), columns), "CLASSES": CLASS_BLOCK}
-
-
-def _block(size: int) -> int:
-    """Return the power of two that holds so many."""
-    return 1 << (size - 1).bit_length()
+    return {
+        "PIXELS": rows,
+        "CHANNELS": min(power_of_two(channels), columns),
+        "CLASSES": CLASS_BLOCK,
+    }

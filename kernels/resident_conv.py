@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reat_fast.kernels import resident_conv_gluon as device
-from reat_fast.kernels.triton_support import INTERPRETED, cdiv
+from reat_fast.kernels.triton_support import INTERPRETED, cdiv, power_of_two
 
 CHANNELS = 64
 PIXELS = 128
@@ -99,7 +99,7 @@ def launch_resident_conv(
 
 def _width(x: Tensor) -> int:
     """Return the width of the tiles: a power of two."""
-    return 1 << (x.shape[3] - 1).bit_length()
+    return power_of_two(x.shape[3])
 
 
 def _layout(rank: int) -> Any:

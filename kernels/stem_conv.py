@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reat_fast.kernels.triton_support import cdiv, jit, kernel_runs_on, tl
+from reat_fast.kernels.triton_support import cdiv, jit, kernel_runs_on, power_of_two, tl
 
 PIXELS = 128
 LONGEST = 64
@@ -153,13 +153,9 @@ def stem_conv(
         KERNEL_COLUMNS=kernel_columns,
         STRIDE=stride[0],
         PADDING=padding[0],
-        DEPTH=_block(channels * kernel_rows * kernel_columns),
-        OUTPUTS=_block(len(weight)),
+        # Matrix instructions want at least 16.
+        DEPTH=power_of_two(channels * kernel_rows * kernel_columns, 16),
+        OUTPUTS=power_of_two(len(weight), 16),
         PIXELS=PIXELS,
     )
     return output
-
-
-def _block(size: int) -> int:
-    """Return the power of two that holds so many, of at least 16 as matrix instructions want."""
-    return max(16, 1 << (size - 1).bit_length())

@@ -35,6 +35,7 @@ from reat_fast.kernels.triton_support import (
     cdiv,
     in_loss_precision,
     kernel_runs_on,
+    power_of_two,
     use_triton,
     wrap_triton,
 )
@@ -144,7 +145,7 @@ def tail_penalty_and_gradient(
     factors = torch.empty_like(normalisers)
     terms = torch.empty(batch + tiles, dtype=torch.float32, device=features.device)
     gradient = terms.new_empty((batch, width) if with_gradient else 0)
-    columns = 1 << (width - 1).bit_length()
+    columns = power_of_two(width)
     rows = max(1, BLOCK_ELEMENTS // columns)
     wrap_triton(_anchors_kernel)[(cdiv(batch, rows),)](
         features,
@@ -161,7 +162,7 @@ def tail_penalty_and_gradient(
         OFFICIAL=official,
         ROWS=rows,
         COLUMNS=columns,
-        BLOCK_CLASSES=1 << (classes - 1).bit_length(),
+        BLOCK_CLASSES=power_of_two(classes),
         BLOCK_LABELS=128,
         num_warps=max(4, columns // 512),
     )

@@ -103,6 +103,11 @@ def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def power_of_two(size: int, least: int = 1) -> int:
+    """Return the smallest power of two that is at least a size, as Triton's ranges have to be."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
 def in_loss_precision(values: Tensor) -> Tensor:
     """Return logits or features in float32; those in float64 stay what they are."""
     return values if values.dtype == torch.float64 else values.float()

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reat_fast.kernels.class_loss import class_loss
+from reat_fast.kernels.class_loss import class_loss, count_
 from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.kernels.triton_support import in_loss_precision
 from reat_fast.methods.cosine_head import CosineHead
@@ -210,7 +210,7 @@ def robal(
     """
     clean, logits = _clean_and_adv(forward, part)
     cosines = head.cosines(logits)
-    own = part.labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    own = _mask(part.labels, logits)
     shifted = head.scale * (cosines - margins.to(cosines.dtype) * own)
     margin = class_loss(shifted, part.labels, offsets=offsets, reduction="sum") / part.total
     kl = kl_rows(head.cosines(clean), cosines).sum() / part.total
@@ -243,7 +243,7 @@ def taet(forward: Forward, part: Part, *, second_stage: int) -> tuple[Tensor, Te
     """
     equalising = part.epoch >= second_stage
     _, logits = forward(torch.where(equalising, part.adv, part.clean))
-    _count_predictions_(part.histogram, logits)
+    count_(part.histogram, logits.argmax(1))
     everything, labels = part.gather(logits), part.gather(part.labels)
     losses = class_loss(everything, labels, reduction="none")  # [B]
     share = len(labels) / part.total
@@ -269,7 +269,7 @@ def _clean_and_adv(forward: Forward, part: Part) -> tuple[Tensor, Tensor]:
     # Adversarial images last: the running statistics of BatchNorm lean towards what came last.
     _, clean = forward(part.clean)
     _, logits = forward(part.adv)
-    _count_predictions_(part.histogram, logits)
+    count_(part.histogram, logits.argmax(1))
     return clean, logits
 
 
@@ -294,8 +294,3 @@ def _class_equalisation(losses: Tensor, labels: Tensor, classes: int) -> Tensor:
     mean = by_class.mean()
     shares = by_class / by_class.sum().clamp(min=1e-10)
     return TAET_SHARE * (mean + (by_class - mean).square().mean() + shares.square().sum())
-
-
-def _count_predictions_(histogram: Tensor, logits: Tensor) -> None:
-    predictions = logits.argmax(1)
-    histogram.scatter_add_(0, predictions, torch.ones_like(predictions))
