@@ -129,7 +129,7 @@ def _package(
     if attack.loss == "cw" or name.startswith("l2pgd") or not find_spec(package):
         return None
     if name in AUTOATTACKS:
-        from reat_fast.evaluation.autoattack import package_autoattack
+        from reat_fast.evaluation.packaged import package_autoattack
 
         return package_autoattack(
             model,

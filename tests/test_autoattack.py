@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from reat_fast.attack import Norm
 from reat_fast.evaluation import apgd, autoattack
-from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
+from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.ball import Ball
 from reat_fast.evaluation.fab import fab
+from reat_fast.evaluation.packaged import package_autoattack
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.square import square
 from reat_fast.evaluation.victim import Victim, attacked, filled_up

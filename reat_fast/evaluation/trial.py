@@ -15,8 +15,9 @@ from tqdm import tqdm
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import Precision, full_precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
-from reat_fast.evaluation.autoattack import AutoAttack, package_autoattack
+from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.captured import Ascents
+from reat_fast.evaluation.packaged import package_autoattack
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.victim import Victim
 from reat_fast.kernels.prepare import prepare

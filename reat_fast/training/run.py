@@ -21,14 +21,12 @@ from reat_fast.evaluation.saved import images_sha256
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
-from reat_fast.methods.cosine_head import use_cosine_head
-from reat_fast.models import refuse_other_size
-from reat_fast.networks.architectures import Network
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.storage import weights_file
 from reat_fast.storage.config_file import to_json
-from reat_fast.storage.weights_file import CheckpointError, ModelSpec
+from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.training.logs import MetricLog
+from reat_fast.training.network import build_network
 from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_tables
@@ -52,26 +50,8 @@ class Run:
         use_precision(self.config, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.spec = ModelSpec(
-            name=self.config.model,
-            num_classes=self.dataset.num_classes,
-            in_channels=self.dataset.train.images.shape[-1],
-            width=self.config.width,
-            stem_stride=self.config.stem_stride,
-            class_names=self.dataset.class_names,
-            head=self.config.head,
-            small_stem=self.config.small_stem,
-        )
-        torch.manual_seed(self.config.seed)
-        network = self.spec.build()
-        if self.config.model.startswith("timm/"):
-            refuse_other_size(network, self.config.model, self.dataset.train.images.shape[1:])
-        if self.config.head == "cosine":
-            head = use_cosine_head(network, self.config.head_scale)
-            head.compensate_(self.splits.counts, self.config.post_tau)
-        self.model: Network = network.to(
-            self.device,
-            memory_format=torch.channels_last,  # type: ignore[call-overload]
+        self.spec, self.model = build_network(
+            self.config, self.dataset, self.splits.counts, self.device
         )
         self.optimizer = make_optimizer(self.model, self.config)
         kind = TrainStep if self.config.fused else ReferenceStep
