@@ -81,6 +81,9 @@ def test_a_run_learns_and_leaves_everything_behind(
         assert sum(map(int, row["ae_counts"].split())) == sum(
             json.loads((run_dir / "split.json").read_text())["train_counts"]
         )
+    state = checkpoint.load_checkpoint(run_dir / "checkpoint-last.pt")
+    split = json.loads((run_dir / "split.json").read_text())
+    assert split["images_sha256"] == state["images"] and len(state["images"]) == 64
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     clean = evaluation["attacks"]["clean"]
     assert evaluation["samples"] == 24

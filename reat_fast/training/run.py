@@ -6,18 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from reat_fast import checkpoint
-from reat_fast.data import Dataset, ImageSet, Splits, load_run_data, make_splits
+from reat_fast.data import Dataset, ImageSet, Splits, load_run_data
 from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import use_precision
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.env import environment
 from reat_fast.evaluation.figures import SELECTION
-from reat_fast.evaluation.saved import images_sha256
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
@@ -31,6 +29,7 @@ from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_tables
 from reat_fast.training.save_pace import SavePace
+from reat_fast.training.trained_on import digest_of_images, draw_splits
 
 
 class Run:
@@ -44,9 +43,8 @@ class Run:
             raise ValueError("--attack free: works in one process; leave it out")
         self.device = plan.device
         self.dataset, self.splits = load_splits(plan)
-        in_memory = isinstance(self.splits.train.images, np.ndarray)
-        self.images = images_sha256(self.splits.train) if in_memory else ""
-        """What tells the training images from others; decoding lazy ones may differ by version."""
+        self.images = digest_of_images(self.splits)
+        """What tells the training images from others, "" for lazy ones."""
         use_precision(self.config, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -158,7 +156,14 @@ class Run:
                 raise CheckpointError(
                     f"--run-dir {self.folder}: another run ended here meanwhile; name another"
                 )
-            describe_run(self.folder, self.plan.preset, self.config, self.dataset, self.splits)
+            describe_run(
+                self.folder,
+                self.plan.preset,
+                self.config,
+                self.dataset,
+                self.splits,
+                images=self.images,
+            )
             if self.plan.state is not None:  # a kill leaves rows of epochs that are trained again
                 write_tables(self.folder, self.metrics, self.timing)
             self.log = MetricLog(
@@ -282,12 +287,4 @@ def load_splits(plan: Plan) -> tuple[Dataset, Splits]:
     config = plan.config
     # Named here, a size is refused for a set that cannot be resized.
     dataset = load_run_data(config, image_size=config.image_size)
-    splits = make_splits(
-        dataset,
-        imbalance=config.imbalance,
-        profile=config.imbalance_profile,
-        largest=config.largest,
-        held_out=config.held_out,
-        seed=config.split_seed,
-    )
-    return dataset, splits
+    return dataset, draw_splits(config, dataset)

@@ -132,9 +132,12 @@ def epochs_done(folder: Path) -> int | None:
 
 
 def describe_run(
-    folder: Path, preset: str, config: Config, dataset: Dataset, splits: Splits
+    folder: Path, preset: str, config: Config, dataset: Dataset, splits: Splits, images: str
 ) -> None:
-    """Write what a run is made of: configuration, environment and split, before its first step."""
+    """Write what a run is made of: configuration, environment and split, before its first step.
+
+    images: the digest of the training images, "" where there is none.
+    """
     split = {
         "preset": preset,
         "dataset": dataset.name,
@@ -143,6 +146,7 @@ def describe_run(
         "train_counts": splits.counts,
         "held_out": len(splits.held_out),
         "fingerprint": splits.fingerprint,
+        "images_sha256": images or None,
     }
     texts = (
         to_json(config),

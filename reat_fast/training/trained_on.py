@@ -1,0 +1,110 @@
+"""The images that a run is trained on: how they are drawn, and what tells them from others.
+
+Runs on other images can have equal settings, for a path says nothing of what lies there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reat_fast.checkpoint import CHECKPOINT
+from reat_fast.config import Config
+from reat_fast.data import DataError, Dataset, Splits, load_run_data, make_splits
+from reat_fast.evaluation.saved import images_sha256
+
+SPLIT_FIELDS = (
+    *("dataset", "image_size", "imbalance", "imbalance_profile", "largest", "held_out"),
+    "split_seed",
+)
+"""Settings that, with the data itself, say which images a run is trained on."""
+
+
+def draw_splits(config: Config, dataset: Dataset) -> Splits:
+    """Draw the long-tailed split of a run from its data set. Errors: DataError."""
+    return make_splits(
+        dataset,
+        imbalance=config.imbalance,
+        profile=config.imbalance_profile,
+        largest=config.largest,
+        held_out=config.held_out,
+        seed=config.split_seed,
+    )
+
+
+def digest_of_images(splits: Splits) -> str:
+    """Return what tells the training images from others, "" for lazy ones.
+
+    Decoding those may differ by version.
+    """
+    in_memory = isinstance(splits.train.images, np.ndarray)
+    return images_sha256(splits.train) if in_memory else ""
+
+
+def was_trained_on(
+    folder: Path, config: Config, place: Path, known: dict[tuple[object, ...], dict[str, str]]
+) -> bool:
+    """Say whether the run in a folder was begun on what the data at `place` has now.
+
+    config: that of the run. known: digests of data, each of which is read once; what is read is
+    added. The path decides where the folder tells no digest, and for a folder of images under the
+    path that the run had, which may take long to read. Errors: DataError.
+    """
+    same_path = config.data is not None and config.data.resolve() == place.resolve()
+    there = digests_of_run(folder)
+    if not there:
+        return same_path or config.data is None
+    if same_path and place.is_dir():
+        return True
+    data = (place.resolve(), *(getattr(config, name) for name in SPLIT_FIELDS))
+    if data not in known:
+        known[data] = digests_of_data(config, place)
+    return agree(there, known[data])
+
+
+def digests_of_data(config: Config, place: Path) -> dict[str, str]:
+    """Return the digests of what a run would be trained on with the data at `place`.
+
+    Data that gives no such split has a fingerprint that no run has. Errors: DataError for what
+    cannot be read.
+    """
+    dataset = load_run_data(config, path=place, image_size=config.image_size)
+    try:
+        splits = draw_splits(config, dataset)
+    except DataError:
+        return {"fingerprint": "none"}
+    return _known({"fingerprint": splits.fingerprint, "images_sha256": digest_of_images(splits)})
+
+
+def digests_of_run(folder: Path) -> dict[str, str]:
+    """Return the digests that a run folder tells of its training images, {} where it tells none."""
+    try:
+        split = dict(json.loads((folder / "split.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        split = {}
+    if "images_sha256" not in split:  # older runs have it in their checkpoint alone
+        split = {**_digests_of_checkpoint(folder / CHECKPOINT), **split}
+    return _known(split)
+
+
+def _digests_of_checkpoint(file: Path) -> dict[str, object]:
+    try:
+        state = torch.load(file, "cpu", mmap=True, weights_only=True)
+        return {"fingerprint": state.get("fingerprint"), "images_sha256": state.get("images")}
+    except Exception:  # torch.load has no base class for what a damaged file raises
+        return {}
+
+
+def _known(told: Mapping[str, object]) -> dict[str, str]:
+    named = {name: told.get(name) for name in ("fingerprint", "images_sha256")}
+    return {name: value for name, value in named.items() if value and isinstance(value, str)}
+
+
+def agree(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Say whether two descriptions of training images are of the same, as far as both tell."""
+    return all(others.get(name, value) == value for name, value in some.items())
