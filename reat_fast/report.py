@@ -11,6 +11,7 @@ import tyro
 
 from reat_fast.checkpoint import WEIGHTS
 from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.cli.terminal import one_line
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.data import RunRecord, read_run
@@ -67,6 +68,8 @@ def main(arguments: list[str]) -> int:
         report = compared_report(runs)
     folder = write_report(report, out)
     print(f"{out} written; {len(report.pictures)} pictures and table.md in {folder}")
+    for line in report.remarks:
+        print(one_line(line))
     return 0
 
 

@@ -23,14 +23,14 @@ from reat_fast.models import create_model
 from reat_fast.objective import rbl_weights
 from reat_fast.reporting import curves, pictures, probe_pictures
 from reat_fast.reporting import html as report_html
-from reat_fast.reporting.compared_pictures import class_means
+from reat_fast.reporting.compared_pictures import class_keys, class_means
 from reat_fast.reporting.data import PARTS, read_run
+from reat_fast.reporting.groups import group_runs
 from reat_fast.reporting.probe import choose_examples, principal_points, probe, probe_run
 from reat_fast.reporting.style import COLOURS, FEW, PART_COLOURS, Picture, svg
 from reat_fast.reporting.tables import (
     attack_title,
     epoch_times,
-    group_runs,
     main_attack,
     markdown,
     mean_text,
@@ -97,8 +97,9 @@ def test_class_means_by_hand(tmp_path: Path) -> None:
     assert runs[1].evaluation is not None
     runs[1].evaluation["attacks"]["pgd20"]["per_class"] = [60.0, 60.0, 41.0, None, 20.0]
     (group,) = group_runs(runs)
-    found = class_means(group, "pgd20")
-    assert found is not None and class_means(group, "aa") is None
+    keys = class_keys(runs[0])
+    found = class_means(group, "pgd20", keys)
+    assert found is not None and class_means(group, "aa", keys) is None
     nan = float("nan")
     np.testing.assert_allclose(found[0], [70, 60, 40.5, nan, 20])
     np.testing.assert_allclose(found[1], [200**0.5, 0, 0.5**0.5, nan, 0])

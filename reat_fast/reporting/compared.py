@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from reat_fast.cli.terminal import duration
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import html as report_html
-from reat_fast.reporting.compared_pictures import compared_classes, compared_curves
+from reat_fast.reporting.compared_pictures import class_keys, compared_classes, compared_curves
 from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting.groups import Group, group_runs
 from reat_fast.reporting.pages import THIRDS, Report
 from reat_fast.reporting.style import Picture
 from reat_fast.reporting.tables import (
-    Group,
     Table,
     attack_title,
-    group_runs,
     mean_text,
     paper_table,
     time_split,
@@ -40,12 +40,16 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
     groups = group_runs(runs)
     table = paper_table(groups)
     labels = f"{'; '.join(group.label for group in groups)}. " if len(groups) > 1 else ""
-    note = f"Accuracy in %. {labels}{SPREAD} {conditions(runs)} {THIRDS}"
-    per_class, learning = _class_pictures(groups), _learning_pictures(groups)
+    (per_class, left_out), learning = _class_pictures(groups), _learning_pictures(groups)
+    repeats = _repeats(groups)
+    said = "".join(f"{line}. " for line in repeats)
+    note = f"Accuracy in %. {labels}{SPREAD} {said}{conditions(runs)} {THIRDS}"
     if any(group.evaluated for group in groups):
         accuracy = report_html.table(table, note, words=2 if len(groups) > 1 else 1)
     else:
         accuracy = report_html.note("None of the runs has an evaluation.json of its weights yet.")
+    remarks = (*repeats, *left_out)
+    accuracy += "".join(report_html.note(f"{line}.") for line in remarks)
     sections = {
         "Accuracy": accuracy + report_html.pictures(per_class),
         "Differences": _differences(groups),
@@ -60,7 +64,17 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
     lead = f"{len(runs)} runs in {len(groups)} {'groups' if len(groups) > 1 else 'group'}. {SPREAD}"
     title = " · ".join(dict.fromkeys(f"{run.config.model} on {run.config.dataset}" for run in runs))
     page = report_html.page(title, "reat_fast runs", lead, [], sections.items())
-    return Report(page, [*per_class, *learning], table, note)
+    return Report(page, [*per_class, *learning], table, note, remarks)
+
+
+def _repeats(groups: Sequence[Group]) -> list[str]:
+    """Say of which runs no figure counts, for a spread over seeds has each seed once."""
+    return [
+        f"{run.folder} has the settings and the seed of {first.folder}, so means and spread count "
+        "the first of the two alone"
+        for group in groups
+        for run, first in group.repeated()
+    ]
 
 
 def conditions(runs: Sequence[RunRecord]) -> str:
@@ -125,19 +139,31 @@ def evaluated_on(groups: Sequence[Group]) -> str:
     return f"Evaluation while learning: {', '.join(kinds)}."
 
 
-def _class_pictures(groups: Sequence[Group]) -> list[Picture]:
-    names = next((run.class_names for g in groups for run in g.evaluated), [])
+def _class_pictures(groups: Sequence[Group]) -> tuple[list[Picture], list[str]]:
+    """Draw the classes under each attack; say why where the runs have not the same ones."""
     attacks = list(dict.fromkeys(name for group in groups for name in group.attack_names()))
     chosen = [name for name in STANDARD_ATTACKS if name in attacks] or attacks[-1:]
-    drawn = []
+    drawn, left_out = [], []
     for name in chosen:
-        figure = compared_classes(groups, name, names)
         title = f"{attack_title(name)} accuracy per class"
-        runs = [run for group in groups for run in group.evaluated]
-        caption = f"{SPREAD} {conditions(runs)}"
+        shown = [group for group in groups if group.measured(name)]
+        runs = [run for group in shown for run in group.measured(name)]
+        keys = class_keys(runs[0])
+        other = next((run for run in runs if set(class_keys(run)) != set(keys)), None)
+        if other is not None:
+            left_out.append(
+                f"{title}: no picture, for {other.folder} has other classes than "
+                f"{runs[0].folder}; report them apart"
+            )
+            continue
+        order = ""
+        if any(class_keys(one) != class_keys(next_one) for one, next_one in pairwise(runs)):
+            order = f" Classes from the largest to the smallest of {shown[0].letter}."
         words = "; ".join(
             f"{group.letter}: overall {mean_text(group.values(name, 'overall'))} %"
             for group in groups
         )
+        caption = f"{SPREAD} {conditions(runs)}{order}"
+        figure = compared_classes(shown, name, keys)
         drawn.append(Picture(f"classes-{name}", title, caption, words, figure))
-    return drawn
+    return drawn, left_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from reat_fast.data import head_body_tail
 from reat_fast.reporting.curves import column
+from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting.groups import Group
 from reat_fast.reporting.pictures import label_classes
 from reat_fast.reporting.style import (
     FEW,
@@ -19,11 +22,12 @@ from reat_fast.reporting.style import (
     SERIES,
     WIDE,
     Floats,
+    legend_below,
     new_figure,
     style,
     whole_numbers,
 )
-from reat_fast.reporting.tables import Group, attack_title
+from reat_fast.reporting.tables import attack_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 COLOURS = (INK, *SERIES)
 LINES = ("-", "--", ":", "-.")
+ROOM = 6
+"""Groups that are named beside their lines."""
 
 
 def looks(index: int) -> tuple[str, str]:
@@ -59,19 +65,40 @@ def compared_curves(groups: Sequence[Group], name: str, title: str) -> Figure | 
     whole_numbers(axes.xaxis)
     if "%" in title:
         axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
-    if len(groups) > 1:
+    if len(groups) > ROOM:
+        legend_below(figure, axes)
+    elif len(groups) > 1:
         axes.legend()
     return figure
 
 
-def class_means(group: Group, attack: str) -> tuple[Floats, Floats] | None:
-    """Return mean and sample standard deviation [C] per class over the runs of a group.
+ClassKey = tuple[str, int]
+"""A class of any run: its name, and how many of that name the data set has before it."""
 
-    NaN where no run has an image of the class; deviation 0 with a single run. None where no run
-    was evaluated under the attack.
+
+def class_keys(run: RunRecord) -> list[ClassKey]:
+    """Return the classes of a run's evaluation as its figures go, from its largest class on."""
+    names = (run.evaluation or {})["class_names"]
+    keys, before = {}, Counter[str]()
+    for at in sorted(range(len(names)), key=run.order.__getitem__):
+        keys[at] = names[at], before[names[at]]
+        before[names[at]] += 1
+    return [keys[at] for at in range(len(names))]
+
+
+def class_means(
+    group: Group, attack: str, keys: Sequence[ClassKey]
+) -> tuple[Floats, Floats] | None:
+    """Return mean and sample standard deviation [C] per class over the seeds of a group.
+
+    keys: classes in the order wanted. NaN where no run has an image of the class; deviation 0 with
+    a single run. None where no run was evaluated under the attack.
     """
-    evaluations = [run.evaluation["attacks"] for run in group.runs if run.evaluation]
-    rows = [attacks[attack]["per_class"] for attacks in evaluations if attack in attacks]
+    rows = []
+    for run in group.measured(attack):
+        figures = (run.evaluation or {})["attacks"][attack]["per_class"]
+        found = dict(zip(class_keys(run), figures, strict=True))
+        rows.append([found[key] for key in keys])
     if not rows:
         return None
     values = np.array(rows, dtype=float)  # [runs, C]; None becomes NaN
@@ -80,14 +107,16 @@ def class_means(group: Group, attack: str) -> tuple[Floats, Floats] | None:
 
 
 @style()
-def compared_classes(groups: Sequence[Group], attack: str, class_names: Sequence[str]) -> Figure:
+def compared_classes(groups: Sequence[Group], attack: str, keys: Sequence[ClassKey]) -> Figure:
     """Draw accuracy per class under an attack: mean and standard deviation of each group.
 
-    A single group has the colours of head, body and tail.
+    keys: the classes, which all runs have, in the order shown. A single group has the colours of
+    head, body and tail.
     """
     figure = new_figure(WIDE, 3.4)
     axes = figure.subplots()
-    found = [(group.short_label, class_means(group, attack)) for group in groups]
+    class_names = [name for name, _ in keys]
+    found = [(group.short_label, class_means(group, attack, keys)) for group in groups]
     shown = [(label, means) for label, means in found if means is not None]
     parts, few = head_body_tail(len(class_names)).items(), len(class_names) <= FEW
     for k, (label, (mean, spread)) in enumerate(shown):
@@ -103,7 +132,7 @@ def compared_classes(groups: Sequence[Group], attack: str, class_names: Sequence
     axes.set_title(f"{attack_title(attack)}: accuracy in %")
     axes.set_ylim(0, 100)
     label_classes(axes, class_names, WIDE)
-    figure.legend(loc="outside lower center", ncols=3)
+    legend_below(figure, axes)
     return figure
 
 

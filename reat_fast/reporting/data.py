@@ -20,6 +20,7 @@ from reat_fast.evaluation.figures import largest_first
 from reat_fast.evaluation.saved import of_these_weights
 from reat_fast.sources.longtail import by_falling_size
 from reat_fast.storage.config_file import from_json
+from reat_fast.training.trained_on import digests_of_run
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
 """The figures of an attack, in the order tables show them."""
@@ -36,7 +37,9 @@ class RunRecord:
     [E, C]: adversarial examples predicted as each class, where every epoch tells. counts [C]:
     training images. evaluation: as reat_fast.evaluate writes it; None, and outdated, where it is of
     weights that have been trained since. In all of them classes go from the largest to the
-    smallest; order [C]: the numbers that they have in the data set.
+    smallest; order [C]: the numbers that they have in the data set. trained_on: what tells its
+    training images from others, as far as the folder has it: train_counts [C], in the data set's
+    order, fingerprint and images_sha256.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class RunRecord:
     evaluation: dict[str, Any] | None
     order: list[int]
     outdated: bool
+    trained_on: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -127,6 +131,7 @@ def read_run(folder: Path) -> RunRecord:
         evaluation=None if outdated else evaluation,
         order=order,
         outdated=outdated,
+        trained_on={**({"train_counts": counts} if counts else {}), **digests_of_run(folder)},
     )
 
 

@@ -13,17 +13,16 @@ from reat_fast.evaluation.figures import SELECTION
 from reat_fast.reporting import curves, pictures, probe_pictures
 from reat_fast.reporting import html as report_html
 from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting.groups import group_runs, setting_text
 from reat_fast.reporting.probe import Probe
 from reat_fast.reporting.style import FEW, Picture
 from reat_fast.reporting.tables import (
     Table,
     attack_title,
-    group_runs,
     main_attack,
     mean_text,
     paper_table,
     part_of_class,
-    setting_text,
     time_split,
 )
 from reat_fast.storage.config_file import LOCAL_FIELDS
@@ -36,12 +35,16 @@ THIRDS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Hold a finished report: the page, its pictures, and the table for papers as Markdown rows."""
+    """Hold a finished report: the page, its pictures, and the table for papers as Markdown rows.
+
+    remarks: lines that a reader of the terminal needs too.
+    """
 
     page: str
     pictures: list[Picture]
     table: Table
     table_note: str
+    remarks: tuple[str, ...] = ()
 
 
 def run_report(run: RunRecord, probe: Probe | None, missing: str = "") -> Report:
@@ -110,7 +113,7 @@ def _accuracy_tables(run: RunRecord, table: Table) -> str:
         if run.outdated:
             why = "The weights were trained on since evaluation.json, which is left out."
         return report_html.note(
-            f"{why} Evaluate it with: python -m reat_fast.evaluate {run.folder}"
+            f"{why} Evaluate it with: python -m reat_fast.evaluate {shlex.quote(str(run.folder))}"
         )
     caption = f"Accuracy in %: {run.protocol}. {THIRDS}"
     warnings = "".join(report_html.note(str(line)) for line in run.evaluation.get("warnings", []))

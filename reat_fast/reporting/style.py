@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -107,8 +108,9 @@ def style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # A browser has letters that the drawing's own font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        # Of letters that the drawing's own font lacks, which a browser has, and of room that is
+        # scarce: whoever reads the terminal can change neither.
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 
@@ -117,6 +119,16 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Name what is drawn below the axes; the figure grows, so that these stay as large."""
+    handles, labels = axes.get_legend_handles_labels()
+    letters = 16 * figure.get_figwidth()  # of a legend, side by side
+    columns = max(1, min(len(labels), int(letters / (max(map(len, labels)) + 8))))
+    further_rows = math.ceil(len(labels) / columns) - 1
+    figure.set_figheight(figure.get_figheight() + 0.18 * further_rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def short(name: str) -> str:

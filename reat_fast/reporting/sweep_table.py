@@ -17,14 +17,8 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.attacks import threat_text
-from reat_fast.reporting.tables import (
-    PROTOCOL,
-    attack_title,
-    markdown_text,
-    mean_text,
-    protocol_of,
-    setting_text,
-)
+from reat_fast.reporting.groups import PROTOCOL, protocol_of, setting_text
+from reat_fast.reporting.tables import attack_title, markdown_text, mean_text
 
 ORIGINS = ("device", "torch", "commit")
 """What a row of summary.csv tells of where its runs come from, each value once."""

@@ -6,25 +6,15 @@ import html
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from reat_fast.cli.radius import fraction_text
-from reat_fast.evaluation.attacks import L2_EPS
 from reat_fast.evaluation.figures import MAIN_ATTACK, largest_first
-from reat_fast.reporting.data import PARTS, TAIL80, RunRecord
+from reat_fast.reporting.data import PARTS, TAIL80
+from reat_fast.reporting.groups import Group
 from reat_fast.sources.longtail import head_body_tail
-from reat_fast.storage.config_file import LOCAL_FIELDS
 
 Table = list[list[str]]
 """A heading and rows of equal length, as text."""
-
-PROTOCOL = {
-    **{"dataset": None, "samples": None, "images_sha256": None},
-    **{"eps": None, "step_size": None, "l2_eps": L2_EPS, "restarts": 1},
-}
-"""What two evaluations must have in common for their figures to be averaged, and what they mean
-where they do not say it."""
 
 OF_WORDS = ("group", "attack", "part")
 """Columns of a Markdown table that hold words; the others hold numbers."""
@@ -110,100 +100,6 @@ def mean_text(values: Sequence[float | None], digits: int = 2) -> str:
         return "–"
     mean = f"{statistics.fmean(present):.{digits}f}"
     return mean if len(present) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Hold runs of one configuration, which differ in their seed at most.
-
-    differs: the settings in which the groups of a report differ, as text.
-    """
-
-    letter: str
-    differs: dict[str, str]
-    runs: list[RunRecord]
-
-    @property
-    def label(self) -> str:
-        """Name the group in a table: its letter, and how it differs where it does."""
-        settings = ", ".join(f"{name}={value}" for name, value in self.differs.items())
-        return f"{self.letter}: {settings}" if settings else self.letter
-
-    @property
-    def short_label(self) -> str:
-        """Name the group in a picture, where there is little room."""
-        return self.label if len(self.label) <= 40 else self.letter
-
-    @property
-    def evaluated(self) -> list[RunRecord]:
-        """Return the runs that have been evaluated."""
-        return [run for run in self.runs if run.evaluation is not None]
-
-    def attack_names(self) -> list[str]:
-        """Return the attacks that any of the runs was evaluated under, in order."""
-        names = (name for run in self.evaluated for name in (run.evaluation or {})["attacks"])
-        return list(dict.fromkeys(names))
-
-    def values(self, attack: str, part: str) -> list[float | None]:
-        """Return a figure of each run that was evaluated under an attack."""
-        evaluations = [run.evaluation["attacks"] for run in self.runs if run.evaluation]
-        return [attacks[attack].get(part) for attacks in evaluations if attack in attacks]
-
-
-def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Put runs together whose configurations differ in the seed alone, in the order given.
-
-    Runs that were evaluated under other conditions (PROTOCOL) stand apart.
-    """
-    groups: dict[str, list[RunRecord]] = {}
-    settings: dict[str, dict[str, str]] = {}
-    for run in runs:
-        told = _settings(run)
-        groups.setdefault(repr(told), []).append(run)
-        settings[repr(told)] = told
-    names = list(dict.fromkeys(name for told in settings.values() for name in told))
-    differing = [n for n in names if len({told.get(n) for told in settings.values()}) > 1]
-    return [
-        Group(_letter(k), {n: settings[key].get(n, "unset") for n in differing}, members)
-        for k, (key, members) in enumerate(groups.items())
-    ]
-
-
-def _settings(run: RunRecord) -> dict[str, str]:
-    values = {
-        name: setting_text(name, value)
-        for name, value in asdict(run.config).items()
-        if name not in ("seed", *LOCAL_FIELDS)
-    }
-    if run.evaluation:
-        protocol = protocol_of(run.evaluation)
-        values |= {f"test {name}": setting_text(name, told) for name, told in protocol.items()}
-    return values
-
-
-def protocol_of(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return the conditions of an evaluation, by the names of PROTOCOL."""
-    return {name: evaluation.get(name, default) for name, default in PROTOCOL.items()}
-
-
-def setting_text(name: str, value: object) -> str:
-    """Write the value of a setting for people."""
-    if value is None:
-        return "unset"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if name in ("eps", "step_size", "l2_eps") and isinstance(value, float):
-        return fraction_text(value)
-    if name == "images_sha256":
-        return str(value)[:12]
-    if isinstance(value, (tuple, list)):
-        return " ".join(map(str, value))
-    return str(value)
-
-
-def _letter(index: int) -> str:
-    tens, one = divmod(index, 26)
-    return (_letter(tens - 1) if tens else "") + chr(ord("A") + one)
 
 
 def paper_table(groups: Sequence[Group]) -> Table:

@@ -1,0 +1,173 @@
+"""Groups of runs whose figures may be averaged: one configuration and training set, any seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from reat_fast.cli.radius import fraction_text
+from reat_fast.evaluation.attacks import L2_EPS
+from reat_fast.reporting.data import RunRecord
+from reat_fast.storage.config_file import LOCAL_FIELDS
+from reat_fast.training.trained_on import SPLIT_FIELDS, agree
+
+PROTOCOL = {
+    **{"dataset": None, "samples": None, "images_sha256": None},
+    **{"eps": None, "step_size": None, "l2_eps": L2_EPS, "restarts": 1},
+}
+"""What two evaluations must have in common for their figures to be averaged, and what they mean
+where they do not say it."""
+
+TRAINED_ON = {
+    "train_counts": "training images",
+    "fingerprint": "training split",
+    "images_sha256": "training images_sha256",
+}
+"""How a report calls what RunRecord.trained_on tells, what people know first."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Hold runs of one configuration, which differ in their seed at most.
+
+    differs: the settings in which the groups of a report differ, as text.
+    """
+
+    letter: str
+    differs: dict[str, str]
+    runs: list[RunRecord]
+
+    @property
+    def label(self) -> str:
+        """Name the group in a table: its letter, and how it differs where it does."""
+        settings = ", ".join(f"{name}={value}" for name, value in self.differs.items())
+        return f"{self.letter}: {settings}" if settings else self.letter
+
+    @property
+    def short_label(self) -> str:
+        """Name the group in a picture, where there is little room."""
+        return self.label if len(self.label) <= 40 else self.letter
+
+    @property
+    def evaluated(self) -> list[RunRecord]:
+        """Return the runs that have been evaluated."""
+        return [run for run in self.runs if run.evaluation is not None]
+
+    def attack_names(self) -> list[str]:
+        """Return the attacks that any of the runs was evaluated under, in order."""
+        names = (name for run in self.evaluated for name in (run.evaluation or {})["attacks"])
+        return list(dict.fromkeys(names))
+
+    def measured(self, attack: str) -> list[RunRecord]:
+        """Return the runs that were evaluated under an attack, of each seed the first."""
+        found: dict[int, RunRecord] = {}
+        for run in self.evaluated:
+            if attack in (run.evaluation or {})["attacks"]:
+                found.setdefault(run.config.seed, run)
+        return list(found.values())
+
+    def values(self, attack: str, part: str) -> list[float | None]:
+        """Return a figure of each seed that was evaluated under an attack."""
+        evaluations = [run.evaluation for run in self.measured(attack) if run.evaluation]
+        return [evaluation["attacks"][attack].get(part) for evaluation in evaluations]
+
+    def repeated(self) -> list[tuple[RunRecord, RunRecord]]:
+        """Return each run whose seed an earlier one has, and that one."""
+        first: dict[int, RunRecord] = {}
+        pairs = [(run, first.setdefault(run.config.seed, run)) for run in self.runs]
+        return [(run, earlier) for run, earlier in pairs if run is not earlier]
+
+
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
+    """Put runs together whose configurations differ in the seed alone, in the order given.
+
+    Runs that were trained on other images, as far as both tell, or evaluated under other conditions
+    (PROTOCOL) stand apart.
+    """
+    settings: list[dict[str, str]] = []
+    groups: list[list[RunRecord]] = []
+    for run in runs:
+        told = _settings(run)
+        for known, members in zip(settings, groups, strict=True):
+            same_images = all(agree(run.trained_on, member.trained_on) for member in members)
+            if told == known and same_images:
+                members.append(run)
+                break
+        else:
+            settings.append(told)
+            groups.append([run])
+    trained = _training_images(groups)
+    settings = [told | images for told, images in zip(settings, trained, strict=True)]
+    names = list(dict.fromkeys(name for told in settings for name in told))
+    differing = [name for name in names if len({told.get(name) for told in settings}) > 1]
+    return [
+        Group(_letter(k), {name: told.get(name, "unset") for name in differing}, members)
+        for k, (told, members) in enumerate(zip(settings, groups, strict=True))
+    ]
+
+
+def _settings(run: RunRecord) -> dict[str, str]:
+    values = {
+        name: setting_text(name, value)
+        for name, value in asdict(run.config).items()
+        if name not in ("seed", *LOCAL_FIELDS)
+    }
+    if run.evaluation:
+        protocol = protocol_of(run.evaluation)
+        values |= {f"test {name}": setting_text(name, told) for name, told in protocol.items()}
+    return values
+
+
+def _training_images(groups: Sequence[list[RunRecord]]) -> list[dict[str, str]]:
+    """Say for each group on what it was trained, where settings do not explain a difference.
+
+    No more is said than tells the groups apart: class sizes before digests.
+    """
+    told = [
+        {name: value for run in members for name, value in run.trained_on.items()}
+        for members in groups
+    ]
+    drawn = [[getattr(members[0].config, name) for name in SPLIT_FIELDS] for members in groups]
+    texts = [
+        {name: setting_text(name, one[name]) if name in one else "unknown" for name in TRAINED_ON}
+        for one in told
+    ]
+    apart = [
+        (texts[one], texts[other])
+        for one, other in combinations(range(len(groups)), 2)
+        if drawn[one] == drawn[other] and not agree(told[one], told[other])
+    ]
+    said: list[str] = []
+    for name in TRAINED_ON:
+        if any(all(one[known] == other[known] for known in said) for one, other in apart):
+            said.append(name)
+    return [{TRAINED_ON[name]: text[name] for name in said} for text in texts]
+
+
+def protocol_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the conditions of an evaluation, by the names of PROTOCOL."""
+    return {name: evaluation.get(name, default) for name, default in PROTOCOL.items()}
+
+
+def setting_text(name: str, value: object) -> str:
+    """Write the value of a setting for people."""
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name in ("eps", "step_size", "l2_eps") and isinstance(value, float):
+        return fraction_text(value)
+    if name in ("images_sha256", "fingerprint"):
+        return str(value)[:12]
+    if name == "train_counts" and isinstance(value, list):
+        return f"{sum(value):,} ({max(value):,} to {min(value):,} a class)"
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _letter(index: int) -> str:
+    tens, one = divmod(index, 26)
+    return (_letter(tens - 1) if tens else "") + chr(ord("A") + one)

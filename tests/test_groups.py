@@ -1,0 +1,122 @@
+"""Which runs a report averages: equal settings, training images and conditions, each seed once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_run import COUNTS, made_run
+
+from reat_fast import report
+from reat_fast.checkpoint import CHECKPOINT
+from reat_fast.cli.command import run_command
+from reat_fast.reporting.data import read_run
+from reat_fast.reporting.groups import Group, group_runs
+from reat_fast.reporting.tables import paper_table
+
+
+def grouped(*folders: Path) -> list[Group]:
+    return group_runs([read_run(folder) for folder in folders])
+
+
+def names(groups: list[Group]) -> list[list[str]]:
+    return [[run.name for run in group.runs] for group in groups]
+
+
+def trained_on(folder: Path, seed: int, **split: Any) -> Path:
+    """Write the folder of a run whose split.json says more."""
+    made_run(folder, overall=40.0 + seed, seed=seed)
+    told = json.loads((folder / "split.json").read_text())
+    (folder / "split.json").write_text(json.dumps(told | split))
+    return folder
+
+
+def test_runs_trained_on_other_images_stand_apart(tmp_path: Path) -> None:
+    rare = [400, 200, 100, 50, 11]
+    a, a2 = (trained_on(tmp_path / f"a{k}", k, fingerprint="1" * 64) for k in (0, 1))
+    b = trained_on(tmp_path / "b", 2, train_counts=rare, fingerprint="2" * 64)
+    groups = grouped(a, a2, b)
+    assert names(groups) == [["a0", "a1"], ["b"]]
+    assert groups[0].label == "A: training images=760 (400 to 10 a class)"
+    assert groups[1].label == "B: training images=761 (400 to 11 a class)"
+    assert paper_table(groups)[2][2] == "40.50 ± 0.71"
+
+
+@pytest.mark.parametrize("digest", ["fingerprint", "images_sha256"])
+def test_equal_class_sizes_are_no_equal_images(digest: str, tmp_path: Path) -> None:
+    a, b = (
+        trained_on(tmp_path / name, k, **{"fingerprint": "0" * 64, digest: str(k) * 64})
+        for k, name in enumerate("ab")
+    )
+    first, second = grouped(a, b)
+    title = {"fingerprint": "training split"}.get(digest, "training images_sha256")
+    assert first.differs == {title: "000000000000"} and second.differs == {title: "111111111111"}
+
+
+def test_images_that_only_a_checkpoint_tells_apart_stand_apart(tmp_path: Path) -> None:
+    folders = [trained_on(tmp_path / name, k) for k, name in enumerate("abc")]
+    for folder, images in zip(folders, ("x", "x", "y"), strict=True):
+        torch.save({"fingerprint": "f", "images": images}, folder / CHECKPOINT)
+    assert names(grouped(*folders)) == [["a", "b"], ["c"]]
+
+
+def test_older_runs_are_averaged_with_what_they_do_not_contradict(tmp_path: Path) -> None:
+    new, other = (
+        trained_on(tmp_path / name, k, images_sha256=name, fingerprint="f")
+        for k, name in enumerate(("new", "other"))
+    )
+    old, bare = trained_on(tmp_path / "old", 2, fingerprint="f"), made_run(tmp_path / "bare")
+    (bare / "split.json").unlink()
+    assert names(grouped(new, old, bare)) == [["new", "old", "bare"]]
+    assert names(grouped(old, new, other)) == [["old", "new"], ["other"]]
+
+
+def test_images_that_settings_explain_are_not_named(tmp_path: Path) -> None:
+    a = made_run(tmp_path / "a", imbalance=0.1)
+    b = made_run(tmp_path / "b", imbalance=0.2)
+    (b / "split.json").write_text((a / "split.json").read_text().replace("50", "60"))
+    assert [group.differs for group in grouped(a, b)] == [
+        {"imbalance": "0.1"},
+        {"imbalance": "0.2"},
+    ]
+
+
+def test_a_difference_in_images_is_named_beside_one_in_settings(tmp_path: Path) -> None:
+    a, b = made_run(tmp_path / "a"), made_run(tmp_path / "b", lr=0.05)
+    told = json.loads((b / "split.json").read_text())
+    (b / "split.json").write_text(json.dumps(told | {"train_counts": [9, *COUNTS[1:]]}))
+    _, second = grouped(a, b)
+    assert second.differs == {"lr": "0.05", "training images": "369 (200 to 9 a class)"}
+
+
+def test_a_seed_counts_once_and_the_terminal_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, copy = made_run(tmp_path / "first", 40.0), made_run(tmp_path / "copy", 44.0)
+    other = made_run(tmp_path / "other", 42.0, seed=1)
+    (group,) = grouped(first, copy, other)
+    assert group.values("pgd20", "overall") == [40.0, 42.0]
+    assert [(run.name, earlier.name) for run, earlier in group.repeated()] == [("copy", "first")]
+
+    out = tmp_path / "page.html"
+    words = [str(word) for word in (first, copy, "--out", out)]
+    assert run_command(report.main, words) == 0
+    said = f"{copy} has the settings and the seed of {first}"
+    assert capsys.readouterr().out.count(said) == 1
+    table = (tmp_path / "page" / "table.md").read_text()
+    assert said in table and "| PGD-20 | 40.00 |" in table and "| 1 |" in table
+    assert said in out.read_text() and "44.00" in out.read_text()  # in the table of runs
+
+
+def test_a_seed_counts_under_each_attack_that_one_of_its_runs_was_evaluated_under(
+    tmp_path: Path,
+) -> None:
+    first, copy = made_run(tmp_path / "first", 40.0), made_run(tmp_path / "copy", 44.0)
+    told = json.loads((first / "evaluation.json").read_text())
+    del told["attacks"]["pgd20"]
+    (first / "evaluation.json").write_text(json.dumps(told))
+    (group,) = grouped(first, copy)
+    assert [group.values(name, "overall") for name in ("clean", "pgd20")] == [[70.0], [44.0]]
