@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +59,16 @@ def main(arguments: list[str]) -> int:
     runs = [read_run(folder) for folder in options.runs]
     alone = len(runs) == 1
     out = options.out or (runs[0].folder / "report.html" if alone else Path("report.html"))
+    if options.data is not None and not options.data.exists():
+        raise ValueError(f"--data {options.data}: no such file or folder; name where the data is")
     refuse_unwritable(out)
     if out.with_suffix("").is_file():
         raise ValueError(f"--out {out}: {out.with_suffix('')} is a file; pictures go into a folder")
     if alone:
         probe, missing = _probe(runs[0], options)
         report = run_report(runs[0], probe, missing)
+        if missing and options.model:
+            report = dataclasses.replace(report, remarks=(missing,))
     else:
         report = compared_report(runs)
     folder = write_report(report, out)
@@ -74,7 +79,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _probe(run: RunRecord, options: Options) -> tuple[Probe | None, str]:
-    """Attack the model of a run, or say in one line why that cannot be."""
+    """Attack the model of a run, or say in one line why that cannot be.
+
+    Errors: ValueError for data that the user named and that cannot be read.
+    """
     if not options.model:
         return None, "Left out with --no-model: confusion, images and features under attack."
     if not any((run.folder / name).is_file() for name in WEIGHTS):
@@ -88,9 +96,13 @@ def _probe(run: RunRecord, options: Options) -> tuple[Probe | None, str]:
     try:
         return probe_run(run, options.images, options.data, device, options.skip_bad), ""
     except DataError as error:
+        told = str(error).removeprefix("--data ")
+        if options.data is not None:
+            place = "" if told.startswith(str(options.data)) else f"{options.data}: "
+            raise ValueError(f"--data {place}{told}") from None
         return None, (
-            f"Confusion, images and features are missing, for the data cannot be had: {error}. "
-            "Then write the report again."
+            f"Confusion, images and features are missing, for the run's data cannot be read "
+            f"({told}); write the report again with --data PATH, where the data is now."
         )
 
 

@@ -480,14 +480,37 @@ def test_a_trained_run_shows_what_its_model_does(trained: Path) -> None:
     assert len(re.findall("<svg ", page)) == len(names)
 
 
-def test_missing_data_leaves_a_report_that_says_so(trained: Path, tmp_path: Path) -> None:
+def test_data_that_the_user_named_and_that_cannot_be_read_is_an_error(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent, damaged = tmp_path / "absent.npz", tmp_path / "damaged.npz"
+    damaged.write_bytes(b"PK")
+    for data, flags in (
+        (absent, []),
+        (absent, ["--no-model"]),
+        (damaged, []),
+        (tmp_path, []),
+    ):
+        assert command(trained, "--data", data, "--out", tmp_path / "page.html", *flags) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --data {data}: ") and error.count("\n") == 1
+        assert not (tmp_path / "page.html").exists()
+
+
+def test_missing_data_leaves_a_report_that_says_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = trained.parent / "made.npz"
     hidden = data.rename(tmp_path / "hidden.npz")
     try:
         assert command(trained) == 0
         page = (trained / "report.html").read_text("utf-8")
         assert "Confusion, images and features are missing" in page
-        assert "made.npz: no such file or folder" in page and "--data" in page
+        assert "made.npz: no such file or folder" in page and "--data PATH" in page
+        written, missing = capsys.readouterr().out.splitlines()
+        assert "6 pictures" in written
+        assert missing.startswith("Confusion, images and features are missing")
+        assert "--data PATH" in missing
         found = probe_run(read_run(trained), 5, hidden, torch.device("cpu"))
         assert found.conditions.startswith("PGD-20, 5 test images, npz")
     finally:
