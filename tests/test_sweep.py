@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from made_data import made_npz
@@ -289,6 +290,53 @@ def test_the_data_of_all_lines_may_be_named_once(
     assert command(presets, "--out", out, "--data", data) == 0  # where it lies changes no run
     named = [words[words.index("--data") + 1] for words in trainer.commands]
     assert named == [str(data)] * 3 and trainer.commands[2][0] == "--resume"
+
+
+def test_runs_of_other_images_are_not_taken_for_those_of_the_data_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "run_program", run_here)
+    data, other = made_npz(tmp_path / "made.npz"), tmp_path / "other.npz"
+    arrays = dict(np.load(data))
+    np.savez(other, **(arrays | {"x_train": 255 - arrays["x_train"]}))  # labels and sizes agree
+    file, out = tmp_path / "lines.txt", tmp_path / "out"
+    file.write_text(f"small: reat {SMALL}\n")
+    assert command(file, "--out", out, "--data", data) == 0
+    summary = (out / "summary.md").read_text()
+    moved = data.rename(tmp_path / "moved.npz")
+    few = made_npz(tmp_path / "few.npz", train=2)
+    capsys.readouterr()
+    for named, flags in ((other, []), (few, []), (other, ["--dry-run"])):
+        assert command(file, "--out", out, "--data", named, "--seeds", 1, 0, *flags) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err == (
+            f"error: {file}:1: --data {named}: its training images are not those that "
+            f"{out / 'small-seed0'} was begun with; name another --out, or the data that it had\n"
+        )
+        assert not (out / "small-seed1").exists()
+    assert command(file, "--out", out, "--data", moved) == 0
+    assert "small-seed0: finished" in capsys.readouterr().out
+    assert (out / "summary.md").read_text() == summary
+    other.rename(data)  # written anew under the path that the run has
+    assert command(file, "--out", out, "--data", data) == 2
+    assert "its training images are not those" in capsys.readouterr().err
+    moved.write_bytes(b"PK")
+    assert command(file, "--out", out, "--data", moved) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}:1: ")
+
+
+def test_the_path_tells_data_apart_where_a_run_does_not_tell_its_images(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data, other = tmp_path / "out", tmp_path / "a.npz", tmp_path / "b.npz"
+    for file in (data, other):
+        file.touch()
+    assert command(presets, "--out", out, "--data", data) == 0
+    trainer.commands.clear()
+    assert command(presets, "--out", out, "--data", tmp_path / "sets" / ".." / "a.npz") == 0
+    assert command(presets, "--out", out, "--data", other) == 2
+    assert f"--data {other}: its training images are not those" in capsys.readouterr().err
+    assert trainer.commands == []
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

@@ -24,6 +24,7 @@ from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
 from reat_fast.storage.config_file import changes, from_json
 from reat_fast.training.run_folder import epochs_done, never_began, train_counts
+from reat_fast.training.trained_on import was_trained_on
 
 OWN_FLAGS = ("--seed", "--run-dir", "--resume", "--help", "-h")
 """Flags that a line may not hold: the sweep sets them."""
@@ -222,17 +223,19 @@ def make_runs(
     """Combine lines and seeds, the seeds of a line one after another.
 
     data, subset, precision: of all runs, see SweepRun.
-    Errors: ValueError where a run was begun with other flags than its line has now, and for data
-    that is not there.
+    Errors: ValueError where a run was begun with other flags or other training images than its line
+    has now, and for data that is not there.
     """
     runs = [
         SweepRun(line, seed, out / f"{line.name}-seed{seed}", data, subset, precision)
         for line in lines
         for seed in seeds
     ]
+    known: dict[tuple[object, ...], dict[str, str]] = {}
     for run in runs:
         _refuse_changes(run)
         _refuse_missing_data(run)
+        _refuse_other_data(run, known)
     return runs
 
 
@@ -266,6 +269,23 @@ def _refuse_missing_data(run: SweepRun) -> None:
         find_dataset(config.dataset, place, config.image_size)
     except DataError as error:
         raise ValueError(f"{run.line.place}: {error}") from None
+
+
+def _refuse_other_data(run: SweepRun, known: dict[tuple[object, ...], dict[str, str]]) -> None:
+    place = run.data or run.line.config.data
+    if place is None or run.state == "new":
+        return
+    file = run.folder / "config.json"
+    begun = from_json(file.read_text("utf-8"), str(file))
+    try:
+        same = was_trained_on(run.folder, begun, place, known)
+    except DataError as error:
+        raise ValueError(f"{run.line.place}: {error}") from None
+    if not same:
+        raise ValueError(
+            f"{run.line.place}: --data {place}: its training images are not those that {run.folder}"
+            " was begun with; name another --out, or the data that it had"
+        )
 
 
 def _refuse_changes(run: SweepRun) -> None:
