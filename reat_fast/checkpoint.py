@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import zipfile
@@ -127,7 +128,7 @@ def load_model_and_spec(
     if file.suffix == ".pt":
         state = load_checkpoint(file)
         if (state.get("epoch"), state.get("batch")) == (0, 0):
-            cure = f"let its run save again, or go on with --resume {file.parent}"
+            cure = f"let its run save again, or go on with --resume {shlex.quote(str(file.parent))}"
             raise CheckpointError(f"{file}: is of before the first step; {cure}")
         spec, tensors = spec_of(state["model_spec"], file), state["model"] | _averages(state)
     else:

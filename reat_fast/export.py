@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shlex
 import shutil
 import socket
 import sys
@@ -229,7 +230,7 @@ def main(arguments: list[str]) -> int:
     if description["evaluation"] is None:
         print(
             f"no figures in it: {weights.parent} has no evaluation of {weights.name} as it is; "
-            f"measure with: python -m reat_fast.evaluate {weights}"
+            f"measure with: python -m reat_fast.evaluate {shlex.quote(str(weights))}"
         )
     if options.push is not None:
         print(f"uploaded to {push(options.to, options.push, public=options.public)}")

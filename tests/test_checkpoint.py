@@ -10,6 +10,7 @@ import torch
 
 from reat_fast import checkpoint
 from reat_fast.checkpoint import CheckpointError, ModelSpec, load_model
+from reat_fast.training.run_folder import new_run_dir
 
 SPEC = ModelSpec("resnet8", 3, 1, 8, None, ("a", "b", "<script>"))
 
@@ -22,6 +23,17 @@ def run_dir(tmp_path: Path) -> Path:
     state = {"model": model.state_dict(), "model_spec": dict(vars(SPEC))}
     checkpoint.save_checkpoint(tmp_path, state)
     return tmp_path
+
+
+def test_a_folder_to_go_on_with_is_named_as_a_shell_reads_it(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    state = {"model": SPEC.build().state_dict(), "model_spec": dict(vars(SPEC))}
+    checkpoint.save_checkpoint(folder, {**state, "epoch": 0, "batch": 0})
+    with pytest.raises(CheckpointError, match=f"go on with --resume '{folder}' or name another"):
+        new_run_dir(folder, "reat")
+    with pytest.raises(CheckpointError, match=f"go on with --resume '{folder}'$"):
+        load_model(folder)
 
 
 def test_a_model_comes_back_from_the_folder_the_weights_and_the_checkpoint(run_dir: Path) -> None:

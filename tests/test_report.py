@@ -425,12 +425,14 @@ def test_a_page_that_cannot_be_written_is_named_before_the_model_is_attacked(
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_a_run_that_has_just_begun_has_a_report(run: Path) -> None:
+def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "my run")
     for name in ("env.json", "split.json", "metrics.csv", "timing.csv", "evaluation.json"):
         (run / name).unlink()
     assert command(run) == 0
     page = (run / "report.html").read_text("utf-8")
     assert "0 of 2 epochs" in page and "No evaluation.json" in page
+    assert f"python -m reat_fast.evaluate &#x27;{run}&#x27;" in page
     assert "No weights in the folder (best.safetensors, last.safetensors)" in page
 
 

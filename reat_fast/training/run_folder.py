@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def new_run_dir(run_dir: Path | None, preset: str) -> Path:
         raise CheckpointError(f"--run-dir {run_dir}: is a file; name a folder")
     if run_dir.is_dir() and any(run_dir.iterdir()):
         raise CheckpointError(
-            f"--run-dir {run_dir}: already holds files; go on with --resume {run_dir} "
-            "or name another folder"
+            f"--run-dir {run_dir}: already holds files; go on with "
+            f"--resume {shlex.quote(str(run_dir))} or name another folder"
         )
     return run_dir
 
