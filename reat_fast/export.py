@@ -101,10 +101,18 @@ def _training_and_split(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _evaluation(run: Path, weights: Path) -> dict[str, Any]:
-    """Return the first evaluation in a folder that is of these weights, {} where none is."""
+    """Return the first evaluation in a folder that is of these weights, {} where none is.
+
+    That of an earlier export stands in its config.json, as do the bytes that it wrote.
+    """
     known = weights_sha256(weights)
     there = map(_read_json, takewhile(Path.is_file, files(run)))
-    return next((found for found in there if found.get("weights_sha256") == known), {})
+    found = next((one for one in there if one.get("weights_sha256") == known), None)
+    if found is not None:
+        return found
+    told = _read_json(run / DESCRIPTION)
+    exported = told.get("library_name") == LIBRARY and told.get("weights_sha256") == known
+    return dict(told.get("evaluation") or {}) if exported else {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -241,11 +249,13 @@ def _write(
     folder: Path, model: Network, spec: ModelSpec, description: dict[str, Any], options: Options
 ) -> str:
     """Fill the folder; return what to tell of it."""
-    write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     if options.format == "onnx":
+        write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
         height, width = description["image_size"]
         return _write_onnx(folder / ONNX, model, (spec.in_channels, height, width))
     weights_file.save_weights(folder / checkpoint.EXPORTED, model, spec)
+    own = {"weights_sha256": weights_sha256(folder / checkpoint.EXPORTED)}
+    write_text(folder / DESCRIPTION, json.dumps(description | own, indent=2) + "\n")
     if options.format == "hub":
         name = (options.push or options.to.resolve().name).rpartition("/")[2]
         write_text(folder / CARD, model_card(name, description, options.push))

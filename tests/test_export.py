@@ -107,14 +107,31 @@ def test_an_exported_folder_is_exported_again_with_all_it_says(
     first, second = tmp_path / "first", tmp_path / "second"
     assert command(run_dir, "--to", first) == 0
     assert command(first, "--to", second) == 0
-    changed = {"weights": "model.safetensors", "evaluation": None}  # of which no figures are known
-    assert description(second) == description(first) | changed
-    assert "no figures in it" in capsys.readouterr().out
     said = description(first)
+    assert said["evaluation"]["attacks"] == EVALUATION["attacks"]
+    assert description(second) == said | {"weights": "model.safetensors"}
+    assert "no figures in it" not in capsys.readouterr().out
     assert train_counts(first) == train_counts(run_dir) == said["train_counts"]
     (first / "config.json").write_text(json.dumps(said | {"training": 3}))
     assert command(first, "--to", tmp_path / "third") == 2
     assert "config.json: damaged" in capsys.readouterr().err
+
+
+def test_figures_of_an_export_whose_weights_were_exchanged_are_left_out(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "the first"
+    assert command(run_dir, "--to", first) == 0
+    for name, value in (("last.safetensors", None), ("best.safetensors", "no longer told")):
+        (first / "model.safetensors").write_bytes((run_dir / name).read_bytes())
+        if value is not None:  # as older exports are
+            told = description(first)
+            del told["weights_sha256"]
+            (first / "config.json").write_text(json.dumps(told))
+        assert command(first, "--to", tmp_path / name) == 0
+        assert description(tmp_path / name)["evaluation"] is None
+        shown = capsys.readouterr().out
+        assert f"python -m reat_fast.evaluate '{first / 'model.safetensors'}'" in shown
 
 
 def test_figures_of_other_weights_are_left_out(
