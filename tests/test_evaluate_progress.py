@@ -130,11 +130,11 @@ def test_the_bar_says_what_runs_and_how_long_at_most() -> None:
 def test_a_terminal_gets_the_bar_and_a_pipe_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = checkpoint.ModelSpec("resnet8", 4, 3, 8, stem_stride=None, class_names=tuple("abcd"))
+    spec = checkpoint.ModelSpec("resnet8", 4, 3, 8, stem_stride=None, class_names=tuple("0123"))
     checkpoint.save_weights(tmp_path / "made.safetensors", spec.build(), spec)
     data = made_npz(tmp_path / "made.npz", train=10, test=2)
     arguments = [str(tmp_path / "made.safetensors"), "--dataset", "npz", "--data", str(data)]
-    arguments += ["--attacks", "pgd2"]
+    arguments += ["--attacks", "pgd2", "--train-counts", "10", "10", "10", "10"]
     assert run_command(evaluate.main, arguments) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -244,7 +244,8 @@ def test_a_network_whose_logits_are_no_numbers_is_given_no_accuracy(
     assert "some logits are NaN or infinite" in error
     if not flags:
         good = run_dir / "checkpoint-previous.pt"  # of before the only step
-        assert f"in epoch 1: lower --lr; the state before it is in {good}" in error
+        assert "in epoch 1: lower --lr in a new run, or go on with --resume " in error
+        assert f"--on-nonfinite rollback; the state before it is in {good}" in error
         assert checkpoint.load_checkpoint(good)["batch"] == 0
     assert not {"best.safetensors", "evaluation.json"} & {file.name for file in run_dir.iterdir()}
 

@@ -134,10 +134,9 @@ def warnings_for_classes(
     where nothing tells.
     """
     found = []
-    other = next(
-        (k for k, pair in enumerate(zip(names, own, strict=False)) if pair[0] != pair[1]), None
-    )
-    if other is not None:
+    pairs = enumerate(zip(names, own, strict=False))
+    other = next((place for place, (name, trained) in pairs if name != trained), None)
+    if other is not None and not _are_numbers(names):
         found.append(
             f"class {other} of this data is {names[other]}, the model was trained on {own[other]}: "
             "figures are right if that is another name of the same class"
@@ -148,6 +147,11 @@ def warnings_for_classes(
             "middle and last classes; --train-counts tells"
         )
     return found
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Say whether classes are named by their place, as those of an .npz file are."""
+    return list(names) == [str(k) for k in range(len(names))]
 
 
 def warnings_for_figures(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -55,7 +55,8 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         _, config = parse(flags, preset, default=saved)
         for name, old, new in changes(saved, config):
             raise ValueError(f"{name} {new}: the run was begun with {old}; leave it out")
-    if config.data is not None:  # a run is gone on with and evaluated from other folders, too
+    if config.data is not None and config.data.exists():
+        # So that a run is gone on with and evaluated from other folders, too.
         config = replace(config, data=config.data.absolute())
     check_logs(config.log)
     device = choose_own_device(config.device, world)
