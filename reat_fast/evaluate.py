@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         go_on = "; the same command goes on with AutoAttack where it stands"
         if world.main:
-            print(f"stopped{go_on if state.file.is_file() else ''}", file=sys.stderr)
+            print(f"stopped{go_on if state.kept else ''}", file=sys.stderr)
         return exit_code(interrupt)
     return 0
 

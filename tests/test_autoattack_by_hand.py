@@ -118,6 +118,45 @@ def test_a_step_may_take_as_many_turns_as_there_are_bounds() -> None:
     torch.testing.assert_close(step, torch.cat([rooms.new_tensor([0.875]), rooms[1:]])[None])
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_does_not_depend_on_the_others_of_its_batch(norm: Norm) -> None:
+    """To the bit, among them one whose hyperplane misses the box and one that takes many turns."""
+    generator = torch.Generator().manual_seed(2)
+    points, inside = (torch.rand(30, 60, generator=generator) for _ in range(2))
+    normal = torch.randn(30, 60, generator=generator)
+    offset = (normal * inside).sum(1)
+    offset[3] = 1e3
+    normal[5] *= 4.0 ** torch.arange(60).remainder(9)
+    offset[5] = (normal[5] * inside[5]).sum()
+    together = hyperplane_step(points, normal, offset, norm)
+    rows = (points.split(1), normal.split(1), offset.split(1))
+    alone = [hyperplane_step(*row, norm) for row in zip(*rows, strict=True)]
+    # A sum may be taken in another order for another shape; its last bit moves the step by as much.
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_no_number_stops_no_search(norm: Norm) -> None:
+    """Of an image whose logits are numbers: the root of a zero has such a one."""
+
+    def logits(images: Tensor) -> Tensor:
+        lead = 5 + images.flatten(1).mean(1) + (images[:, 0, 0, 0] - 0.5).abs().sqrt()
+        return torch.stack([lead, torch.zeros_like(lead)], 1)
+
+    images = torch.full((2, 1, 3, 3), 0.5)
+    images[1, 0, 0, 0] = 0.25
+    victim, labels = Chosen(logits), torch.zeros(2, dtype=torch.int64)
+    victim.fooled = lambda images, labels: logits(images).argmax(1) != labels  # type: ignore[attr-defined]
+    found = apgd.apgd(
+        *(victim, images, labels, labels, 0 * images, apgd.cross_entropy),  # type: ignore[arg-type]
+        eps=EPS,
+        steps=5,
+        norm=norm,
+    )
+    assert torch.equal(found, images) and all(tried.isfinite().all() for tried in victim.tried)
+    assert (victim.tried[-1][1] != images[1]).any()
+
+
 class Chosen:
     """Stand in for a victim: logits by a function, and no image is ever fooled."""
 

@@ -12,6 +12,7 @@ import pytest
 from reat_fast.data import ImageSet
 from reat_fast.evaluation import saved
 from reat_fast.evaluation.figures import parts
+from reat_fast.evaluation.guards import UNKNOWN_COUNTS
 from reat_fast.evaluation.saved import (
     CONDITIONS,
     images_sha256,
@@ -158,11 +159,11 @@ def test_gathered_attacks_have_head_body_and_tail_by_the_same_classes(tmp_path: 
     unknown, counts = {**parts(per_class), "per_class": per_class}, [5, 10, 20, 40]
     known = {**parts(per_class, counts), "per_class": per_class}
     assert unknown["tail"] != known["tail"] and known["tail80"] is not None
-    first = result({}) | {"attacks": {"pgd20": unknown}}
+    first = result({}) | {"attacks": {"pgd20": unknown}, "warnings": ["w", UNKNOWN_COUNTS]}
     later = result({}) | {"attacks": {"clean": known}, "train_counts": counts}
     for name, pair in (("a", (first, later)), ("b", (later, first))):
         (tmp_path / name).mkdir()
         for found in pair:
             _, whole = write_beside_others(tmp_path / name, found)
         assert whole["attacks"] == {"pgd20": known, "clean": known}
-        assert whole["train_counts"] == counts
+        assert whole["train_counts"] == counts and whole["warnings"] == ["w"]

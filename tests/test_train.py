@@ -32,6 +32,7 @@ from reat_fast.training import gauge, selection
 from reat_fast.training.announcement import announce
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
+from reat_fast.training.save_pace import SavePace
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
 SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-batch-size", "32"]
@@ -231,10 +232,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert "the loss is not finite in epoch 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("flags", [[], ["--evaluation", "none"]], ids=["chosen", "tested"])
 def test_a_network_whose_logits_are_no_numbers_is_given_no_accuracy(
-    flags: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    saved: bool,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(SavePace, "affordable", lambda pace: saved)  # before an evaluation
     run_dir = tmp_path / "run"
     arguments = ["reat", *SMALL, "--data", data, "--limit-batches", 1, "--epochs", 1, *flags]
     # Loss and weights of the only step are finite; no step comes after it.
@@ -243,9 +251,10 @@ def test_a_network_whose_logits_are_no_numbers_is_given_no_accuracy(
     error = capsys.readouterr().err
     assert "some logits are NaN or infinite" in error
     if not flags:
-        good = run_dir / "checkpoint-previous.pt"  # of before the only step
-        assert "in epoch 1: lower --lr in a new run, or go on with --resume " in error
-        assert f"--on-nonfinite rollback; the state before it is in {good}" in error
+        good = run_dir / ("checkpoint-previous.pt" if saved else "checkpoint-last.pt")
+        back = f" in a new run, or go on with --resume {run_dir} --on-nonfinite rollback"
+        cure = f"lower --lr{'' if saved else back}; the state before it is in {good}"
+        assert f"in epoch 1: {cure}" in error
         assert checkpoint.load_checkpoint(good)["batch"] == 0
     assert not {"best.safetensors", "evaluation.json"} & {file.name for file in run_dir.iterdir()}
 

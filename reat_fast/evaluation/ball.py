@@ -28,8 +28,13 @@ class Ball:
         return lengths
 
     def uphill(self, gradient: Tensor) -> Tensor:
-        """Return the move of length 1 along which the loss rises the fastest, like gradient."""
-        return gradient.sign() if self.norm == "linf" else unit(gradient)
+        """Return the move of length 1 along which the loss rises the fastest, like gradient.
+
+        Elements that are NaN or infinite count as none, in L-infinity NaN alone.
+        """
+        if self.norm == "linf":
+            return gradient.sign()
+        return unit(gradient.nan_to_num(0.0, 0.0, 0.0))
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """Return the images [B, ...], each brought back into the ball round its clean one."""

@@ -107,9 +107,11 @@ def hyperplane_step(points: Tensor, normal: Tensor, offset: Tensor, norm: Norm =
         missing = (gap.abs() - (weight * move).sum(1)).clamp_min(0)
         # No slope left: the box ends before the hyperplane.
         further = torch.where(slope > 0, size + missing / slope, farthest).minimum(farthest)
-        if not (further > size * (1 + 1e-6)).any():
+        grows = further > size * (1 + 1e-6)
+        if not grows.any():
             break
-        size = torch.maximum(size, further)
+        # A row that is done stays as it is, however many turns others take.
+        size = torch.where(grows, further, size)
     step = torch.minimum(room, size[:, None] * pace)
     return torch.where(up, step, -step).view_as(points)
 

@@ -22,6 +22,13 @@ SQUARE_POINTS = 0.2
 """Square lowering the robust accuracy by more, in percentage points, is AutoAttack's own alarm."""
 
 
+UNKNOWN_COUNTS = (
+    "how many training images a class had is not known: head, body and tail are the first, middle "
+    "and last classes; --train-counts tells"
+)
+"""A warning that no longer holds once an evaluation has been joined with one that knows them."""
+
+
 class GuardError(ValueError):
     """A model or images that cannot be evaluated; the message is one line for the user."""
 
@@ -136,16 +143,13 @@ def warnings_for_classes(
     found = []
     pairs = enumerate(zip(names, own, strict=False))
     other = next((place for place, (name, trained) in pairs if name != trained), None)
-    if other is not None and not _are_numbers(names):
+    if other is not None and not _are_numbers(names) and not _are_numbers(own):
         found.append(
             f"class {other} of this data is {names[other]}, the model was trained on {own[other]}: "
             "figures are right if that is another name of the same class"
         )
     if train_counts is None:
-        found.append(
-            "how many training images a class had is not known: head, body and tail are the first, "
-            "middle and last classes; --train-counts tells"
-        )
+        found.append(UNKNOWN_COUNTS)
     return found
 
 

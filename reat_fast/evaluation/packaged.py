@@ -29,7 +29,8 @@ def package_autoattack(
     Errors: ValueError with the pip line where the package is missing; FloatingPointError for logits
     that are NaN or infinite.
     """
-    pyautoattack = import_extra("pyautoattack", "--attacks aa-package", "eval")
+    name = "aa-package" if norm == "linf" else "l2aa-package"
+    pyautoattack = import_extra("pyautoattack", f"--attacks {name}", "eval")
     attack = pyautoattack.AutoAttack(
         model,
         device=images.device,

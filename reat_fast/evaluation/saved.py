@@ -13,6 +13,7 @@ import numpy as np
 
 from reat_fast.data import Dataset, ImageSet
 from reat_fast.evaluation.figures import parts, tail_by_share
+from reat_fast.evaluation.guards import UNKNOWN_COUNTS
 from reat_fast.sources.beton_folder import digest
 from reat_fast.sources.lazy import FileImages, LazyImages
 from reat_fast.storage.whole_files import write_text
@@ -172,11 +173,14 @@ def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:
                 name: {**found, **parts(found["per_class"], counts)}
                 for name, found in attacks.items()
             }
+        warnings = [*earlier.get("warnings", ()), *result["warnings"]]
+        if counts is not None:
+            warnings = [warning for warning in warnings if warning != UNKNOWN_COUNTS]
         return {
             **whole,
             "attacks": attacks,
             "seconds": round(earlier["seconds"] + result["seconds"], 3),
-            "warnings": list(dict.fromkeys((*earlier.get("warnings", ()), *result["warnings"]))),
+            "warnings": list(dict.fromkeys(warnings)),
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # damaged, or not one of ours

@@ -44,6 +44,11 @@ class SearchState:
         saved = {"key": self._key, "standing": standing}
         write_atomically(self.file, lambda partial: torch.save(saved, partial))
 
+    @property
+    def kept(self) -> bool:
+        """Whether there is anything to go on from."""
+        return any(file.is_file() for file in self._read)
+
     def remove(self) -> None:
         """Remove the states of the searches that were read; those of others stay."""
         for file in self._read:

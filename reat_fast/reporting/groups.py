@@ -22,10 +22,14 @@ where they do not say it."""
 
 TRAINED_ON = {
     "train_counts": "training images",
+    "class_names": "classes",
     "fingerprint": "training split",
     "images_sha256": "training images_sha256",
 }
 """How a report calls what RunRecord.trained_on tells, what people know first."""
+
+FEW_NAMES = 3
+"""Classes that are named where two sets of them are told apart."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,9 @@ def setting_text(name: str, value: object) -> str:
         return str(value)[:12]
     if name == "train_counts" and isinstance(value, list):
         return f"{sum(value):,} ({max(value):,} to {min(value):,} a class)"
+    if name == "class_names" and isinstance(value, list):
+        more = f" and {len(value) - FEW_NAMES} more" * (len(value) > FEW_NAMES)
+        return ", ".join(map(str, value[:FEW_NAMES])) + more
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value))
     return str(value)

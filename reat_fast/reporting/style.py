@@ -110,7 +110,8 @@ def style() -> Iterator[None]:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # Of letters that the drawing's own font lacks, which a browser has, and of room that is
         # scarce: whoever reads the terminal can change neither.
-        warnings.simplefilter("ignore", UserWarning)
+        for said in ("Glyph .* missing from", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", said, UserWarning)
         yield
 
 

@@ -63,7 +63,9 @@ def _attack(run: Run) -> Iterator[str]:
         plan = plan_attack(config.attack, eps=config.eps, step_size=0.0, steps=1)
         yield (
             f"attack: {config.attack}, one step of {fraction_text(plan.step_size)} from even noise "
-            f"of {fraction_text(plan.noise_scale)}; --start, --steps and --step-size do not act"
+            f"of {fraction_text(plan.noise_scale)}"
+            + ", both times the factor of each class" * (config.radius == "class")
+            + "; --start, --steps and --step-size do not act"
         )
     auto = config.fused and config.attack != "free" and config.attack_loss == "auto"
     if auto and resolve_attack_loss(config) == "ce":

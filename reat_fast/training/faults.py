@@ -64,8 +64,10 @@ def diverged(run: Run, fault: FloatingPointError, saved: bool) -> FloatingPointE
     saved: whether the last checkpoint has the network that was evaluated.
     """
     file = run.folder / (checkpoint.PREVIOUS if saved else checkpoint.CHECKPOINT)
+    # --resume takes the last checkpoint, which would only fail again.
+    kept = f"; the state before it is in {file}" if saved and file.is_file() else ""
     return FloatingPointError(
-        f"{fault}, in epoch {run.epoch + 1}: lower --lr{_way_back(run, file)}"
+        f"{fault}, in epoch {run.epoch + 1}: lower --lr{kept or _way_back(run, file)}"
     )
 
 

@@ -29,7 +29,7 @@ from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_tables
 from reat_fast.training.save_pace import SavePace
-from reat_fast.training.trained_on import digest_of_images, draw_splits
+from reat_fast.training.trained_on import digest_of_files, digest_of_images, draw_splits
 
 
 class Run:
@@ -162,7 +162,7 @@ class Run:
                 self.config,
                 self.dataset,
                 self.splits,
-                images=self.images,
+                images=digest_of_files(self.splits),
             )
             if self.plan.state is not None:  # a kill leaves rows of epochs that are trained again
                 write_tables(self.folder, self.metrics, self.timing)

@@ -17,6 +17,7 @@ from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.config import Config
 from reat_fast.data import DataError, Dataset, Splits, load_run_data, make_splits
 from reat_fast.evaluation.saved import images_sha256
+from reat_fast.sources.lazy import FileImages
 
 SPLIT_FIELDS = (
     *("dataset", "image_size", "imbalance", "imbalance_profile", "largest", "held_out"),
@@ -38,7 +39,7 @@ def draw_splits(config: Config, dataset: Dataset) -> Splits:
 
 
 def digest_of_images(splits: Splits) -> str:
-    """Return what tells the training images from others, "" for lazy ones.
+    """Return the digest of the training images that a checkpoint keeps, "" for lazy ones.
 
     Decoding those may differ by version.
     """
@@ -46,8 +47,14 @@ def digest_of_images(splits: Splits) -> str:
     return images_sha256(splits.train) if in_memory else ""
 
 
+def digest_of_files(splits: Splits) -> str:
+    """Return digest_of_images, and of image files that of their names and sizes."""
+    are_files = isinstance(splits.train.images, FileImages)
+    return images_sha256(splits.train) if are_files else digest_of_images(splits)
+
+
 def was_trained_on(
-    folder: Path, config: Config, place: Path, known: dict[tuple[object, ...], dict[str, str]]
+    folder: Path, config: Config, place: Path, known: dict[tuple[object, ...], dict[str, Any]]
 ) -> bool:
     """Say whether the run in a folder was begun on what the data at `place` has now.
 
@@ -67,7 +74,7 @@ def was_trained_on(
     return agree(there, known[data])
 
 
-def digests_of_data(config: Config, place: Path) -> dict[str, str]:
+def digests_of_data(config: Config, place: Path) -> dict[str, Any]:
     """Return the digests of what a run would be trained on with the data at `place`.
 
     Data that gives no such split has a fingerprint that no run has. Errors: DataError for what
@@ -78,10 +85,16 @@ def digests_of_data(config: Config, place: Path) -> dict[str, str]:
         splits = draw_splits(config, dataset)
     except DataError:
         return {"fingerprint": "none"}
-    return _known({"fingerprint": splits.fingerprint, "images_sha256": digest_of_images(splits)})
+    return _known(
+        {
+            "fingerprint": splits.fingerprint,
+            "images_sha256": digest_of_files(splits),
+            "class_names": list(dataset.class_names),
+        }
+    )
 
 
-def digests_of_run(folder: Path) -> dict[str, str]:
+def digests_of_run(folder: Path) -> dict[str, Any]:
     """Return the digests that a run folder tells of its training images, {} where it tells none."""
     try:
         split = dict(json.loads((folder / "split.json").read_text("utf-8")))
@@ -100,9 +113,10 @@ def _digests_of_checkpoint(file: Path) -> dict[str, object]:
         return {}
 
 
-def _known(told: Mapping[str, object]) -> dict[str, str]:
-    named = {name: told.get(name) for name in ("fingerprint", "images_sha256")}
-    return {name: value for name, value in named.items() if value and isinstance(value, str)}
+def _known(told: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {"fingerprint": str, "images_sha256": str, "class_names": list}
+    named = {name: told.get(name) for name in kinds}
+    return {name: one for name, one in named.items() if one and isinstance(one, kinds[name])}
 
 
 def agree(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
