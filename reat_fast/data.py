@@ -185,6 +185,11 @@ def _read(name: str, place: Path, image_size: int | None, skip_bad: bool) -> Sou
     return read_beton_folder(place) if name == "beton" else download.read(name, place)
 
 
+UNEVEN = 1.05
+"""Own sizes of classes that differ by more than this factor are no accident."""
+AS_IS = "--imbalance-profile as-is"
+
+
 def make_splits(
     dataset: Dataset,
     *,
@@ -206,9 +211,18 @@ def make_splits(
             raise DataError("--largest: a set that is taken as-is has every image; leave it out")
         subset = np.arange(len(labels), dtype=np.int64)
     else:
-        largest = _smallest_class(labels, imbalance) if largest is None else largest
-        drawn = longtail_counts(largest, dataset.num_classes, imbalance, profile)
-        subset = longtail_indices(labels, drawn, seed)
+        own = np.bincount(labels, minlength=dataset.num_classes)
+        try:
+            most = _smallest_class(labels, imbalance) if largest is None else largest
+            drawn = longtail_counts(most, dataset.num_classes, imbalance, profile)
+            subset = longtail_indices(labels, drawn, seed)
+        except DataError as error:
+            if own.max() <= UNEVEN * own.min() or AS_IS in str(error):
+                raise
+            raise DataError(
+                f"{error}; its classes have {own.max():,} to {own.min():,} images themselves: "
+                f"{AS_IS} takes them so"
+            ) from None
     kept, apart = held_out_split(labels[subset], held_out, seed)
     train, held = subset[kept], subset[apart]
     digest = hashlib.sha256()
@@ -225,7 +239,7 @@ def _smallest_class(labels: Indices, imbalance: float) -> int:
         found = f"long-tailed already, {sizes.max()} to {sizes.min()} images a class"
         raise DataError(
             f"--imbalance {imbalance:g}: the training set is {found}; take it as it is "
-            "(--imbalance-profile as-is in training, no --imbalance in convert), or give --largest"
+            f"({AS_IS} in training, no --imbalance in convert), or give --largest"
         )
     return int(sizes.min())
 

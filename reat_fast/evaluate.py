@@ -38,10 +38,9 @@ from reat_fast.evaluation.saved import (
     EVALUATION,
     described,
     images_sha256,
-    joined,
     known_epoch,
     refuse_other,
-    write,
+    write_as_named,
     write_beside_others,
 )
 from reat_fast.evaluation.search_state import SearchState
@@ -97,8 +96,9 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """JSON file to write, in which attacks on the same weights under the same conditions stay;
-    unset: evaluation.json in the folder of the run, other conditions go to evaluation-2.json."""
+    """JSON file to write, in which attacks on the same weights under the same conditions stay; one
+    that holds others gets the next free name. Unset: evaluation.json in the folder of the run,
+    other conditions go to evaluation-2.json."""
     quiet: bool = False
     """Show no progress and no table, only warnings and errors."""
 
@@ -169,8 +169,9 @@ def _keep(
         out, result = write_beside_others(folder, result)
     else:
         out = options.out
-        result = joined(out, result) or result
-        write(out, result)
+        result, aside = write_as_named(out, result)
+        if aside is not None:
+            print(f"{out} held another evaluation, which is now {aside}", file=sys.stderr)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not options.quiet:

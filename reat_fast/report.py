@@ -14,6 +14,7 @@ from reat_fast.checkpoint import WEIGHTS
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.engine.memory import keep_freed_memory
+from reat_fast.evaluation.saved import EVALUATION
 from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.data import RunRecord, read_run
 from reat_fast.reporting.pages import Report, run_report
@@ -73,6 +74,14 @@ def main(arguments: list[str]) -> int:
         report = compared_report(runs)
     folder = write_report(report, out)
     print(f"{out} written; {len(report.pictures)} pictures and table.md in {folder}")
+    others = [f for run in runs for f in sorted(run.folder.glob("evaluation-*.json"))]
+    if others:
+        print(
+            f"shown is what {EVALUATION} holds; of other conditions, and not shown: "
+            f"{', '.join(map(str, others[:3]))}"
+            + f" and {len(others) - 3} more"
+            * (len(others) > 3)
+        )
     for line in report.remarks:
         print(one_line(line))
     return 0

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -647,3 +647,36 @@ def test_the_function_returns_which_images_stand(
     in_l2 = autoattack.autoattack(model, images, labels, eps=EPS_L2, norm="l2")
     beyond = autoattack.autoattack(model, images, labels, eps=EPS_L2)  # of every pixel
     assert int(beyond.sum()) < int(in_l2.sum()) < int(robust.sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm": "L2"}, "norm: 'L2'; give linf or l2"),
+        ({"eps": 8}, "eps: 8; must be a radius on images in .0, 1., 8 / 255 is usual"),
+        ({"eps": -0.1}, "eps: -0.1; must be"),
+        ({"eps": float("nan")}, "eps: nan; must be"),
+        ({"eps": -1.0, "norm": "l2"}, "eps: -1.0; must be .* 128 / 255 is usual"),
+        ({"batch_size": 0}, "batch_size: 0; must be at least 1"),
+        ({"images": torch.zeros(0, 3, 8, 8)}, "images: torch.float32 of shape .0, 3, 8, 8.; give"),
+        ({"images": torch.zeros(4, 192)}, "images: torch.float32 of shape .4, 192.; give"),
+        ({"images": torch.zeros(4, 3, 8, 8).double()}, "images: torch.float64 .* as torch.float32"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels: torch.int64 of shape .3.; give"),
+        ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, "labels: torch.int64 of shape .4, 1."),
+        ({"labels": torch.zeros(4, dtype=torch.int32)}, "labels: torch.int32 of shape .4.; give"),
+        ({"images": 2 * torch.ones(4, 3, 8, 8)}, "images: pixels reach from 2 to 2; give them in"),
+    ],
+)
+def test_what_fits_no_search_is_named(
+    model: nn.Module, changes: dict[str, Any], named: str
+) -> None:
+    given = {"images": torch.rand(4, 3, 8, 8), "labels": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=f"^{named}"):
+        autoattack.autoattack(model, **{**given, **changes})
+
+
+def test_pixels_of_every_batch_are_looked_at(model: nn.Module) -> None:
+    images = torch.rand(4, 3, 8, 8)
+    images[3] += 1
+    with pytest.raises(ValueError, match="^images: pixels reach"):
+        autoattack.autoattack(model, images, torch.zeros(4, dtype=torch.int64), batch_size=2)

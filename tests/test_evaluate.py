@@ -479,6 +479,8 @@ def test_a_named_output_keeps_its_attacks_under_the_same_conditions_alone(
         flags = ["--attacks", attack, "--subset", subset, "--out", out, "--quiet"]
         assert command(run_dir, *flags) == 0
         assert set(json.loads(out.read_text())["attacks"]) == expected
+    other = json.loads((tmp_path / "figures-2.json").read_text())
+    assert set(other["attacks"]) == {"pgd2", "fgsm"} and other["samples"] == 10
 
 
 def test_the_command_runs_the_attacks_of_the_field(

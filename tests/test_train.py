@@ -652,7 +652,7 @@ def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_i
         ),
         (
             "at --schedule multistep --milestones 2 3 --epochs 2",
-            "--milestones 2 3: never reached in 2 epochs; the learning rate falls not at all",
+            "--milestones 2 3: never reached in 2 epochs; the learning rate does not fall",
         ),
         (
             "taet --second-stage 2 --epochs 2",

@@ -107,7 +107,7 @@ def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dic
     have been trained since is set aside before.
     """
     if not of_these_weights(_read(folder / EVALUATION), folder):
-        set_aside(folder)
+        set_aside(folder / EVALUATION)
     for file in files(folder):
         whole = joined(file, result)
         if whole is not None or not file.exists():
@@ -126,7 +126,7 @@ def write_at_the_end(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     file = folder / EVALUATION
     whole = joined(file, result)
     if whole is None and file.exists():
-        set_aside(folder)
+        set_aside(file)
     written = result if whole is None else whole
     write(file, written)
     return written
@@ -134,15 +134,34 @@ def write_at_the_end(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def files(folder: Path) -> Iterator[Path]:
     """Name evaluation.json, evaluation-2.json, ... without end, whether they are there or not."""
-    yield folder / EVALUATION
+    return _numbered(folder / EVALUATION)
+
+
+def _numbered(file: Path) -> Iterator[Path]:
+    yield file
     for number in itertools.count(2):
-        yield folder / f"evaluation-{number}.json"
+        yield file.with_stem(f"{file.stem}-{number}")
 
 
-def set_aside(folder: Path) -> None:
-    """Give evaluation.json the next free name, and what is written there next takes no attack."""
-    free = next(file for file in files(folder) if not file.exists())
-    (folder / EVALUATION).rename(free)
+def set_aside(file: Path) -> Path:
+    """Give an evaluation the next free name, and what is written there next takes no attack."""
+    free = next(other for other in _numbered(file) if not other.exists())
+    file.rename(free)
+    return free
+
+
+def write_as_named(file: Path, result: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """Write what an evaluation found into a file that the user named.
+
+    Returns its content, and where an evaluation of other weights or under other conditions that was
+    there is now.
+    """
+    whole, aside = joined(file, result), None
+    if whole is None and "attacks" in _read(file):
+        aside = set_aside(file)
+    written = result if whole is None else whole
+    write(file, written)
+    return written, aside
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -146,7 +146,9 @@ def _draw_means(
 ) -> None:
     if few:
         dots: Any = {"color": how["color"], "label": how["label"], "fmt": "o", "ms": 4.5, "lw": 1.2}
-        axes.errorbar(places, mean, spread, clip_on=False, **dots)
+        # No further than an accuracy can be; the dots at 0 and 100 are drawn whole.
+        reach = np.stack([np.minimum(spread, mean), np.minimum(spread, 100 - mean)])
+        axes.errorbar(places, mean, reach, clip_on=False, **dots)
     else:
         axes.fill_between(places, mean - spread, mean + spread, color=how["color"], alpha=0.2, lw=0)
         axes.plot(places, mean, lw=1, **how)

@@ -138,12 +138,16 @@ def short(name: str) -> str:
 
 
 def plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers at the powers of ten."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    """Label a logarithmic axis with plain numbers: at powers of ten, within two of them more."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     def plain(value: float, _: object) -> str:
-        return f"{value:,.0f}" if value >= 1 else f"{value:.12f}".rstrip("0")
+        return f"{value:,.0f}" if value >= 10 else f"{value:,.12f}".rstrip("0").rstrip(".")
 
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if 0 < low < high else 2.0
+    if decades < 2:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades > 0.5 else range(1, 10)))
     axis.set_major_formatter(FuncFormatter(plain))
     axis.set_minor_locator(NullLocator())
 

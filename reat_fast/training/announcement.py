@@ -10,14 +10,12 @@ import torch
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
+from reat_fast.data import AS_IS, UNEVEN
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
 from reat_fast.methods.attacks import plan_attack
 from reat_fast.training import selection
 from reat_fast.training.run import Run
-
-UNEVEN = 1.05
-"""Own sizes of classes that differ by more than this factor are no accident."""
 
 
 def announce(run: Run) -> None:
@@ -47,7 +45,7 @@ def _data(run: Run) -> Iterator[str]:
         yield (
             f"--imbalance {config.imbalance:g}: drawn from classes that have {own.max():,} to "
             f"{own.min():,} images themselves, so none gets more than {own.min():,}; "
-            f"--imbalance-profile as-is takes all {own.sum():,} as they are"
+            f"{AS_IS} takes all {own.sum():,} as they are"
         )
     yield from run.dataset.notes
 
@@ -85,8 +83,8 @@ def _schedule(run: Run) -> Iterator[str]:
     if config.schedule == "multistep" and beyond:
         yield (
             f"--milestones {' '.join(map(str, beyond))}: never reached in {config.epochs} epochs; "
-            "the learning rate falls "
-            + ("fewer times" if len(beyond) < len(config.milestones) else "not at all")
+            "the learning rate "
+            + ("falls fewer times" if len(beyond) < len(config.milestones) else "does not fall")
         )
     if config.objective == "taet" and config.second_stage >= config.epochs:
         yield (

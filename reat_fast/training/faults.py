@@ -41,21 +41,21 @@ def refuse_nonfinite_weights(run: Run) -> None:
 
 def _fault(run: Run, what: str, step: int) -> FloatingPointError:
     file = run.folder / checkpoint.CHECKPOINT
-    return FloatingPointError(
-        f"the {what} is not finite in epoch {run.epoch + 1}, step {step + 1}: "
-        f"lower --lr{_way_back(run, file)}"
-    )
+    fault = f"the {what} is not finite in epoch {run.epoch + 1}, step {step + 1}"
+    if run.config.on_nonfinite == "rollback":  # roll_back says what comes of it
+        return FloatingPointError(fault)
+    return FloatingPointError(f"{fault}: lower --lr{_way_back(run, file)}")
 
 
 def _way_back(run: Run, file: Path) -> str:
     """Say where the state before a fault is, and how to go on from it at a lower rate."""
     if not file.is_file():
         return ""
-    kept = f"; the state before it is in {file}"
-    if run.config.on_nonfinite == "rollback":
-        return kept
     folder = shlex.quote(str(run.folder))
-    return f" in a new run, or go on with --resume {folder} --on-nonfinite rollback{kept}"
+    return (
+        f" in a new run, or go on with --resume {folder} --on-nonfinite rollback; the state before "
+        f"it is in {file}"
+    )
 
 
 def diverged(run: Run, fault: FloatingPointError, saved: bool) -> FloatingPointError:
@@ -63,6 +63,8 @@ def diverged(run: Run, fault: FloatingPointError, saved: bool) -> FloatingPointE
 
     saved: whether the last checkpoint has the network that was evaluated.
     """
+    if run.config.on_nonfinite == "rollback":
+        return FloatingPointError(f"{fault}, in epoch {run.epoch + 1}")
     file = run.folder / (checkpoint.PREVIOUS if saved else checkpoint.CHECKPOINT)
     # --resume takes the last checkpoint, which would only fail again.
     kept = f"; the state before it is in {file}" if saved and file.is_file() else ""
@@ -76,10 +78,12 @@ def roll_back(run: Run, fault: FloatingPointError) -> str:
 
     Raises the fault again where the run should stop, has no checkpoint, or was halved too often.
     """
-    halved = run.lr_scale / 2
-    saved = checkpoint.has_checkpoint(run.folder)
-    if run.config.on_nonfinite == "stop" or not saved or halved < SMALLEST_SCALE:
+    if run.config.on_nonfinite == "stop":
         raise fault
+    halved = run.lr_scale / 2
+    if not checkpoint.has_checkpoint(run.folder) or halved < SMALLEST_SCALE:
+        given_up = f", at {run.lr_scale:g} of the learning rate" if run.lr_scale < 1 else ""
+        raise FloatingPointError(f"{fault}{given_up}: lower --lr in a new run") from fault
     state, file = checkpoint.load_newest_checkpoint(run.folder)
     run.load_state(state)
     run.lr_scale = halved
