@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     others = [f for run in runs for f in sorted(run.folder.glob("evaluation-*.json"))]
     if others:
         print(
-            f"shown is what {EVALUATION} holds; of other conditions, and not shown: "
+            f"figures are those of {EVALUATION}; attacks under other conditions are not shown: "
             f"{', '.join(map(str, others[:3]))}"
             + f" and {len(others) - 3} more"
             * (len(others) > 3)

@@ -83,3 +83,19 @@ def test_the_names_of_many_groups_leave_room_for_the_pictures(tmp_path: Path) ->
         picture.figure.canvas.draw()
         (axes,) = picture.figure.axes
         assert axes.get_position().height * picture.figure.get_figheight() > 1.5  # inches
+
+
+def test_spreads_end_where_accuracies_do(tmp_path: Path) -> None:
+    folders = []
+    for seed, figures in enumerate(([0.0, 100.0, 50, None, 1], [30.0, 70.0, 52, None, 3])):
+        folders.append(made_run(tmp_path / str(seed), seed=seed))
+        told = json.loads((folders[-1] / "evaluation.json").read_text())
+        told["attacks"]["pgd20"]["per_class"] = figures
+        (folders[-1] / "evaluation.json").write_text(json.dumps(told))
+    made = compared_report([read_run(folder) for folder in folders])
+    (axes,) = next(p for p in made.pictures if p.name == "classes-pgd20").figure.axes
+    lines = [c.lines[2][0].get_segments() for c in axes.containers]
+    ends = np.array([segment[:, 1] for segments in lines for segment in segments if len(segment)])
+    sizes = {tuple(np.round(pair, 2)) for pair in ends if np.isfinite(pair).all()}
+    # Means 15, 85, 51 and 2, deviations 21.21, 21.21, 1.41 and 1.41.
+    assert sizes == {(0.0, 36.21), (63.79, 100.0), (49.59, 52.41), (0.59, 3.41)}

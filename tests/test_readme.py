@@ -105,6 +105,18 @@ def test_every_module_and_data_set_named_exists() -> None:
         assert (ROOT / file).is_file()
 
 
+def test_the_training_loop_of_the_documents_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "sharing.md").read_text("utf-8")
+    (code,) = (
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Step" in code
+    )
+    names: dict[str, Any] = {}
+    exec(code.replace('"resnet18"', '"resnet8"'), names)
+    assert capsys.readouterr().out.count("'adv_accuracy'") == 2
+    assert names["outcome"]["images_adv"].shape == (8, 3, 32, 32)
+    assert names["network"] is names["model"]
+
+
 def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}

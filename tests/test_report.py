@@ -27,7 +27,15 @@ from reat_fast.reporting.compared_pictures import class_keys, class_means
 from reat_fast.reporting.data import PARTS, read_run
 from reat_fast.reporting.groups import group_runs
 from reat_fast.reporting.probe import choose_examples, principal_points, probe, probe_run
-from reat_fast.reporting.style import COLOURS, FEW, PART_COLOURS, Picture, svg
+from reat_fast.reporting.style import (
+    COLOURS,
+    FEW,
+    PART_COLOURS,
+    Picture,
+    new_figure,
+    plain_numbers,
+    svg,
+)
 from reat_fast.reporting.tables import (
     attack_title,
     epoch_times,
@@ -289,6 +297,43 @@ def test_the_weight_chart_holds_the_weights_of_the_objective() -> None:
     drawn = [float(y) for line in figure.axes[0].lines for y in np.asarray(line.get_ydata())]
     expected = [first[0], last[0], first[1], last[1]]
     assert drawn == [float(weight) for weight in expected]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.3, 3.5, ["0.5", "1", "2"]),
+        (0.9, 2.4, ["0.9", "1", "2"]),
+        (10, 1000, ["10", "100", "1,000"]),
+        (0.001, 40, ["0.001", "0.01", "0.1", "1", "10"]),
+    ],
+)
+def test_a_logarithmic_axis_has_labels_however_short_it_is(
+    low: float, high: float, labels: list[str]
+) -> None:
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.plot([low, high])
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    plain_numbers(axes.yaxis)
+    figure.canvas.draw()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    seen = [label.get_text() for place, label in ticks if low <= place <= high]
+    assert seen == labels
+
+
+def test_attacks_that_a_report_does_not_show_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made_run(tmp_path / "run")
+    flags = [str(folder), "--no-model", "--out", str(tmp_path / "out.html")]
+    assert run_command(report.main, flags) == 0
+    assert "not shown" not in capsys.readouterr().out
+    (folder / "evaluation-2.json").write_text((folder / "evaluation.json").read_text())
+    assert run_command(report.main, flags) == 0
+    shown = f"attacks under other conditions are not shown: {folder / 'evaluation-2.json'}"
+    assert shown in capsys.readouterr().out
 
 
 def test_confusion_by_hand() -> None:
