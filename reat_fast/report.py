@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,9 @@ from reat_fast.reporting.style import write_png
 from reat_fast.reporting.tables import markdown
 from reat_fast.sources.formats import DataError
 from reat_fast.storage.whole_files import refuse_unwritable, write_text
+
+NAMED = 3
+"""Files that one line of the terminal names."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,20 @@ def main(arguments: list[str]) -> int:
         report = compared_report(runs)
     folder = write_report(report, out)
     print(f"{out} written; {len(report.pictures)} pictures and table.md in {folder}")
-    others = [f for run in runs for f in sorted(run.folder.glob("evaluation-*.json"))]
-    if others:
-        print(
-            f"figures are those of {EVALUATION}; attacks under other conditions are not shown: "
-            f"{', '.join(map(str, others[:3]))}"
-            + f" and {len(others) - 3} more"
-            * (len(others) > 3)
-        )
-    for line in report.remarks:
+    for line in (*_left_out(runs), *report.remarks):
         print(one_line(line))
     return 0
+
+
+def _left_out(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Name the evaluations of runs that a report does not show."""
+    others = [str(file) for run in runs for file in sorted(run.folder.glob("evaluation-*.json"))]
+    if others:
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        yield (
+            f"figures are those of {EVALUATION}; attacks under other conditions are not shown: "
+            f"{', '.join(others[:NAMED])}{more}"
+        )
 
 
 def _probe(run: RunRecord, options: Options) -> tuple[Probe | None, str]:
