@@ -137,6 +137,10 @@ def short(name: str) -> str:
     return name if len(name) <= SHORT else name[: SHORT - 1] + "…"
 
 
+EACH_DECADE = 5
+"""Decades that a logarithmic axis has room to label each of."""
+
+
 def plain_numbers(axis: Any) -> None:
     """Label a logarithmic axis with plain numbers: at powers of ten, within two of them more."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -146,8 +150,9 @@ def plain_numbers(axis: Any) -> None:
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low) if 0 < low < high else 2.0
-    if decades < 2:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades > 0.5 else range(1, 10)))
+    if decades <= EACH_DECADE:
+        subs = (1,) if decades >= 2 else (1, 2, 5) if decades > 0.5 else range(1, 10)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=2 * EACH_DECADE))
     axis.set_major_formatter(FuncFormatter(plain))
     axis.set_minor_locator(NullLocator())
 
