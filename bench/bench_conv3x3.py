@@ -67,7 +67,7 @@ class Options:
     shapes: int | None = None
     """Only so many shapes, from the first layer on; unset: all."""
     chosen: bool = False
-    """Only the tile that an attack takes, in place of all."""
+    """Only the tiles that attacks take, in their default and their trial form, in place of all."""
     calls: int = 10
     """Calls of which one time is the mean."""
     repeats: int = 5
@@ -198,7 +198,8 @@ class Case:
 
     def _tiles(self, read: Tensor, written: int) -> list[Tile]:
         if self._chosen:
-            return [ours.choose_tile(read, written)]
+            tile = ours.choose_tile(read, written)
+            return [tile, OVERLAPPED] if tile == RESIDENT else [tile]
         resident = resident_conv_runs_on(read, written)
         return [tile for tile in CANDIDATES if resident or not tile.resident]
 
