@@ -658,6 +658,14 @@ def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_i
             "taet --second-stage 2 --epochs 2",
             "--second-stage 2: never reached in 2 epochs, which all train on clean images",
         ),
+        (
+            "at --beta 3",
+            "--beta 3: does nothing here; it goes with --objective trades, mart or robal",
+        ),
+        (
+            "at --milestones 1 2 --schedule cosine --epochs 3",
+            "--milestones 1 2: does nothing here; it goes with --schedule multistep",
+        ),
         ("at --imbalance-profile exp", "--imbalance 0.1: drawn from classes that have 60 to 20 "),
     ],
 )

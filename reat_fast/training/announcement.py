@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from reat_fast.cli.command import flag
 from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
 from reat_fast.data import AS_IS, UNEVEN
@@ -15,6 +16,7 @@ from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
 from reat_fast.methods.attacks import plan_attack
 from reat_fast.training import selection
+from reat_fast.training.idle import idle_fields
 from reat_fast.training.run import Run
 
 
@@ -26,7 +28,7 @@ def announce(run: Run) -> None:
         f"expected time {duration(selection.expected_seconds(run))} on {_place(run)}, "
         "from one timed pass"
     )
-    for line in (*_data(run), *_attack(run), *_schedule(run), *_step(run)):
+    for line in (*_data(run), *_attack(run), *_schedule(run), *_idle(run), *_step(run)):
         print(line)
     sys.stdout.flush()
 
@@ -91,6 +93,13 @@ def _schedule(run: Run) -> Iterator[str]:
             f"--second-stage {config.second_stage}: never reached in {config.epochs} epochs, which "
             "all train on clean images"
         )
+
+
+def _idle(run: Run) -> Iterator[str]:
+    for name, flags in idle_fields(run.config, run.plan.preset):
+        value = getattr(run.config, name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+        yield f"{flag(name)} {shown}: does nothing here; it goes with {flags}"
 
 
 def _step(run: Run) -> Iterator[str]:

@@ -1,0 +1,79 @@
+"""Which fields do nothing beside others: what would have to be set for them to act.
+
+They are no faults, since a preset may bring a field that a flag beside it leaves without effect;
+but who gives a flag wants to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from reat_fast.config import Config, parse
+
+
+@dataclass(frozen=True)
+class Need:
+    """Fields that act only where a configuration has something, and the flags that give it that."""
+
+    fields: tuple[str, ...]
+    flags: str
+    met: Callable[[Config], bool]
+
+
+NEEDS = (
+    Need(
+        ("beta",),
+        "--objective trades, mart or robal",
+        lambda config: config.objective in ("trades", "mart", "robal"),
+    ),
+    Need(
+        ("margin", "margin_tau", "prior_tau"),
+        "--objective robal",
+        lambda config: config.objective == "robal",
+    ),
+    Need(("post_tau", "head_scale"), "--head cosine", lambda config: config.head == "cosine"),
+    Need(("second_stage",), "--objective taet", lambda config: config.objective == "taet"),
+    Need(
+        ("tail_coefficient",), "--tail official or pairwise", lambda config: config.tail != "none"
+    ),
+    Need(("replays",), "--attack free", lambda config: config.attack == "free"),
+    Need(
+        ("radius_alpha", "radius_warmup"),
+        "--radius class",
+        lambda config: config.radius == "class",
+    ),
+    Need(
+        ("policy_magnitude",),
+        "--policy randaugment",
+        lambda config: config.policy == "randaugment",
+    ),
+    Need(
+        ("milestones", "gamma"),
+        "--schedule multistep",
+        lambda config: config.schedule == "multistep",
+    ),
+    Need(("warmup",), "--schedule onecycle", lambda config: config.schedule == "onecycle"),
+    Need(
+        ("imbalance",),
+        "--imbalance-profile exp or step",
+        lambda config: config.imbalance_profile != "as-is",
+    ),
+    Need(
+        ("eval_every",),
+        "--evaluation official, or held-out with --held-out above 0",
+        lambda config: (
+            config.evaluation == "official"
+            or (config.evaluation == "held-out" and config.held_out > 0)
+        ),
+    ),
+)
+
+
+def idle_fields(config: Config, preset: str) -> Iterator[tuple[str, str]]:
+    """Yield each field that was changed from its preset and does nothing, and what it goes with."""
+    _, usual = parse([], preset)
+    for need in NEEDS:
+        for name in need.fields:
+            if getattr(config, name) != getattr(usual, name) and not need.met(config):
+                yield name, need.flags
