@@ -25,6 +25,7 @@ from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import DEFAULT_FORM, Form, fastest_form
+from reat_fast.networks.fused_update import fused_update_pays
 from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
@@ -47,7 +48,8 @@ RECORDED_AFTER = 3
 
 def default_rung(device: torch.device) -> str:
     """Name the rung that training takes on a GPU unless told otherwise."""
-    return f"captured, {fastest_form(torch.bfloat16, device)}"
+    name = f"captured, {fastest_form(torch.bfloat16, device)}"
+    return f"{name}, fused update" if fused_update_pays(device) else name
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ class Ladder:
         yield self._replayed("captured, tf32", Kind(precision="tf32"))
 
     def _last_rungs(self) -> Iterator[Rung]:
-        low = Kind(precision="bf16", form=fastest_form(torch.bfloat16, self._device))
-        default = default_rung(self._device)
+        form = fastest_form(torch.bfloat16, self._device)
+        low, default = Kind(precision="bf16", form=form), f"captured, {form}"
         name = f"{default}, deterministic"
         yield Rung(name, lambda: _under(determinism, lambda: self._capture(name, low)), "bfloat16")
         fused = replace(low, update_form="fused")

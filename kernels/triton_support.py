@@ -64,8 +64,8 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     """Choose between the Triton kernel and the PyTorch form of an op.
 
     `auto` is Triton on tensors of the current CUDA device where it is installed, else PyTorch;
-    `triton` on a CPU tensor needs TRITON_INTERPRET=1; `trial` is that, with kernels that no GPU has
-    timed yet. Raises ValueError for an unknown backend, and where no kernel can run.
+    `triton` on a CPU tensor needs TRITON_INTERPRET=1; `trial` is that, with kernels that have
+    not shown to be faster. Raises ValueError for an unknown backend, and where no kernel can run.
     """
     if backend == "torch":
         return False

@@ -109,12 +109,13 @@ class Config:
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
     attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "trial", "cpu"] = "auto"
     """How the attacked network computes: op by op, compiled, by fused cuDNN, by kernels of ours
-    where they take a convolution (triton, from Hopper on), those that no GPU has timed yet among
-    them (trial), or in forms made for CPUs (cpu). auto is triton in bfloat16 on an H100 or H200,
+    where they take a convolution (triton, from Hopper on), with others that have not shown to be
+    faster (trial), or in forms made for CPUs (cpu). auto is triton in bfloat16 on an H100 or H200,
     cudnn in bfloat16 on other GPUs, cpu in float32 on a CPU, and else eager."""
-    update_form: Literal["eager", "fused", "compiled"] = "eager"
+    update_form: Literal["auto", "eager", "fused", "compiled"] = "auto"
     """How the update computes: op by op, with BatchNorm, the sum and the ReLU behind it in one op
-    of ours (fused; on a GPU, not yet timed), or compiled, once for each size of a batch."""
+    of ours (fused, on a GPU), or compiled, once for each size of a batch. auto is fused where
+    bfloat16 steps are replayed from a graph on an H100 or H200, and else eager."""
 
     objective: Literal["bsl", "ce", "trades", "mart", "robal", "taet"] = "bsl"
     """What training minimises; docs/methods.md has the formulas."""

@@ -112,7 +112,7 @@ def _combinations(config: Config) -> Iterator[Need]:
     )
     yield (
         "update_form",
-        config.fused or config.update_form == "eager",
+        config.fused or config.update_form in ("auto", "eager"),
         "the reference of --no-fused computes op by op; leave it out",
     )
     yield (

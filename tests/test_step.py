@@ -22,6 +22,8 @@ from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.distributed import World
 from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.engine.step_attack import resolve_attack_loss
+from reat_fast.engine.step_update import resolve_update_form
+from reat_fast.kernels import own_conv
 from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.methods import reference as methods
@@ -572,6 +574,25 @@ def test_a_fused_update_that_cannot_be_is_refused_in_one_line(
         TrainStep(model, make_optimizer(model, config), COUNTS, config)
     with pytest.raises(ValueError, match="--update-form fused: .*; add --no-sync-batchnorm"):
         TrainStep(model, make_optimizer(model, config), COUNTS, config, World(size=2))
+
+
+def test_the_update_is_fused_by_itself_where_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, alone = torch.device("cuda"), World()
+    monkeypatch.setattr(own_conv, "why_not", lambda device: None)
+    for capability, form in (((9, 0), "fused"), ((10, 0), "eager"), ((7, 5), "eager")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert resolve_update_form(Config(), cuda, alone) == form
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert resolve_update_form(Config(), torch.device("cpu"), alone) == "eager"
+    for precision in ("float32", "tf32"):
+        assert resolve_update_form(Config(precision=precision), cuda, alone) == "eager"  # type: ignore[arg-type]
+    assert resolve_update_form(Config(graph="off"), cuda, alone) == "eager"
+    assert resolve_update_form(Config(fused=False), cuda, alone) == "eager"
+    several = World(size=2)
+    assert resolve_update_form(Config(), cuda, several) == "eager"
+    assert resolve_update_form(Config(sync_batchnorm=False), cuda, several) == "fused"
+    for named in ("eager", "compiled"):
+        assert resolve_update_form(Config(update_form=named), cuda, alone) == named  # type: ignore[arg-type]
 
 
 @pytest.mark.interpreter

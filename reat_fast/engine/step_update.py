@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +18,27 @@ from reat_fast.engine.distributed import (
     synchronise_batchnorm_,
 )
 from reat_fast.engine.epoch_sums import EpochSums
+from reat_fast.engine.precision import resolve_precision
 from reat_fast.kernels import triton_support
 from reat_fast.methods.objectives import Forward, Objective, Part
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import compile_whole, require_compiler
-from reat_fast.networks.fused_update import FusedUpdate
+from reat_fast.networks.fused_update import FusedUpdate, fused_update_pays
 from reat_fast.objective import ClassStatistics
+
+UpdateForm = Literal["eager", "fused", "compiled"]
+
+
+def resolve_update_form(config: Config, device: torch.device, world: World) -> UpdateForm:
+    """Say how the update computes when the configuration leaves it open."""
+    if config.update_form != "auto":
+        return config.update_form
+    low = config.fused and resolve_precision(config, device) == "bf16"
+    alone = world.size == 1 or not config.sync_batchnorm
+    # Without a graph it has as many kernels as PyTorch's form, which cost the host more.
+    replayed = config.graph != "off"
+    return "fused" if low and alone and replayed and fused_update_pays(device) else "eager"
 
 
 class StepUpdate:
@@ -151,10 +166,11 @@ class StepUpdate:
 
 def _features_logits(model: Network, config: Config, device: torch.device, world: World) -> Forward:
     """Return what computes features and logits as --update-form asks."""
-    if config.update_form == "eager":
+    form = resolve_update_form(config, device, world)
+    if form == "eager":
         return model.forward_features_logits
-    flag = f"--update-form {config.update_form}"
-    if config.update_form == "fused":
+    flag = f"--update-form {form}"
+    if form == "fused":
         _require_fused(flag, config, device, world)
         return FusedUpdate(model, "triton")
     if world.size > 1:  # BatchNorm sums over the processes, which no compiled graph can hold

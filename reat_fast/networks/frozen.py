@@ -35,8 +35,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def fastest_form(dtype: torch.dtype, device: torch.device) -> Form:
     """Return the form that starts without compiling and is the fastest for a dtype on a device.
 
-    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.3, triton 10.8
-    (python -m bench.bench_step). docs/performance.md has those of a CPU and compiled ones.
+    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.3, triton 10.5,
+    trial 10.8 (python -m bench.bench_step). docs/performance.md has those of a CPU and of compiled
+    forms.
     """
     low = dtype.itemsize < 4
     if device.type == "cuda" and low:
@@ -52,8 +53,9 @@ class FrozenNetwork:
     up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
     then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
     the sum optional, as one op with its own backward, the images padded to 8 channels; "triton" has
-    those that a kernel of ours takes computed by it (kernels.own_conv), "trial" by kernels that no
-    GPU has timed yet, too: relu(bn(x + y)) among them, where BatchNorm comes before a convolution;
+    those that a kernel of ours takes computed by it (kernels.own_conv), "trial" by kernels that
+    have not shown to be faster, too: relu(bn(x + y)) among them, where BatchNorm comes before a
+    convolution;
     "cpu" lets wide 3x3 convolutions multiply less, on CPUs where that is faster, and a strided one
     of the images find their gradient faster.
 
