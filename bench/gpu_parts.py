@@ -54,11 +54,11 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-LONG = (
-    *("reat-plus", "--steps", "5", "--step-size", "3/255", "--epochs", "177"),
-    *("--schedule", "cosine", "--held-out", "0"),
+LATE = (
+    *("reat-plus", "--steps", "5", "--step-size", "3/255", "--epochs", "144"),
+    *("--milestones", "122", "137", "--held-out", "0", "--awp", "0.005"),
 )
-"""The line `long` of bench/recipes.txt."""
+"""The line `late-perturbation` of bench/recipes.txt."""
 
 WIDE = (
     *("captured, triton", "captured, triton, fused update", "captured, trial, fused update"),
@@ -118,8 +118,9 @@ def _first_call(options: Options) -> Iterator[Part]:
 def _second_call(options: Options) -> Iterator[Part]:
     # At equal cost: 2,300 forward passes for each training image.
     some = ["--subset", "2000"]
-    for name, flags in (("reat-plus", ["reat-plus"]), ("long", [*LONG])):
-        yield _training(options, name, 2, flags, seconds=270, estimate=175)
+    recipes = (("reat-plus", ["reat-plus"], 165), ("late-perturbation", [*LATE], 215))
+    for name, flags, estimate in recipes:
+        yield _training(options, name, 2, flags, seconds=270, estimate=estimate)
         yield _attacks(options, name, 2, some, seconds=120, estimate=45)
     epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
     yield Part("epoch", epoch, 150, 80, 2)
@@ -136,6 +137,7 @@ def _third_call(options: Options) -> Iterator[Part]:
     yield Part("convolutions", convolutions, 150, 80, 3)
     wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "80", "--rungs", *WIDE]
     yield Part("step-wrn", [*STEP, *wide], 150, 85, 3)
+    yield Part("graph-launch", ["-m", "bench.graph_launch", "--keep"], 60, 35, 3)
     timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}", "--keep"]
     yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 70, 3)
 

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in options.rungs or [default_rung(device)]:
         if name not in rungs:
             raise ValueError(f"--rungs {name!r}: captured ones are {', '.join(map(repr, rungs))}")
-        kernels = summed(_launched(rungs[name].make()), REPLAYS)
+        kernels = summed(launched(rungs[name].make()), REPLAYS)
         busy = sum(kernel.microseconds for kernel in kernels)
         launches = sum(kernel.launches for kernel in kernels)
         print(f"{name}: {launches} launches a step, {busy:.0f} us together")
@@ -102,13 +102,13 @@ def summed(launched: Iterable[tuple[str, float]], steps: int) -> list[Kernel]:
     ]
 
 
-def _launched(step: Step) -> list[tuple[str, float]]:
-    """Return name and microseconds of everything that the device does in REPLAYS steps."""
+def launched(step: Step, steps: int = REPLAYS) -> list[tuple[str, float]]:
+    """Return name and microseconds of everything that the device does in some steps."""
     for _ in range(3):
         step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(REPLAYS):
+        for _ in range(steps):
             step()
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
