@@ -206,6 +206,11 @@ def make_splits(
     the smallest class, the official N / C of a balanced set. Raises DataError.
     """
     labels = dataset.train.labels
+    if dataset.num_classes < 2:
+        raise DataError(
+            f"{dataset.name}: one class, {dataset.class_names[0]}, is nothing to tell apart; "
+            "--data of images in folders names the folder that holds one of each class"
+        )
     if profile == "as-is":
         if largest is not None:
             raise DataError("--largest: a set that is taken as-is has every image; leave it out")

@@ -291,6 +291,12 @@ def test_a_set_that_is_long_tailed_already_is_taken_as_it_is() -> None:
     assert make_splits(dataset, imbalance=0.25, largest=12, held_out=0).counts == [12, 6, 3]
 
 
+@pytest.mark.parametrize("profile", ["exp", "as-is"])
+def test_a_set_of_one_class_is_refused(profile: str) -> None:
+    with pytest.raises(DataError, match="one class, .*, is nothing to tell apart; --data"):
+        make_splits(made_dataset([30]), imbalance=0.5, profile=profile)
+
+
 class Kept(LazyImages):
     """Give the images of an array and keep which were read."""
 
