@@ -32,7 +32,7 @@ from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels import strided_conv as strided
-from reat_fast.kernels.boxes import Tile, why_not
+from reat_fast.kernels.boxes import Tile, largest_tile, why_not
 from reat_fast.kernels.conv3x3 import OVERLAPPED, RESIDENT, TILES
 from reat_fast.kernels.fused_conv import Place, conv_relu, input_gradient
 from reat_fast.kernels.own_conv import HALVED, SHORTCUT, Beside
@@ -167,6 +167,8 @@ class Case:
             return _both(strided.strided_conv_torch(*wide))
 
         tiles = strided.TILES if strided.strided_conv_runs_on(self.x, self.weight) else ()
+        if tiles and self._chosen:
+            tiles = (largest_tile(tiles, self.behind, len(self.weight)),)
         return Work(name, library, {_name(tile): partial(own, tile) for tile in tiles}, exact)
 
     def halved_gradient(self, name: str) -> Work:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -26,6 +27,8 @@ from reat_fast.engine.graph import CapturedStep, warm_up
 from reat_fast.engine.graph import record as record_graph
 from reat_fast.loaders import Batch
 
+SHAPE = "resnet18 B=128 32x32 long-tailed"
+SMALL = 1024
 KERNELS = (200, 1000)
 SUMS = 20
 """Sums among the largest number of kernels."""
@@ -38,7 +41,7 @@ class Options:
     """Time what a replayed step costs the host."""
 
     rung: str | None = None
-    """A captured rung of bench_step; unset: the one that training takes."""
+    """A captured rung of bench_step in bfloat16; unset: the one that training takes."""
     repeats: int = 30
     """Launches of each row."""
     device: str = "auto"
@@ -55,21 +58,26 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--device {options.device}: only a CUDA device has graphs")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
+    command = shlex.join(["python", "-m", "bench.graph_launch", *arguments])
     name = options.rung or default_rung(device)
-    figures = []
-    for what, call in (*_small_graphs(device), *_parts(_step(name, device), name)):
+    step = _step(name, device)
+    # One after another: a graph writes to tensors that live as long as its generator waits.
+    for what, call in chain(_small_graphs(device), _parts(step, name)):
         seconds = host_seconds(call, options.repeats + 5)[5:]  # the first find nothing in a cache
-        figures.append(Figure.of(f"host: {what}", seconds, "s", "", ""))
-        print(f"{what:60}{figures[-1].value * 1e6:8.1f} us, spread {figures[-1].spread * 1e6:.1f}")
-    if options.keep:
-        command = shlex.join(["python", "-m", "bench.graph_launch", *arguments])
-        print(f"figures appended to {record(figures, device.type, command)}")
+        is_of_step = what.startswith(name)
+        shape, dtype = (SHAPE, "bfloat16") if is_of_step else (f"{SMALL} numbers", "float32")
+        figure = Figure.of(f"host: {what}", seconds, "s", shape, dtype)
+        print(
+            f"{what:60}{figure.value * 1e6:8.1f} us, spread {figure.spread * 1e6:.1f}", flush=True
+        )
+        if options.keep:
+            record([figure], device.type, command)
     return 0
 
 
 def _small_graphs(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield graphs of small kernels, and one with sums between them."""
-    x, many = torch.zeros(1024, device=device), torch.ones(SUMMED, device=device)
+    """Yield graphs of small kernels, and one with sums between them, each good until the next."""
+    x, many = torch.zeros(SMALL, device=device), torch.ones(SUMMED, device=device)
 
     def body(kernels: int, sums: int) -> None:
         for k in range(kernels):
@@ -87,7 +95,13 @@ def _small_graphs(device: torch.device) -> Iterator[tuple[str, Callable[[], obje
 def _step(name: str, device: torch.device) -> tuple[CapturedStep, Batch]:
     """Capture a rung; prints what its graph holds."""
     ladder = Ladder(device, labels="long-tailed")
-    rungs = {rung.name: rung for rung in ladder.rungs() if rung.name.startswith("captured")}
+    # Those under other settings, TF32 and deterministic ones, would have to be called under them.
+    rungs = {
+        rung.name: rung
+        for rung in ladder.rungs()
+        if rung.name.startswith("captured") and rung.dtype == "bfloat16"
+        if "deterministic" not in rung.name
+    }
     if name not in rungs:
         raise ValueError(f"--rung {name!r}: captured ones are {', '.join(map(repr, rungs))}")
     kinds = Counter(kind_of(kernel) for kernel, _ in launched(rungs[name].make(), 1))

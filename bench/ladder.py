@@ -171,10 +171,10 @@ class Ladder:
         low, default = Kind(precision="bf16", form=form), f"captured, {form}"
         name = f"{default}, deterministic"
         yield Rung(name, lambda: _under(determinism, lambda: self._capture(name, low)), "bfloat16")
-        fused = replace(low, update_form="fused")
-        yield self._replayed(f"{default}, fused update", fused)
-        if boxes.why_not(self._device) is None:
-            yield self._replayed("captured, trial, fused update", replace(fused, form="trial"))
+        own: tuple[Form, ...] = ("triton", "trial") if boxes.why_not(self._device) is None else ()
+        for one in dict.fromkeys((form, *own)):
+            fused = replace(low, form=one, update_form="fused")
+            yield self._replayed(f"captured, {one}, fused update", fused)
         update = replace(low, update_form="compiled")
         yield self._replayed(f"{default}, compiled update", update)
         whole = replace(update, form="compiled")

@@ -54,8 +54,8 @@ def launch_resident_conv(
     """Fill output with what kernels.conv3x3 describes.
 
     x [B, 64, H, W], all else as there, with at most 64 channels in multiples of 8, W at most 64.
-    overlapped: multiply for the next tile while one is finished; not timed yet. programs: unset,
-    one for each processor of the GPU.
+    overlapped: multiply for the next tile while one is finished. programs: unset, one for each
+    processor of the GPU.
     """
     if programs is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -115,7 +115,8 @@ class Config:
     update_form: Literal["auto", "eager", "fused", "compiled"] = "auto"
     """How the update computes: op by op, with BatchNorm, the sum and the ReLU behind it in one op
     of ours (fused, on a GPU), or compiled, once for each size of a batch. auto is fused where
-    bfloat16 steps are replayed from a graph on an H100 or H200, and else eager."""
+    bfloat16 steps are replayed from a graph on an H100 or H200, unless BatchNorm is synchronised
+    over several processes, and else eager."""
 
     objective: Literal["bsl", "ce", "trades", "mart", "robal", "taet"] = "bsl"
     """What training minimises; docs/methods.md has the formulas."""

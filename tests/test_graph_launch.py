@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from bench import graph_launch
 from reat_fast.cli.command import run_command
@@ -11,6 +16,30 @@ from reat_fast.cli.command import run_command
 def test_without_a_cuda_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(graph_launch.main, ["--device", "cpu"]) == 2
     assert capsys.readouterr().err == "error: --device cpu: only a CUDA device has graphs\n"
+
+
+def test_what_a_graph_writes_to_lives_while_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive: list[bool] = []
+
+    def small(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+        x = torch.zeros(3)
+        written = weakref.ref(x)
+        yield "graph of x", lambda: alive.append(written() is not None)
+        x.add_(1)
+
+    def timed(call: Callable[[], object], repeats: int) -> list[float]:
+        call()
+        return [1e-6] * repeats
+
+    monkeypatch.setattr(graph_launch, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(graph_launch, "_small_graphs", small)
+    monkeypatch.setattr(graph_launch, "_step", lambda name, device: SimpleNamespace())
+    monkeypatch.setattr(graph_launch, "_parts", lambda step, name: iter(()))
+    monkeypatch.setattr(graph_launch, "host_seconds", timed)
+    assert run_command(graph_launch.main, ["--rung", "captured, cudnn"]) == 0
+    assert alive == [True] and "graph of x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

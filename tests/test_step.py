@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reat_fast import reference
 from reat_fast.config import PRESETS, Config, parse
+from reat_fast.engine import step_update
 from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.distributed import World
 from reat_fast.engine.reference_step import ReferenceStep
@@ -593,6 +594,22 @@ def test_the_update_is_fused_by_itself_where_it_was_timed(monkeypatch: pytest.Mo
     assert resolve_update_form(Config(sync_batchnorm=False), cuda, several) == "fused"
     for named in ("eager", "compiled"):
         assert resolve_update_form(Config(update_form=named), cuda, alone) == named  # type: ignore[arg-type]
+
+
+class OwnBatchNorm(torch.nn.BatchNorm2d):
+    """A BatchNorm that is not PyTorch's own, which is left alone."""
+
+
+def test_an_update_that_has_nothing_to_fuse_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_update, "_require_fused", lambda *given: None)
+    config = Config(update_form="fused")
+    for changed, form in ((False, "fused"), (True, "eager")):
+        model = make_model()
+        for module in model.modules():
+            if changed and type(module) is torch.nn.BatchNorm2d:
+                module.__class__ = OwnBatchNorm
+        step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
+        assert step.update.form == form
 
 
 @pytest.mark.interpreter

@@ -46,7 +46,7 @@ class StepUpdate:
 
     All of it is that of the step: its network, optimiser, objective, statistics, sums, epoch
     (int64, on the device), configuration and processes. autocast: makes the context in which the
-    network computes.
+    network computes. form: how it does.
     Errors: ValueError for a fused or compiled update that cannot be.
     """
 
@@ -66,6 +66,9 @@ class StepUpdate:
         self._statistics, self._sums, self._epoch = statistics, sums, epoch
         self._config, self._world, self._autocast = config, world, autocast
         self._features_logits = _features_logits(model, config, epoch.device, world)
+        self.form = resolve_update_form(config, epoch.device, world)
+        if isinstance(self._features_logits, FusedUpdate) and not self._features_logits.fused:
+            self.form = "eager"  # the network is not one that can be rewritten
         self._awp = WeightPerturbation(model, config.awp) if config.awp else None
         self._shared: SharedGradients | None = None
         self._histogram = statistics.next_ae_counts

@@ -14,7 +14,6 @@ from reat_fast.cli.terminal import duration
 from reat_fast.data import AS_IS, UNEVEN
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
-from reat_fast.engine.step_update import resolve_update_form
 from reat_fast.methods.attacks import plan_attack
 from reat_fast.training import selection
 from reat_fast.training.idle import idle_fields
@@ -107,8 +106,8 @@ def _step(run: Run) -> Iterator[str]:
     how = "one CUDA graph" if run.captures else "eager"
     if run.config.fused and run.step.attack.network is not None:
         how += f", attack form {resolve_form(run.config, run.device)}"
-    if (form := resolve_update_form(run.config, run.device, run.world)) != "eager":
-        how += f", {form} update"
+    if run.step.update.form != "eager":
+        how += f", {run.step.update.form} update"
     yield f"step: {_arithmetic(run)}, {how}; {run.loader_reason}"
     if run.config.graph == "on" and not run.captures:
         yield f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly"

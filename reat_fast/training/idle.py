@@ -29,13 +29,15 @@ NEEDS = (
     ),
     Need(
         ("margin", "margin_tau", "prior_tau"),
-        "--objective robal",
+        "--objective robal and --head cosine",
         lambda config: config.objective == "robal",
     ),
     Need(("post_tau", "head_scale"), "--head cosine", lambda config: config.head == "cosine"),
     Need(("second_stage",), "--objective taet", lambda config: config.objective == "taet"),
     Need(
-        ("tail_coefficient",), "--tail official or pairwise", lambda config: config.tail != "none"
+        ("tail_coefficient",),
+        "--objective bsl and --tail official or pairwise",
+        lambda config: config.tail != "none",
     ),
     Need(("replays",), "--attack free", lambda config: config.attack == "free"),
     Need(
