@@ -1,7 +1,7 @@
 """python -m bench.graph_launch: what launching the graph of a step costs the host, part by part.
 
-A graph of kernels in a row costs next to nothing to launch, however many they are; what stands
-between them may. So graphs of small kernels are timed, with and without sums over many programs,
+Kernels in a row cost a graph little to launch, however many they are; what stands between them may
+cost more. So graphs of small kernels are timed, with and without sums over many programs,
 each of which fills a counter in memory first, and then the parts of a training step: the replay of
 its graph, the copies before it, the checks before those. What its graph holds is counted.
 """

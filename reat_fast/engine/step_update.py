@@ -65,8 +65,8 @@ class StepUpdate:
         self._model, self._optimizer, self._objective = model, optimizer, objective
         self._statistics, self._sums, self._epoch = statistics, sums, epoch
         self._config, self._world, self._autocast = config, world, autocast
-        self._features_logits = _features_logits(model, config, epoch.device, world)
         self.form = resolve_update_form(config, epoch.device, world)
+        self._features_logits = _features_logits(self.form, model, config, epoch.device, world)
         if isinstance(self._features_logits, FusedUpdate) and not self._features_logits.fused:
             self.form = "eager"  # the network is not one that can be rewritten
         self._awp = WeightPerturbation(model, config.awp) if config.awp else None
@@ -167,9 +167,10 @@ class StepUpdate:
             return self._features_logits(images)
 
 
-def _features_logits(model: Network, config: Config, device: torch.device, world: World) -> Forward:
-    """Return what computes features and logits as --update-form asks."""
-    form = resolve_update_form(config, device, world)
+def _features_logits(
+    form: UpdateForm, model: Network, config: Config, device: torch.device, world: World
+) -> Forward:
+    """Return what computes features and logits in a form."""
     if form == "eager":
         return model.forward_features_logits
     flag = f"--update-form {form}"

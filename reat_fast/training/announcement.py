@@ -98,7 +98,8 @@ def _schedule(run: Run) -> Iterator[str]:
 def _idle(run: Run) -> Iterator[str]:
     for name, flags in idle_fields(run.config, run.plan.preset):
         value = getattr(run.config, name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+        listed = value if isinstance(value, tuple) else (value,)
+        shown = " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in listed)
         yield f"{flag(name)} {shown}: does nothing here; it goes with {flags}"
 
 
