@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 AT_LEAST = {
     **dict.fromkeys(("largest", "image_size", "width", "epochs", "batch_size", "replays"), 1),
     **dict.fromkeys(("eval_every", "eval_batch_size", "limit_batches"), 1),
-    **dict.fromkeys(("steps", "second_stage", "workers"), 0),
+    **dict.fromkeys(("steps", "second_stage", "awp_from", "workers"), 0),
 }
 FINITE = (
     *("lr", "weight_decay", "clip_norm", "gamma", "tail_coefficient", "awp"),

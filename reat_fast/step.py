@@ -167,6 +167,7 @@ class TrainStep:
         means["nonfinite"] = int(self.sums.nonfinite)
         self.sums.clear_()
         self.epoch += 1
+        self.update.begin_epoch(int(self.epoch))
         return means
 
     @property
@@ -216,6 +217,7 @@ class TrainStep:
             self._free.load_state_dict(state)
         self.sums.load_state_dict(state)
         self.epoch.copy_(state["epoch"])
+        self.update.begin_epoch(int(state["epoch"]))
 
     def _refuse_misfits(self, images: Tensor, labels: Tensor, start: Tensor | None) -> None:
         """Raise ValueError for what no step can be taken on; waits for no device."""

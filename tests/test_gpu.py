@@ -101,6 +101,28 @@ def test_replays_equal_eager_steps(precision: str, gather: bool, reproducible: N
     replayed.close()
 
 
+def test_the_step_is_captured_again_from_the_epoch_that_perturbs_weights(
+    reproducible: None,
+) -> None:
+    config = Config(precision="bf16", lr=0.05, awp=0.01, awp_from=1)
+    eager, captured = make_step(config), make_step(config)
+    batch = on_gpu(uint8_batch())
+    for _ in range(2):
+        replayed = CapturedStep(captured, batch)
+        for k in range(3):
+            expected, found = eager.train_on(batch), replayed.train_on(batch)
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), (k, name)
+        assert not replayed.outdated and eager.end_epoch() == captured.end_epoch()
+        if replayed.outdated:
+            with pytest.raises(ValueError, match="--awp-from begins with this epoch: capture"):
+                replayed.train_on(batch)
+        replayed.close()
+    assert captured.update.perturbs
+    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("gather", [True, False])
 def test_the_short_batch_of_an_epoch_is_replayed_too(gather: bool, reproducible: None) -> None:
     config = Config(precision="bf16", lr=0.05)

@@ -19,7 +19,7 @@ from bench import clocks, gpu, gpu_parts
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.training.plan import make_plan
 
-TRAINED = {"reat": 80, "reat-plus": 100, "late-perturbation": 144, "at-bsl": 100}
+TRAINED = {"reat": 80, "reat-plus": 100, "end-perturbation": 171, "at-bsl": 100}
 """Name of each training and its epochs."""
 """Those that the suite trains."""
 
@@ -165,7 +165,7 @@ def test_a_training_goes_on_and_a_trained_network_is_attacked(tmp_path: Path) ->
         folder = tmp_path / f"run-{name}"
         assert arguments(f"attack-{name}") == ["no trained network"]
         assert arguments(f"train-{name}")[2] == (
-            "reat-plus" if name == "late-perturbation" else name
+            "reat-plus" if name == "end-perturbation" else name
         )
         folder.mkdir()
         (folder / "checkpoint-last.pt").touch()
@@ -174,9 +174,9 @@ def test_a_training_goes_on_and_a_trained_network_is_attacked(tmp_path: Path) ->
         assert str(folder) in arguments(f"attack-{name}")
 
 
-def test_the_late_training_is_that_of_the_recipes(pytestconfig: pytest.Config) -> None:
+def test_the_perturbed_training_is_that_of_the_recipes(pytestconfig: pytest.Config) -> None:
     recipes = (pytestconfig.rootpath / "bench/recipes.txt").read_text("utf-8").splitlines()
-    assert f"late-perturbation: {' '.join(gpu_parts.LATE)}" in recipes
+    assert f"end-perturbation: {' '.join(gpu_parts.PERTURBED)}" in recipes
 
 
 def test_make_passes_what_is_named_on(pytestconfig: pytest.Config) -> None:

@@ -318,6 +318,33 @@ def test_an_epoch_begins_with_nothing_summed(attack: Any) -> None:
     assert step.end_epoch()["nonfinite"] == 0
 
 
+def test_weights_are_perturbed_from_an_epoch_on() -> None:
+    """Before it the step is the plain one, from it on that of --awp alone, loaded or not."""
+    configs = (Config(), Config(awp=0.01, awp_from=1), Config(awp=0.01))
+    images, labels = make_batch()
+    made = [(make_model(), config) for config in configs]
+    steps = [TrainStep(m, make_optimizer(m, c), COUNTS, c) for m, c in made]
+    plain, late, perturbed = steps
+    assert [step.update.perturbs for step in steps] == [False, False, True]
+    for step in steps:
+        step(images, labels, make_noise(images, 0))
+    for a, b, c in zip(*(step.model.parameters() for step in steps), strict=True):
+        assert torch.equal(a, b) and (a.ndim == 1 or not torch.equal(a, c))
+    late.end_epoch()
+    for step in (plain, perturbed):  # of the same weights, momentum and epoch as late
+        step.model.load_state_dict(late.model.state_dict())
+        step.optimizer.load_state_dict(copy.deepcopy(late.optimizer.state_dict()))
+        step.load_state_dict(copy.deepcopy(late.state_dict()))
+    assert [step.update.perturbs for step in steps] == [False, True, True]
+    for step in steps:
+        step(images, labels, make_noise(images, 1))
+    for a, b, c in zip(*(step.model.parameters() for step in steps), strict=True):
+        assert torch.equal(b, c) and (a.ndim == 1 or not torch.equal(a, b))
+    again = TrainStep(model := make_model(), make_optimizer(model, configs[1]), COUNTS, configs[1])
+    again.load_state_dict(late.state_dict())
+    assert again.update.perturbs
+
+
 def test_the_reference_step_follows_the_fused_one() -> None:
     outcomes = []
     for make in (TrainStep, ReferenceStep):

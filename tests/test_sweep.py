@@ -24,7 +24,7 @@ from reat_fast.cli.command import exit_code, run_command
 from reat_fast.config import PRESETS, parse
 from reat_fast.data import load_run_data
 from reat_fast.evaluation.saved import weights_sha256
-from reat_fast.methods.work import work_per_image
+from reat_fast.methods.work import work_of_training
 from reat_fast.sources import download
 from reat_fast.storage.config_file import from_json, to_json
 from reat_fast.training import sweep_runs
@@ -599,7 +599,7 @@ RECIPES = sorted((Path(__file__).parent.parent / "bench").glob("recipes*.txt"))
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
     lines = read_lines(file)
-    costs = {line.name: line.config.epochs * work_per_image(line.config) for line in lines}
+    costs = {line.name: work_of_training(line.config) for line in lines}
     assert len(lines) > 4
     for name, cost in costs.items():
         assert cost == pytest.approx(costs["at-bsl"], rel=0.02), name

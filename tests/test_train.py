@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from reat_fast import checkpoint, train
 from reat_fast.data import make_splits
 from reat_fast.engine.distributed import World
+from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.stopping import Stopped
 from reat_fast.evaluate import evaluate
+from reat_fast.loaders import Batch
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.models import refuse_other_size
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.data import read_run
 from reat_fast.reporting.probe import probe_run
+from reat_fast.step import TrainStep
 from reat_fast.training import gauge, selection
+from reat_fast.training import run as training_run
 from reat_fast.training.announcement import announce
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
@@ -117,11 +121,11 @@ def test_free_training_says_what_its_attack_is_and_nothing_of_another(
     assert "RBL" not in shown and "tail penalty" not in shown
 
 
-@pytest.mark.parametrize("fused", ["--fused", "--no-fused", "--ema=0.9"])
+@pytest.mark.parametrize("flags", ["--fused", "--no-fused", "--ema 0.9", "--awp 0.1 --awp-from 1"])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
-    data: Path, tmp_path: Path, fused: str, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["reat", *SMALL, "--data", data, "--epochs", 3, fused, "--run-dir"]
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 3, *flags.split(), "--run-dir"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(*arguments, whole) == 0
     train_epoch = train.train_epoch
@@ -139,6 +143,35 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
     assert (cut / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     for name in ("last.safetensors", "best.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_step_is_captured_again_in_the_epoch_that_takes_another(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recorded] = []
+
+    class Recorded(CapturedStep):
+        """A recording that launches the step, whose graph a CPU cannot make."""
+
+        def __init__(self, step: TrainStep, batch: Batch, total: int | None = None) -> None:
+            self.step, self._perturbs, self.steps, self.closed = step, step.update.perturbs, 0, 0
+            made.append(self)
+
+        def train_on(self, batch: Batch, total: int | None = None) -> dict[str, torch.Tensor]:
+            assert not self.outdated
+            self.steps += 1
+            return self.step.train_on(batch, total)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    monkeypatch.setattr(training_run, "CapturedStep", Recorded)
+    monkeypatch.setattr(Run, "captures", True)
+    flags = ["--awp", 0.01, "--awp-from", 2, "--epochs", 3, "--drop-last"]
+    assert run("at", *SMALL, *flags, "--data", data, "--run-dir", tmp_path / "run") == 0
+    first, second = made
+    assert first.steps == 2 * second.steps > 0
+    assert first.closed == second.closed == 1
 
 
 def test_a_finished_run_can_be_resumed_to_its_table(data: Path, tmp_path: Path) -> None:
@@ -658,6 +691,11 @@ def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_i
             "taet --second-stage 2 --epochs 2",
             "--second-stage 2: never reached in 2 epochs, which all train on clean images",
         ),
+        (
+            "at --awp 0.01 --awp-from 2 --epochs 2",
+            "--awp-from 2: never reached in 2 epochs, in which no weights are perturbed",
+        ),
+        ("at --awp-from 2", "--awp-from 2: does nothing here; it goes with --awp above 0"),
         (
             "at --beta 3",
             "--beta 3: does nothing here; it goes with --objective trades, mart or robal",

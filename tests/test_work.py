@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from reat_fast.config import PRESETS, Config
 from reat_fast.methods.cosine_head import use_cosine_head
-from reat_fast.methods.work import work_per_image
+from reat_fast.methods.work import work_of_training, work_per_image
 from reat_fast.models import create_model
 from reat_fast.step import TrainStep, make_optimizer
 
@@ -73,3 +73,13 @@ def test_the_work_is_what_the_documentation_says() -> None:
     for flag, work in re.findall(r"^\| `(--attack [\w-]+)` \|[^|]*\| (\d+)", text, re.MULTILINE):
         config = dataclasses.replace(FLAGS[flag], replays=1)
         assert work_per_image(config) == int(work), flag
+
+
+def test_the_work_of_a_training_is_that_of_its_epochs() -> None:
+    config = dataclasses.replace(Config(), steps=5, epochs=10, milestones=(7, 9), awp=0.01)
+    assert work_of_training(config) == 10 * 16
+    late = dataclasses.replace(config, awp_from=7)
+    assert [work_per_image(late, epoch) for epoch in (0, 6, 7, 9)] == [13, 13, 16, 16]
+    assert work_per_image(late) == 16
+    assert work_of_training(late) == 7 * 13 + 3 * 16
+    assert work_of_training(late, 8) == 2 * 16 and work_of_training(late, 10) == 0

@@ -45,6 +45,7 @@ class CapturedStep:
                 )
         self.step = step
         self._settings = baked_settings()
+        self._perturbs = step.update.perturbs
         self._stream = _step_stream(batch.labels.device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         total = len(batch.labels) if total is None else total
@@ -60,8 +61,10 @@ class CapturedStep:
         The shorter one is a graph of its own, as masking it would change the batch statistics: it
         is launched by its kernels in the first epoch and recorded in the second. Returns what
         TrainStep returns, in memory that the next replay overwrites.
-        Errors: ValueError for another shape, dtype, device, loader or setting.
+        Errors: ValueError for another shape, dtype, device, loader or setting, and where outdated.
         """
+        if self.outdated:
+            raise ValueError("--awp-from begins with this epoch: capture the step again")
         total = len(batch.labels) if total is None else total
         recording = self._whole
         if total < self._whole.total:  # not the share: all processes have to agree on a replay
@@ -72,6 +75,11 @@ class CapturedStep:
         recording.refuse_changes(batch)
         refuse_changed_settings(self._settings)
         return recording.replay(batch)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the epoch that began takes another step: capture it again."""
+        return self.step.update.perturbs != self._perturbs
 
     def close(self) -> None:
         """Free the graphs and their memory; call before the process group or the device goes."""

@@ -70,6 +70,9 @@ class StepUpdate:
         if isinstance(self._features_logits, FusedUpdate) and not self._features_logits.fused:
             self.form = "eager"  # the network is not one that can be rewritten
         self._awp = WeightPerturbation(model, config.awp) if config.awp else None
+        self.perturbs = False
+        """Whether weights are perturbed in the running epoch."""
+        self.begin_epoch(0)
         self._shared: SharedGradients | None = None
         self._histogram = statistics.next_ae_counts
         self._running: list[Tensor] = []
@@ -90,7 +93,7 @@ class StepUpdate:
 
         Where AWP asks, the gradient is taken at worse weights. Returns what TrainStep does.
         """
-        if self._awp is None:
+        if self._awp is None or not self.perturbs:
             return self._descend(images, images_adv, labels, total)
         with statistics_kept(self._model):
             self._gradients(images, images_adv, labels, total, torch.zeros_like(self._histogram))
@@ -98,6 +101,10 @@ class StepUpdate:
                 self._shared.sum_()
         with self._awp.perturbed():
             return self._descend(images, images_adv, labels, total)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Take up what the host has to know of an epoch, counted from 0."""
+        self.perturbs = self._awp is not None and epoch >= self._config.awp_from
 
     def parts(self, total: int) -> Iterator[tuple[slice, list[int]]]:
         """Yield this process's rows of each part of a batch, and the rows every process has."""

@@ -9,8 +9,13 @@ FORWARD, WITH_GRADIENT, UPDATE = 1, 2, 3
 """Logits; with the gradient of the images, for which weights are constant; with all gradients."""
 
 
-def work_per_image(config: Config) -> int:
-    """Return the forward passes that one image costs in one epoch of a configuration.
+def work_of_training(config: Config, begin: int = 0) -> int:
+    """Return the forward passes that one image costs from an epoch, counted from 0, to the last."""
+    return sum(work_per_image(config, epoch) for epoch in range(begin, config.epochs))
+
+
+def work_per_image(config: Config, epoch: int | None = None) -> int:
+    """Return the forward passes that one image costs in an epoch, counted from 0; unset: the last.
 
     tests/test_work.py holds it to the multiplications of real steps.
     """
@@ -19,5 +24,6 @@ def work_per_image(config: Config) -> int:
     steps = plan_attack(config.attack, eps=0.0, step_size=0.0, steps=config.steps).steps
     attack = WITH_GRADIENT * steps + FORWARD * (config.attack_loss == "kl")
     batches = 2 if config.objective in ("trades", "mart", "robal") else 1  # clean images too
-    gradients = 2 if config.awp else 1
+    epoch = config.epochs - 1 if epoch is None else epoch
+    gradients = 2 if config.awp and epoch >= config.awp_from else 1
     return attack + UPDATE * batches * gradients

@@ -93,6 +93,11 @@ def _schedule(run: Run) -> Iterator[str]:
             f"--second-stage {config.second_stage}: never reached in {config.epochs} epochs, which "
             "all train on clean images"
         )
+    if config.awp and config.awp_from >= config.epochs:
+        yield (
+            f"--awp-from {config.awp_from}: never reached in {config.epochs} epochs, in which no "
+            "weights are perturbed"
+        )
 
 
 def _idle(run: Run) -> Iterator[str]:

@@ -34,6 +34,7 @@ NEEDS = (
     ),
     Need(("post_tau", "head_scale"), "--head cosine", lambda config: config.head == "cosine"),
     Need(("second_stage",), "--objective taet", lambda config: config.objective == "taet"),
+    Need(("awp_from",), "--awp above 0", lambda config: config.awp > 0),
     Need(
         ("tail_coefficient",),
         "--objective bsl and --tail official or pairwise",

@@ -118,6 +118,8 @@ class Run:
         Errors: ValueError where the step cannot be captured.
         """
         total = self.images_in(self.batch)
+        if self._captured is not None and self._captured.outdated:
+            self._forget_capture()
         if self.captures and self._captured is None and total == self.config.batch_size:
             self._captured = self._capture(batch, total)
         (self._captured or self.step).train_on(batch, total)
@@ -134,6 +136,11 @@ class Run:
                 f"--graph {self.config.graph}: the step cannot be captured ({reason}); "
                 "go on with --graph off"
             ) from error
+
+    def _forget_capture(self) -> None:
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
 
     def limited(self, image_set: ImageSet) -> ImageSet:
         """Return what an evaluation looks at: all of a set without --limit-batches."""
@@ -179,8 +186,7 @@ class Run:
 
     def close(self) -> None:
         """Free the graph, the loader's processes and the folder."""
-        if self._captured is not None:
-            self._captured.close()
+        self._forget_capture()
         self.loader.close()
         if self.log is not None:
             self.log.close()
@@ -268,9 +274,7 @@ class Run:
                 f"--resume {self.folder}: the training images are not those the run was begun "
                 f"with; name the same data with --data{damaged}"
             )
-        if self._captured is not None:  # loading moves momentum
-            self._captured.close()
-            self._captured = None
+        self._forget_capture()  # loading moves momentum
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.step.load_state_dict(state["step"])

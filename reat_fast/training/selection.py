@@ -16,7 +16,7 @@ from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, Attack
 from reat_fast.evaluation.figures import SELECTION, STANDARD_ATTACKS
 from reat_fast.evaluation.measure import evaluate
 from reat_fast.evaluation.saved import described, images_sha256, write_at_the_end
-from reat_fast.methods.work import WITH_GRADIENT, work_per_image
+from reat_fast.methods.work import WITH_GRADIENT, work_of_training
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.curves import draw_learning
 from reat_fast.reporting.pictures import draw_accuracy
@@ -173,9 +173,8 @@ def _chosen(run: Run, weights: Path) -> Network:
 def expected_seconds(run: Run) -> float:
     """Guess the seconds that are left from one attack step on a few images."""
     config = run.config
-    epochs = config.epochs - run.epoch
     per_epoch = min(run.batches * config.batch_size, len(run.splits.train))
-    passes = epochs * per_epoch * work_per_image(config)
+    passes = per_epoch * work_of_training(config, run.epoch)
     passes += len(run.limited(run.splits.test)) * _passes(run, *STANDARD_ATTACKS)
     if config.evaluation != "none":
         name, _ = SELECTION[config.evaluation]
