@@ -8,9 +8,9 @@ out in silence: the table at the end has a row for each part, and for what was n
 
 A call ends within 10 minutes, and all take the same DIR. --call 1, which is the default, decides
 most: verify, tests, ladder, evaluation, the training of reat and its AutoAttack. --call 2 trains
-reat-plus and a longer recipe at equal cost, attacks both, and times a whole epoch. --call 3 times
-kernels, convolutions and WideResNet; --call 4 trains and attacks at-bsl, runs kernels under
-compute-sanitizer, and times loaders and what compiles for minutes. gpu_parts.py has the estimates.
+and attacks reat-plus and times a whole epoch. --call 3 times kernels, convolutions and WideResNet;
+--call 4 trains and attacks at-bsl, runs kernels under compute-sanitizer, and times loaders and what
+compiles for minutes. gpu_parts.py has the estimates.
 A training or an AutoAttack that was cut short goes on where it was when it runs again with the same
 DIR: --parts train-reat attack-reat.
 

@@ -19,7 +19,7 @@ from bench import clocks, gpu, gpu_parts
 from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.training.plan import make_plan
 
-TRAINED = {"reat": 80, "reat-plus": 100, "end-perturbation": 171, "at-bsl": 100}
+TRAINED = {"reat": 80, "reat-plus": 171, "at-bsl": 100}
 """Name of each training and its epochs."""
 """Those that the suite trains."""
 
@@ -164,19 +164,12 @@ def test_a_training_goes_on_and_a_trained_network_is_attacked(tmp_path: Path) ->
     for name in TRAINED:
         folder = tmp_path / f"run-{name}"
         assert arguments(f"attack-{name}") == ["no trained network"]
-        assert arguments(f"train-{name}")[2] == (
-            "reat-plus" if name == "end-perturbation" else name
-        )
+        assert arguments(f"train-{name}")[2] == name
         folder.mkdir()
         (folder / "checkpoint-last.pt").touch()
         assert arguments(f"train-{name}")[-2:] == ["--resume", str(folder)]
         (folder / "evaluation.json").touch()
         assert str(folder) in arguments(f"attack-{name}")
-
-
-def test_the_perturbed_training_is_that_of_the_recipes(pytestconfig: pytest.Config) -> None:
-    recipes = (pytestconfig.rootpath / "bench/recipes.txt").read_text("utf-8").splitlines()
-    assert f"end-perturbation: {' '.join(gpu_parts.PERTURBED)}" in recipes
 
 
 def test_make_passes_what_is_named_on(pytestconfig: pytest.Config) -> None:
@@ -204,7 +197,7 @@ def test_every_part_is_asked_what_its_program_knows(tmp_path: Path) -> None:
             config = make_plan(part.arguments[2:]).config
             assert config.epochs == TRAINED[part.name.removeprefix("train-")]
             checked.append(part.name)
-    assert len(checked) == 18, checked
+    assert len(checked) == 16, checked
 
 
 def test_a_part_at_its_limit_may_write_what_it_has(

@@ -43,6 +43,7 @@ COMMON: dict[str, Any] = {
     "objective": "bsl",
     "head": "linear",
     "awp": 0.0,
+    "awp_from": 0,
     "tail": "official",
     "tail_coefficient": 1.0,
     "augment": True,
@@ -102,7 +103,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "start": "uniform",
         "awp": 0.005,
     },
-    "reat-plus": {**AT_BSL, "ema": 0.999, "policy": "autoaugment"},
+    "reat-plus": {
+        **AT_BSL,
+        "ema": 0.999,
+        "policy": "autoaugment",
+        "steps": 5,
+        "step_size": 3 / 255,
+        "epochs": 171,
+        "milestones": (145, 162),
+        "awp": 0.01,
+        "awp_from": 145,
+        "held_out": 0.0,
+    },
 }
 
 

@@ -42,11 +42,12 @@ class Flops(TorchDispatchMode):
 
 
 def multiplied(config: Config, images: Tensor, labels: Tensor) -> float:
-    """Return the multiplications of one step, in those of a forward pass of its images."""
+    """Return the multiplications of a step of the last epoch, in those of a forward pass."""
     model = create_model("resnet8", len(COUNTS), width=16)
     if config.head == "cosine":
         use_cosine_head(model).compensate_(COUNTS, 0.1)
     step = TrainStep(model.train(), make_optimizer(model, config), COUNTS, config)
+    step.update.begin_epoch(config.epochs - 1)
     with Flops() as forward, torch.no_grad():
         model(images)
     with Flops() as whole:
