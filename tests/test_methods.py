@@ -126,16 +126,18 @@ def learned_from(objective: str, clean: Tensor, adv: Tensor) -> list[Tensor]:
 PREDICTED = [6, 51, 2, 9, 1]  # adversarial examples by predicted class: weights far from equal
 
 
-@pytest.mark.parametrize("name", METHOD_PRESETS)
-def test_two_steps_of_a_preset_equal_two_reference_steps(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "epoch"), [*((name, 50) for name in METHOD_PRESETS), ("reat-plus", 145)]
+)
+def test_two_steps_of_a_preset_equal_two_reference_steps(name: str, epoch: int) -> None:
     settings: dict[str, Any] = METHOD_PRESETS[name]
     config = dataclasses.replace(PRESETS[name], policy="none")  # images come as they are
-    epoch = 50
     network = make_network(config.head)
     plain = copy.deepcopy(network)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, 0, 5e-4) for n in (network, plain)]
     step = TrainStep(network, optimizers[0], COUNTS, config)
     step.epoch.fill_(epoch)
+    step.update.begin_epoch(epoch)
     predicted = {"ae_counts": torch.tensor(PREDICTED), "next_ae_counts": torch.zeros(5).long()}
     step.statistics.load_state_dict(predicted)
     clean, labels = make_images()
@@ -184,7 +186,7 @@ def reference_step(
         clean + noise * scale / EPS,
         loss=loss,
         radii=radii,
-        step_sizes=[r / EPS * STEP for r in radii],
+        step_sizes=[r / EPS * settings.get("step_size", STEP) for r in radii],
         steps=settings.get("steps", 10),
         batchnorm=settings.get("attack_batchnorm", "eval"),
     )
@@ -206,7 +208,7 @@ def reference_step(
             label_smoothing=settings.get("label_smoothing", 0.0),
         )
 
-    if settings.get("awp"):
+    if settings.get("awp") and epoch >= settings.get("awp_from", 0):
         reference.awp_step(network, optimizer, of, settings["awp"])
         return adv
     optimizer.zero_grad()
