@@ -139,7 +139,7 @@ class Config:
     awp: float = 0.0
     """Adversarial weight perturbation: its length over the norm of the weights; 0 has none."""
     awp_from: int = 0
-    """Epoch from which weights are perturbed; epochs before cost nothing more."""
+    """Epochs to finish before weights are perturbed; those cost nothing more."""
     tail: Literal["official", "pairwise", "none"] = "official"
     """Feature penalty on tail classes: as the official code has it, per pair, or none."""
     tail_coefficient: float = 1.0
