@@ -282,6 +282,26 @@ def test_bars_and_marks_have_the_heights_of_the_figures(run: Path) -> None:
     assert list(np.asarray(marks.get_ydata())) == [50, 50, 30, 0, 10]
 
 
+@pytest.mark.parametrize(
+    ("terms", "drawn"),
+    [
+        ({"bsl": 1.5, "tail": 0.5}, ["whole loss", "balanced softmax", "tail penalty"]),
+        ({"bsl": 2.0, "tail": 0.0}, ["whole loss"]),
+        ({"ce": 2.0}, ["whole loss"]),
+        ({"ce": 1.0, "kl": 1.0}, ["whole loss", "cross-entropy", "divergence"]),
+    ],
+)
+def test_terms_of_the_loss_are_drawn_where_there_are_several(
+    terms: dict[str, float], drawn: list[str]
+) -> None:
+    rows = [{"epoch": epoch, "loss": 2.0, **terms} for epoch in (1.0, 2.0)]
+    (axes,) = curves.loss_curves(rows).axes
+    assert [line.get_label() for line in axes.lines] == drawn
+    assert [list(np.asarray(line.get_ydata())) for line in axes.lines[1:]] == [
+        [value, value] for value in terms.values() if len(drawn) > 1
+    ]
+
+
 def test_the_prediction_map_holds_ratios_of_shares() -> None:
     figure = pictures.prediction_histogram([4, 4], [[8, 0], [2, 6], [4, 4]], ["a", "b"])
     shown = np.asarray(figure.axes[0].images[0].get_array())

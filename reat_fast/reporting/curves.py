@@ -77,7 +77,9 @@ TERMS = {
 
 
 def _draw_losses(axes: Axes, rows: Rows) -> None:
-    terms = [(name, label) for name, label in TERMS.items() if name in rows[0]]
+    # A term that is always 0, as a penalty that is off, says nothing; one alone is the whole loss.
+    terms = [(name, label) for name, label in TERMS.items() if any(column(rows, name)[1])]
+    terms = terms if len(terms) > 1 else []
     drawn = [("loss", "whole loss", INK, "-")]
     for (name, label), colour, line in zip(terms, SERIES, ("--", ":"), strict=False):
         drawn.append((name, label, colour, line))
