@@ -19,8 +19,9 @@ from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.ball import Ball
 from reat_fast.evaluation.fab import fab
 from reat_fast.evaluation.packaged import package_autoattack
+from reat_fast.evaluation.passes import filled_up
 from reat_fast.evaluation.square import square
-from reat_fast.evaluation.victim import Victim, attacked, filled_up
+from reat_fast.evaluation.victim import Victim, attacked
 
 
 @pytest.fixture(scope="module")

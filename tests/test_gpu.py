@@ -33,7 +33,9 @@ from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.precision import Precision, determinism
 from reat_fast.evaluate import evaluate
 from reat_fast.evaluation import captured
+from reat_fast.evaluation.apgd import targeted_dlr
 from reat_fast.evaluation.captured import CapturedAscent
+from reat_fast.evaluation.passes import FIRST_LAUNCHES, RecordedPasses, Replays
 from reat_fast.evaluation.victim import attacked
 from reat_fast.loaders import Batch
 from reat_fast.step import TrainStep, make_optimizer
@@ -272,6 +274,75 @@ def test_an_evaluation_from_graphs_has_the_figures_of_a_launched_one(
     monkeypatch.setattr(captured, "WORTHWHILE_STEPS", math.inf)
     assert evaluated("float32") == replayed
     assert captures == ["pgd", "cw", "lsa"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_replayed_passes_of_a_search_equal_launched_ones(
+    precision: Precision, reproducible: None
+) -> None:
+    with attacked(make_victim().cuda(), precision) as victim:
+        rows = (torch.arange(count) for count in (BATCH, 5, 61, BATCH, 40, 5))
+        given = [batch(victim, labelled_images(BATCH), some)[::2] for some in rows]
+        given = [(images.cuda(), labels.cuda()) for images, labels in given]
+
+        def passes() -> list[tuple[torch.Tensor, ...]]:
+            found = []
+            for images, labels in given:
+
+                def loss(logits: torch.Tensor, own: torch.Tensor = labels) -> torch.Tensor:
+                    return targeted_dlr(logits, own, 3 - own)
+
+                found.append((victim(images), *victim.gradient(images, loss)))
+                with victim.finer(images):
+                    found.append((victim(images), *victim.gradient(images, loss)))
+            return found
+
+        launched = passes()
+        with victim.replaying():
+            for _ in range(FIRST_LAUNCHES):
+                passes()
+            replays = victim._replays
+            assert isinstance(replays, Replays) and len(replays._recorded) >= 3
+            for _ in range(2):
+                for one, other in zip(passes(), launched, strict=True):
+                    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+            recorded = next(iter(replays._recorded.values()))
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                recorded.logits(given[0][0][:4])
+                recorded.gradient(given[0][0][:4], lambda logits: logits.amax(1))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["aa", "l2aa"])
+def test_autoattack_from_graphs_has_the_figures_of_a_launched_one(
+    name: str, monkeypatch: pytest.MonkeyPatch, reproducible: None
+) -> None:
+    captured: list[int] = []
+    record = RecordedPasses.__init__
+
+    def noted(self: RecordedPasses, network: Any, images: torch.Tensor, *beside: Any) -> None:
+        captured.append(len(images))
+        record(self, network, images, *beside)
+
+    monkeypatch.setattr(RecordedPasses, "__init__", noted)
+
+    def found() -> dict[str, Any]:
+        images, model = labelled_images(BATCH), make_victim().cuda()
+        figures: dict[str, Any] = evaluate(model, images, [attack(name)], 4, eps=EPS)["attacks"]
+        return figures
+
+    replayed, count = found(), len(captured)
+    held = torch.cuda.memory_allocated()
+    assert count and captured[0] <= BATCH
+    found()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= held + 2**20
+    monkeypatch.setattr(Replays, "of", lambda *_: None)
+    count = len(captured)
+    assert found() == replayed and len(captured) == count
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -206,6 +206,27 @@ def warm_up(body: Callable[[], object], stream: torch.cuda.Stream) -> None:
         torch.cuda.synchronize()
 
 
+def can_capture(device: torch.device) -> bool:
+    """Say whether steps on this device can be captured."""
+    return device.type == "cuda"
+
+
+def refuse_waiting(body: Callable[[], object]) -> None:
+    """Run a body and raise RuntimeError where it waits for the device.
+
+    Found here and not by a capture, which such a call breaks off and leaves PyTorch's allocator and
+    generator in no defined state, while an evaluation is to go on.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype is PyTorch's own warning
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            body()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
 def record(
     graph: torch.cuda.CUDAGraph,
     body: Callable[[], Outcome],

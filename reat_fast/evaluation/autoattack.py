@@ -171,8 +171,9 @@ class AutoAttack:
         """
         standing = self.standing
         try:
-            while standing.run < len(self.runs):
-                self._run_next(standing)
+            with self.victim.replaying():
+                while standing.run < len(self.runs):
+                    self._run_next(standing)
         finally:  # broken off, too: what fell need not be searched again
             self._write(at_end=True)
         return standing

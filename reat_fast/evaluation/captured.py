@@ -9,7 +9,6 @@ copies of its rows, which are cut off again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -20,8 +19,10 @@ from reat_fast.engine.graph import (
     WARM_UP_STEPS,
     attack_stream,
     baked_settings,
+    can_capture,
     record,
     refuse_changed_settings,
+    refuse_waiting,
     warm_up,
 )
 from reat_fast.evaluation.attacks import LOSSES, Attack
@@ -89,7 +90,7 @@ class CapturedAscent:
         stream = attack_stream(self._clean.device)
         warm_up(self._step, stream)
         with torch.cuda.stream(stream):
-            _refuse_waiting(self._step)
+            refuse_waiting(self._step)
         # Threads of a loader may be at work, and are no part of this.
         self._outcome = record(self._graph, self._step, stream, "thread_local")
 
@@ -157,6 +158,12 @@ class Ascents:
             return attack.perturb(self._victim, clean, start, labels, eps)
         return captured.perturb(attack, clean, start, labels, eps)
 
+    def close(self) -> None:
+        """Free the graph, where there is one; the next attack makes another."""
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
+
     def __enter__(self) -> Ascents:
         return self
 
@@ -166,7 +173,7 @@ class Ascents:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self.close()
 
     def _captured_for(
         self, attack: Attack, clean: Tensor, steps_in_all: int
@@ -177,7 +184,7 @@ class Ascents:
             return self._captured
         if steps_in_all < WORTHWHILE_STEPS:
             return None
-        self._close()
+        self.close()
         try:
             self._captured = CapturedAscent(
                 self._victim, attack.loss, self._size, clean, attack.norm
@@ -191,32 +198,6 @@ class Ascents:
                 stacklevel=2,
             )
         return self._captured
-
-    def _close(self) -> None:
-        if self._captured is not None:
-            self._captured.close()
-            self._captured = None
-
-
-def can_capture(device: torch.device) -> bool:
-    """Say whether steps on this device can be captured."""
-    return device.type == "cuda"
-
-
-def _refuse_waiting(body: Callable[[], object]) -> None:
-    """Run a body and raise RuntimeError where it waits for the device.
-
-    Found here and not by a capture, which such a call breaks off and leaves PyTorch's allocator and
-    generator in no defined state, while the evaluation is to go on.
-    """
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype is PyTorch's own warning
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            body()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
 
 
 def _fill_(buffer: Tensor, batch: Tensor) -> None:

@@ -132,6 +132,7 @@ class Trial:
         return torch.cat(right)
 
     def _autoattack(self, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
+        self.ascents.close()  # freeing one graph takes the workspace of others on its stream along
         search = AutoAttack(
             self.victim,
             lambda rows: self.images(rows)[0],

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from reat_fast.attack import evaluating
+from reat_fast.engine.graph import can_capture
 from reat_fast.engine.precision import Precision, allowed_tf32, full_precision
+from reat_fast.evaluation.passes import RecordedPasses, Replays, filled_up
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import FrozenNetwork, fastest_form
@@ -43,21 +44,21 @@ class Victim:
         self._source = _channels_last(model) if self._on_gpu else model
         self._networks: dict[torch.dtype | None, FrozenNetwork] = {}
         self._frozen = self._network(torch.bfloat16 if precision == "bf16" else None)
+        self._replays: Replays | None = None
         self._bar = tqdm(disable=True) if bar is None else bar
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def __call__(self, images: Tensor) -> Tensor:
         self.count(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))
+        recorded = None if images.requires_grad else self._recorded(images)
+        if recorded is not None:
+            return recorded.logits(images)
         if not self._on_gpu:
             return self.logits(images)
         return self.logits(filled_up(images))[: len(images)]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the logits of a call without counting it, for batches of one shape.
-
-        On a GPU a call fills batches up to one of few sizes, since those of AutoAttack shrink and
-        cuDNN plans its fused convolutions anew for each size.
-        """
+        """Return the logits of a call without counting it, for batches of one shape."""
         return self._frozen(images).to(self.dtype)
 
     def count(self, passes: int) -> None:
@@ -68,6 +69,10 @@ class Victim:
         self, images: Tensor, objective: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits [B, K], objective(logits) [B] and its gradient by the images."""
+        recorded = self._recorded(images)
+        if recorded is not None:
+            self.count(len(images) * WITH_GRADIENT)
+            return recorded.gradient(images, objective)
         images = images.detach().requires_grad_()
         with torch.enable_grad():
             logits = self(images)
@@ -105,6 +110,28 @@ class Victim:
         return found
 
     @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Take passes from CUDA graphs inside the block, on a GPU, where their sizes last.
+
+        Graphs hold memory: only for a search that takes many passes on batches that shrink.
+        """
+        if not can_capture(self.device):
+            yield
+            return
+        replays = self._replays = Replays()
+        try:
+            yield
+        finally:
+            self._replays = None
+            replays.close()
+
+    def _recorded(self, images: Tensor) -> RecordedPasses | None:
+        if self._replays is None:
+            return None
+        # They are recorded while the network in use is the one that they are known by.
+        return self._replays.of(self.logits, self._frozen, images)
+
+    @contextmanager
     def finer(self, images: Tensor) -> Iterator[None]:
         """Search with at least the 11 bits of TF32 inside the block, where precision is bf16.
 
@@ -137,12 +164,6 @@ class Victim:
         self._bar.set_description_str(what, refresh=False)
         self._bar.total = self._bar.n + passes
         self._bar.refresh()
-
-
-def filled_up(images: Tensor) -> Tensor:
-    """Fill a batch [B, C, H, W] up with zeros to one of four sizes per power of two, from 16 on."""
-    part = max(2 ** (len(images).bit_length() - 3), 4)
-    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % part))
 
 
 def _channels_last(model: Network) -> Network:
