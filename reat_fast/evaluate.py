@@ -29,7 +29,7 @@ from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, refuse_missing_bfloat16, resolve_precision
-from reat_fast.evaluation import guards
+from reat_fast.evaluation import batches, guards
 from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
@@ -89,8 +89,9 @@ class Options:
     """Evaluate on so many test images, evenly spread over the set; unset: on all."""
     train_counts: tuple[int, ...] | None = None
     """Training images per class, where the folder of the weights does not tell them."""
-    batch_size: int = 500
-    """Images per batch; changes no figure."""
+    batch_size: int | None = None
+    """Images per batch; changes no figure. Unset: 500 on a CPU, on a GPU as many as fit, up to
+    4,096."""
     seed: int | None = None
     """Seed of all that is random in the attacks; unset: that of the run, 0 of lone weights."""
     device: str = "auto"
@@ -224,6 +225,10 @@ def _attacked(
 ) -> dict[str, Any]:
     """Return the figures of all attacks, with a bar on a terminal that counts forward passes."""
     eps, step_size, l2_eps = (conditions[name] for name in ("eps", "step_size", "l2_eps"))
+    height, width, channels = test.images.shape[1:]
+    batch_size = options.batch_size or batches.fitting(
+        model, (channels, height, width), conditions["precision"]
+    )
     silent = options.quiet or not world.main
     hidden = silent or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:
@@ -234,7 +239,7 @@ def _attacked(
             num_classes,
             eps=eps,
             seed=conditions["seed"],
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             restarts=options.restarts,
             precision=conditions["precision"],
             train_counts=counts,

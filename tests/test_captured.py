@@ -219,7 +219,7 @@ def test_a_few_steps_are_not_worth_a_graph(graphs: list[FakeGraph], image_set: I
     evaluate(make_model(), image_set, few, 4, eps=EPS, batch_size=SIZE)
     assert not graphs
     evaluate(make_model(), image_set, few, 4, eps=EPS, batch_size=SIZE, restarts=2)
-    assert [graph.replays for graph in graphs] == [4 * (4 + 1)]  # of the second start one batch
+    assert [graph.replays for graph in graphs] == [4 * (4 + 2)]  # of the second start two batches
 
 
 def test_nothing_is_captured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, image_set: ImageSet) -> None:

@@ -64,23 +64,23 @@ def told(model: nn.Module, image_set: ImageSet, name: str, restarts: int = 1) ->
 @pytest.mark.parametrize("name", ["pgd5", "cw5"])
 def test_steps_are_announced_and_counted(model: nn.Module, right: ImageSet, name: str) -> None:
     bar = told(model, right, name)
-    # An image costs five steps of two passes and a verdict; four images, then two.
-    assert bar.announced == [(name, 6 * 11), (name, 2 * 11)]
+    # An image costs five steps of two passes and a verdict; three images, then three.
+    assert bar.announced == [(name, 6 * 11), (name, 3 * 11)]
     assert bar.n == bar.total == 66
 
 
 def test_restarts_are_announced_and_counted(model: nn.Module, right: ImageSet) -> None:
     bar = told(model, right, "pgd5", restarts=3)
     assert [passes for _, passes in bar.announced] == [
-        *(3 * 66, 3 * 66 - 44),
-        *(2 * 66, 2 * 66 - 44),
-        *(66, 22),
+        *(3 * 66, 3 * 66 - 33),
+        *(2 * 66, 2 * 66 - 33),
+        *(66, 33),
     ]
     assert bar.n == bar.total == 3 * 66
     right.labels[:2] = (right.labels[:2] + 1) % 4  # wrong from the beginning
     bar = told(model, right, "pgd5", restarts=3)
-    # The four that stand are one batch of each later restart.
-    assert [passes for _, passes in bar.announced][2:] == [2 * 44, 44]
+    # The four that stand are two batches of each later restart: none is larger than of all images.
+    assert [passes for _, passes in bar.announced][2:] == [2 * 44, 2 * 44 - 22, 44, 22]
     assert bar.n == bar.total == 66 + 2 * 44
 
 

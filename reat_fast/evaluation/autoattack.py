@@ -9,7 +9,6 @@ neither the batch size nor a break changes a figure.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from reat_fast.attack import Norm
 from reat_fast.engine.precision import Precision
-from reat_fast.evaluation import apgd, guards
+from reat_fast.evaluation import apgd, batches, guards
 from reat_fast.evaluation.ball import Ball
 from reat_fast.evaluation.fab import fab
 from reat_fast.evaluation.search_state import SearchState
@@ -186,8 +185,7 @@ class AutoAttack:
         while len(standing.pending):
             self._announce(stage, rank)
             # Batches of one size: a GPU takes as long for a small one as for half a large one.
-            batches = math.ceil(len(standing.pending) / self.batch_size)
-            size = math.ceil(len(standing.pending) / batches)
+            size = batches.even(len(standing.pending), self.batch_size)
             rows = standing.pending[:size]
             stand = self._survive(stage, rank, rows)
             self.victim.refuse_nonfinite()  # before it counts, and a state keeps it

@@ -13,6 +13,7 @@ from reat_fast.data import ImageSet
 from reat_fast.engine.distributed import World
 from reat_fast.engine.precision import Precision
 from reat_fast.engine.stopping import Stopped
+from reat_fast.evaluation import batches
 from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
 from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
@@ -92,7 +93,7 @@ def share_tally(
     tally = Tally(labels.bincount(minlength=num_classes))
     with (
         attacked(model, settings.precision, watch.bar, watch.say) as victim,
-        Ascents(victim, min(settings.batch_size, len(labels))) as ascents,
+        Ascents(victim, batches.even(len(labels), settings.batch_size)) as ascents,
     ):
         images = Images(image_set, victim, settings.seed, settings.eps, numbers)
         trial = Trial(victim, images, labels, settings, watch, ascents)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from reat_fast.data import ImageSet
 from reat_fast.engine.precision import Precision, full_precision
+from reat_fast.evaluation import batches
 from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.captured import Ascents
@@ -120,9 +121,11 @@ class Trial:
         images to the end of the attack, if none falls.
         """
         labels = self.labels[standing].to(self.victim.device)
-        batches = (rows.split(self.settings.batch_size) for rows in (standing, labels))
+        # No more at once than of all images: that is what a graph was captured for.
+        most = batches.even(len(self.labels), self.settings.batch_size)
+        size = batches.even(len(standing), most)
         right = []
-        for rows, own in zip(*batches, strict=True):
+        for rows, own in zip(standing.split(size), labels.split(size), strict=True):
             self.victim.expect(attack.name, left)
             clean, start = self.images(rows, restart)
             adv = self.ascents.perturb(attack, clean, start, own, self.settings.eps, steps)
