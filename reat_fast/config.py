@@ -93,6 +93,9 @@ class Config:
     attack: Literal["pgd", "fgsm-rs", "n-fgsm", "free"] = "pgd"
     """How examples are made in training: pgd, one of two one-step attacks, or free, which takes the
     gradient of training itself."""
+    attack_from: int = 0
+    """Epochs to finish before --attack makes the examples; those before take n-fgsm's, which cost
+    one step."""
     replays: int = 8
     """Updates on one batch with --attack free."""
     start: Literal["uniform", "normal", "none"] = "uniform"

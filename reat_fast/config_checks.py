@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 AT_LEAST = {
     **dict.fromkeys(("largest", "image_size", "width", "epochs", "batch_size", "replays"), 1),
     **dict.fromkeys(("eval_every", "eval_batch_size", "limit_batches"), 1),
-    **dict.fromkeys(("steps", "second_stage", "awp_from", "workers"), 0),
+    **dict.fromkeys(("steps", "second_stage", "attack_from", "awp_from", "workers"), 0),
 }
 FINITE = (
     *("lr", "weight_decay", "clip_norm", "gamma", "tail_coefficient", "awp"),
@@ -89,6 +89,11 @@ def _combinations(config: Config) -> Iterator[Need]:
         "attack",
         config.attack != "free" or (config.accumulate == 1 and not config.awp),
         "trains on whole batches; give --accumulate 1 and --awp 0",
+    )
+    yield (
+        "attack_from",
+        config.attack != "free" or not config.attack_from,
+        "goes with an attack that makes examples; --attack free has none, give 0",
     )
     cosine = "needs the cosine classifier; add --head cosine"
     yield "objective", config.objective != "robal" or config.head == "cosine", cosine

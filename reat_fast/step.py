@@ -93,8 +93,13 @@ class TrainStep:
 
     @property
     def plan(self) -> AttackPlan:
-        """The numbers of the attack."""
+        """The numbers of the attack in the running epoch."""
         return self.attack.plan
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What makes a step of the running epoch another one than those of other epochs."""
+        return self.plan, self.update.perturbs
 
     @property
     def bad_step(self) -> Tensor:
@@ -167,7 +172,7 @@ class TrainStep:
         means["nonfinite"] = int(self.sums.nonfinite)
         self.sums.clear_()
         self.epoch += 1
-        self.update.begin_epoch(int(self.epoch))
+        self.begin_epoch()
         return means
 
     @property
@@ -217,7 +222,13 @@ class TrainStep:
             self._free.load_state_dict(state)
         self.sums.load_state_dict(state)
         self.epoch.copy_(state["epoch"])
-        self.update.begin_epoch(int(state["epoch"]))
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Take up what the host has to know of the epoch that the step is in; syncs."""
+        epoch = int(self.epoch)
+        self.attack.begin_epoch(epoch)
+        self.update.begin_epoch(epoch)
 
     def _refuse_misfits(self, images: Tensor, labels: Tensor, start: Tensor | None) -> None:
         """Raise ValueError for what no step can be taken on; waits for no device."""

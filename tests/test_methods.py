@@ -137,7 +137,7 @@ def test_two_steps_of_a_preset_equal_two_reference_steps(name: str, epoch: int) 
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, 0, 5e-4) for n in (network, plain)]
     step = TrainStep(network, optimizers[0], COUNTS, config)
     step.epoch.fill_(epoch)
-    step.update.begin_epoch(epoch)
+    step.begin_epoch()
     predicted = {"ae_counts": torch.tensor(PREDICTED), "next_ae_counts": torch.zeros(5).long()}
     step.statistics.load_state_dict(predicted)
     clean, labels = make_images()

@@ -36,6 +36,7 @@ COMMON: dict[str, Any] = {
     "step_size": 2 / 255,
     "steps": 10,
     "attack": "pgd",
+    "attack_from": 0,
     "start": "uniform",
     "radius": "same",
     "attack_loss": "auto",

@@ -345,6 +345,32 @@ def test_weights_are_perturbed_from_an_epoch_on() -> None:
     assert again.update.perturbs
 
 
+@pytest.mark.parametrize("changes", [{}, {"radius": "class", "radius_warmup": 0.0}])
+def test_examples_are_of_one_step_up_to_an_epoch(changes: dict[str, Any]) -> None:
+    """Before it the step is that of n-fgsm, from it on that of --attack, loaded or not."""
+    fields = {"steps": 3, "start": "normal", **changes}
+    configs = [Config(attack="n-fgsm", **fields), Config(attack_from=1, **fields), Config(**fields)]
+    made = [(make_model(), config) for config in configs]
+    steps = [TrainStep(m, make_optimizer(m, c), COUNTS, c) for m, c in made]
+    fast, late, slow = steps
+    assert late.kind == fast.kind != slow.kind
+    first = [step.train_on(uint8_batch())["images_adv"] for step in steps]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    late.end_epoch()
+    for step in (fast, slow):  # of the same weights, momentum and epoch as late
+        step.model.load_state_dict(late.model.state_dict())
+        step.optimizer.load_state_dict(copy.deepcopy(late.optimizer.state_dict()))
+        step.load_state_dict(copy.deepcopy(late.state_dict()))
+    assert fast.kind != late.kind == slow.kind
+    second = [step.train_on(uint8_batch())["images_adv"] for step in steps]
+    assert torch.equal(second[1], second[2]) and not torch.equal(second[0], second[1])
+    for a, b in zip(late.model.parameters(), slow.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    again = TrainStep(model := make_model(), make_optimizer(model, configs[1]), COUNTS, configs[1])
+    again.load_state_dict(late.state_dict())
+    assert again.kind == late.kind
+
+
 def test_the_reference_step_follows_the_fused_one() -> None:
     outcomes = []
     for make in (TrainStep, ReferenceStep):

@@ -121,7 +121,10 @@ def test_free_training_says_what_its_attack_is_and_nothing_of_another(
     assert "RBL" not in shown and "tail penalty" not in shown
 
 
-@pytest.mark.parametrize("flags", ["--fused", "--no-fused", "--ema 0.9", "--awp 0.1 --awp-from 1"])
+RESUMED = ["--fused", "--no-fused", "--ema 0.9", "--awp 0.1 --awp-from 1", "--attack-from 1"]
+
+
+@pytest.mark.parametrize("flags", RESUMED)
 def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
     data: Path, tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,8 +148,9 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("flags", ["--awp 0.01 --awp-from 2", "--attack-from 2"])
 def test_a_step_is_captured_again_in_the_epoch_that_takes_another(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Recorded] = []
 
@@ -154,7 +158,7 @@ def test_a_step_is_captured_again_in_the_epoch_that_takes_another(
         """A recording that launches the step, whose graph a CPU cannot make."""
 
         def __init__(self, step: TrainStep, batch: Batch, total: int | None = None) -> None:
-            self.step, self._perturbs, self.steps, self.closed = step, step.update.perturbs, 0, 0
+            self.step, self._kind, self.steps, self.closed = step, step.kind, 0, 0
             made.append(self)
 
         def train_on(self, batch: Batch, total: int | None = None) -> dict[str, torch.Tensor]:
@@ -167,8 +171,8 @@ def test_a_step_is_captured_again_in_the_epoch_that_takes_another(
 
     monkeypatch.setattr(training_run, "CapturedStep", Recorded)
     monkeypatch.setattr(Run, "captures", True)
-    flags = ["--awp", 0.01, "--awp-from", 2, "--epochs", 3, "--drop-last"]
-    assert run("at", *SMALL, *flags, "--data", data, "--run-dir", tmp_path / "run") == 0
+    given = [*flags.split(), "--epochs", 3, "--drop-last"]
+    assert run("at", *SMALL, *given, "--data", data, "--run-dir", tmp_path / "run") == 0
     first, second = made
     assert first.steps == 2 * second.steps > 0
     assert first.closed == second.closed == 1
@@ -694,6 +698,14 @@ def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_i
         (
             "at --awp 0.01 --awp-from 2 --epochs 2",
             "--awp-from 2: never reached in 2 epochs, in which no weights are perturbed",
+        ),
+        (
+            "at --attack-from 2 --epochs 2",
+            "--attack-from 2: never reached in 2 epochs, which all train on examples of n-fgsm",
+        ),
+        (
+            "at --attack n-fgsm --attack-from 1",
+            "--attack-from 1: does nothing here; it goes with --attack pgd or fgsm-rs",
         ),
         ("at --awp-from 2", "--awp-from 2: does nothing here; it goes with --awp above 0"),
         (

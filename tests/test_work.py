@@ -83,4 +83,7 @@ def test_the_work_of_a_training_is_that_of_its_epochs() -> None:
     assert [work_per_image(late, epoch) for epoch in (0, 6, 7, 9)] == [13, 13, 16, 16]
     assert work_per_image(late) == 16
     assert work_of_training(late) == 7 * 13 + 3 * 16
+    cheap = dataclasses.replace(late, attack_from=4)
+    assert [work_per_image(cheap, epoch) for epoch in (0, 3, 4, 9)] == [5, 5, 13, 16]
+    assert work_of_training(cheap) == 4 * 5 + 3 * 13 + 3 * 16
     assert work_of_training(late, 8) == 2 * 16 and work_of_training(late, 10) == 0

@@ -45,7 +45,7 @@ class CapturedStep:
                 )
         self.step = step
         self._settings = baked_settings()
-        self._perturbs = step.update.perturbs
+        self._kind = step.kind
         self._stream = _step_stream(batch.labels.device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         total = len(batch.labels) if total is None else total
@@ -64,7 +64,7 @@ class CapturedStep:
         Errors: ValueError for another shape, dtype, device, loader or setting, and where outdated.
         """
         if self.outdated:
-            raise ValueError("--awp-from begins with this epoch: capture the step again")
+            raise ValueError("another step begins with this epoch: capture it again")
         total = len(batch.labels) if total is None else total
         recording = self._whole
         if total < self._whole.total:  # not the share: all processes have to agree on a replay
@@ -79,7 +79,7 @@ class CapturedStep:
     @property
     def outdated(self) -> bool:
         """Whether the epoch that began takes another step: capture it again."""
-        return self.step.update.perturbs != self._perturbs
+        return self.step.kind != self._kind
 
     def close(self) -> None:
         """Free the graphs and their memory; call before the process group or the device goes."""

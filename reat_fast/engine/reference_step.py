@@ -16,7 +16,7 @@ from reat_fast.step import TrainStep
 
 UNKNOWN = (
     *("tail_coefficient", "clip_norm", "label_smoothing", "ema", "accumulate", "objective"),
-    *("attack", "start", "radius", "head", "awp", "policy"),
+    *("attack", "attack_from", "start", "radius", "head", "awp", "policy"),
 )
 """Fields that the reference takes at their default only."""
 

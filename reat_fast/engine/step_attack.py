@@ -12,7 +12,7 @@ from reat_fast.attack import ascend, with_batch_statistics
 from reat_fast.config import Config
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.kernels import boxes
-from reat_fast.methods.attacks import AttackLossName, choose_attack_loss, plan_attack
+from reat_fast.methods.attacks import EARLY_ATTACK, AttackLossName, choose_attack_loss, plan_attack
 from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import require_compiler
@@ -52,9 +52,9 @@ class StepAttack:
     """Make the adversarial examples that a training step trains on.
 
     model, statistics, counts, config: those of the step. autocast: makes the context in which the
-    network itself computes. plan: the numbers of the attack. network: the frozen copy that is
-    attacked, None where BatchNorm takes the statistics of the attacked batch, and in free training,
-    which makes no examples here.
+    network itself computes. plan: the numbers of the attack in the running epoch. network: the
+    frozen copy that is attacked, None where BatchNorm takes the statistics of the attacked batch,
+    and in free training, which makes no examples here.
     """
 
     def __init__(
@@ -82,14 +82,21 @@ class StepAttack:
         if config.radius == "class":
             warmup = config.radius_warmup * config.epochs
             self._radii = ClassRadii(counts, config.radius_alpha, warmup, device, weight.dtype)
-        self._pgd = config.attack == "pgd"
+        self._config = config
+        self.begin_epoch(0)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Take up what the host has to know of an epoch, counted from 0."""
+        config = self._config
+        name = config.attack if epoch >= config.attack_from else EARLY_ATTACK
+        self._common_start = name == "pgd"
         self.plan = plan_attack(
-            "pgd" if config.attack == "free" else config.attack,
+            "pgd" if name == "free" else name,
             eps=config.eps,
             step_size=config.step_size,
             steps=config.steps,
             # Free training makes no examples here, and needs no noise for them.
-            start="none" if config.attack == "free" else config.start,
+            start="none" if name == "free" else config.start,
         )
 
     def refresh(self) -> None:
@@ -103,7 +110,7 @@ class StepAttack:
         RobustLT's PGD starts from the common radius whatever the class; a one-step attack is made
         of multiples of its radius, the start among them.
         """
-        if self._radii is None or self._pgd:
+        if self._radii is None or self._common_start:
             return self.plan.noise_scale
         return self.plan.noise_scale * self._radii.factors(labels, epoch)
 

@@ -29,6 +29,9 @@ AttackName = Literal["pgd", "fgsm-rs", "n-fgsm"]
 NORMAL_START = 0.001
 """Standard deviation of the normal start of TRADES and all that were written after it."""
 
+EARLY_ATTACK: AttackName = "n-fgsm"
+"""Makes the examples of epochs before --attack-from."""
+
 
 @dataclass(frozen=True)
 class AttackPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reat_fast.config import Config
-from reat_fast.methods.attacks import plan_attack
+from reat_fast.methods.attacks import EARLY_ATTACK, plan_attack
 
 FORWARD, WITH_GRADIENT, UPDATE = 1, 2, 3
 """Logits; with the gradient of the images, for which weights are constant; with all gradients."""
@@ -21,9 +21,10 @@ def work_per_image(config: Config, epoch: int | None = None) -> int:
     """
     if config.attack == "free":
         return UPDATE * config.replays
-    steps = plan_attack(config.attack, eps=0.0, step_size=0.0, steps=config.steps).steps
+    epoch = config.epochs - 1 if epoch is None else epoch
+    name = config.attack if epoch >= config.attack_from else EARLY_ATTACK
+    steps = plan_attack(name, eps=0.0, step_size=0.0, steps=config.steps).steps
     attack = WITH_GRADIENT * steps + FORWARD * (config.attack_loss == "kl")
     batches = 2 if config.objective in ("trades", "mart", "robal") else 1  # clean images too
-    epoch = config.epochs - 1 if epoch is None else epoch
     gradients = 2 if config.awp and epoch >= config.awp_from else 1
     return attack + UPDATE * batches * gradients

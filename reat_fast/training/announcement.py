@@ -11,10 +11,11 @@ import torch
 from reat_fast.cli.command import flag
 from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
+from reat_fast.config import Config
 from reat_fast.data import AS_IS, UNEVEN
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
-from reat_fast.methods.attacks import plan_attack
+from reat_fast.methods.attacks import EARLY_ATTACK, AttackName, plan_attack
 from reat_fast.training import selection
 from reat_fast.training.idle import idle_fields
 from reat_fast.training.run import Run
@@ -60,13 +61,10 @@ def _attack(run: Run) -> Iterator[str]:
             "each batch; --start, --steps and --step-size do not act"
         )
     elif config.attack != "pgd":
-        plan = plan_attack(config.attack, eps=config.eps, step_size=0.0, steps=1)
-        yield (
-            f"attack: {config.attack}, one step of {fraction_text(plan.step_size)} from even noise "
-            f"of {fraction_text(plan.noise_scale)}"
-            + ", both times the factor of each class" * (config.radius == "class")
-            + "; --start, --steps and --step-size do not act"
-        )
+        yield f"{_one_step(config, config.attack)}; --start, --steps and --step-size do not act"
+    if config.attack_from and config.attack != EARLY_ATTACK:
+        until = f"in the first {config.attack_from} epochs, then {config.attack}"
+        yield f"{_one_step(config, EARLY_ATTACK)} {until}"
     auto = config.fused and config.attack != "free" and config.attack_loss == "auto"
     if auto and resolve_attack_loss(config) == "ce":
         yield (
@@ -76,6 +74,15 @@ def _attack(run: Run) -> Iterator[str]:
     if kept := run.step.unfolded:
         shown = ", ".join(kept[:5]) + (" and others" if len(kept) > 5 else "")
         yield f"{len(kept)} BatchNorms follow no convolution, so the attack keeps them: {shown}"
+
+
+def _one_step(config: Config, attack: AttackName) -> str:
+    plan = plan_attack(attack, eps=config.eps, step_size=0.0, steps=1)
+    scaled = ", both times the factor of each class" if config.radius == "class" else ""
+    return (
+        f"attack: {attack}, one step of {fraction_text(plan.step_size)} from even noise of "
+        f"{fraction_text(plan.noise_scale)}{scaled}"
+    )
 
 
 def _schedule(run: Run) -> Iterator[str]:
@@ -92,6 +99,11 @@ def _schedule(run: Run) -> Iterator[str]:
         yield (
             f"--second-stage {config.second_stage}: never reached in {config.epochs} epochs, which "
             "all train on clean images"
+        )
+    if config.attack_from >= config.epochs and config.attack != EARLY_ATTACK:
+        yield (
+            f"--attack-from {config.attack_from}: never reached in {config.epochs} epochs, which "
+            f"all train on examples of {EARLY_ATTACK}"
         )
     if config.awp and config.awp_from >= config.epochs:
         yield (

@@ -34,6 +34,11 @@ NEEDS = (
     ),
     Need(("post_tau", "head_scale"), "--head cosine", lambda config: config.head == "cosine"),
     Need(("second_stage",), "--objective taet", lambda config: config.objective == "taet"),
+    Need(
+        ("attack_from",),
+        "--attack pgd or fgsm-rs",
+        lambda config: config.attack in ("pgd", "fgsm-rs"),
+    ),
     Need(("awp_from",), "--awp above 0", lambda config: config.awp > 0),
     Need(
         ("tail_coefficient",),
