@@ -1,6 +1,6 @@
 """The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
 
-A call has at most 10 minutes and there are four, so the first holds what decides most. Estimates
+A call has at most 10 minutes and there are five, so the first holds what decides most. Estimates
 are seconds on one H100: of verify, step and evaluation near what they took there, of trainings and
 attacks reckoned from others of their kind, the rest guesses. Those of a call fit its 9.25 minutes
 together, limits need not.
@@ -16,6 +16,7 @@ from typing import Literal
 
 from bench.sanitizer import ENVIRONMENT, FILES, SINGLE, TESTS, compute_sanitizer
 from reat_fast.checkpoint import has_checkpoint
+from reat_fast.training.sweep_runs import read_lines
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Options:
 
     out: Path
     """Folder for logs, tables, runs and summary.json; the same one for all calls."""
-    call: Literal[1, 2, 3, 4] = 1
-    """Which of the calls: what decides most, reat-plus, single kernels, the rest."""
+    call: Literal[1, 2, 3, 4, 5] = 1
+    """Which of the calls: what decides most, reat-plus, single kernels, the rest, fast-start."""
     data: Path | None = None
     """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the trainings; unset: none is run."""
     official: Path | None = None
@@ -79,6 +80,8 @@ TOOLS = {
 }
 """Packages that the parts use beside those of the run time, and what is lost without them."""
 
+RECIPES = Path(__file__).with_name("recipes.txt")
+
 STEP = ["-m", "bench.bench_step", "--labels", "long-tailed", "--keep"]
 """Classes as in training: the plain and the official form loop over samples of rare ones."""
 
@@ -92,6 +95,7 @@ def parts(options: Options) -> Iterator[Part]:
     yield from _second_call(options)
     yield from _third_call(options)
     yield from _fourth_call(options)
+    yield from _fifth_call(options)
 
 
 def _first_call(options: Options) -> Iterator[Part]:
@@ -153,6 +157,12 @@ def _fourth_call(options: Options) -> Iterator[Part]:
     yield Part("step-autotune", autotune, 400, 190, 4)
 
 
+def _fifth_call(options: Options) -> Iterator[Part]:
+    (line,) = (line for line in read_lines(RECIPES) if line.name == "fast-start")
+    yield _training(options, line.name, 5, list(line.words), seconds=320, estimate=270)
+    yield _attacks(options, line.name, 5, [], seconds=240, estimate=200)
+
+
 def _official(options: Options) -> list[str]:
     return [] if options.official is None else ["--official", str(options.official)]
 
@@ -186,7 +196,7 @@ def _attacks(
     lacks = ""
     if not (folder / "evaluation.json").is_file():
         lacks = "no --data" if options.data is None else "no trained network"
-    # Large batches, which change no figure: AutoAttack launches its kernels one by one.
+    # Large batches, which change no figure and keep the device busier.
     attack = ["-m", "bench.bench_trained", str(folder), "--batch-size", "4000", "--keep", *flags]
     return Part(f"attack-{name}", attack, seconds, estimate, call, lacks)
 
