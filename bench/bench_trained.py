@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import tyro
 
@@ -23,6 +26,7 @@ from bench.records import Figure, record
 from reat_fast import evaluate
 from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.engine.precision import Precision
+from reat_fast.evaluation import captured, passes
 from reat_fast.evaluation.search_state import STATES
 from reat_fast.storage.config_file import from_json
 
@@ -38,8 +42,10 @@ class Options:
     """Folder of a run."""
     precision: Precision = "bf16"
     """Arithmetic in which attacks search; verdicts are always in float32."""
-    batch_size: int = 500
-    """Images per batch; changes no figure."""
+    batch_size: int | None = None
+    """Images per batch; changes no figure. Unset: as reat_fast.evaluate chooses."""
+    launched: bool = False
+    """Launch the kernels of the attacks one by one, to compare with graphs on a GPU."""
     subset: int | None = None
     """Only so many test images; unset: all."""
     device: str = "auto"
@@ -70,8 +76,8 @@ def main(arguments: Sequence[str]) -> int:
         begun = set(options.run.glob(STATES))
         result = _evaluated(options, attacks)
         resumed = ", the rest" if begun - set(options.run.glob(STATES)) else ""
-        shape = f"{network}, {result['samples']} images B={options.batch_size}"
-        what = f"trained: {' '.join(attacks)}"
+        shape = f"{network}, {result['samples']} images B={options.batch_size or 'auto'}"
+        what = f"trained: {' '.join(attacks)}{', launched' * options.launched}"
         seconds = Figure(
             f"{what}{resumed}", result["seconds"], 0.0, 1, "s", shape, options.precision
         )
@@ -90,15 +96,27 @@ def _training(run: Path, network: str) -> Figure:
 def _evaluated(options: Options, attacks: Sequence[str]) -> dict[str, Any]:
     out = options.run / f"evaluation-{'-'.join(attacks)}.json"
     flags = [str(options.run), "--attacks", *attacks, "--precision", options.precision]
-    flags += ["--batch-size", str(options.batch_size), "--device", options.device]
-    flags += ["--out", str(out)]
+    flags += ["--device", options.device, "--out", str(out)]
+    if options.batch_size is not None:
+        flags += ["--batch-size", str(options.batch_size)]
     if options.subset is not None:
         flags += ["--subset", str(options.subset)]
     out.unlink(missing_ok=True)  # it would add up the seconds
-    if code := evaluate.main(flags):
+    with _without_graphs() if options.launched else nullcontext():
+        code = evaluate.main(flags)
+    if code:
         raise SystemExit(code)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     return found
+
+
+@contextmanager
+def _without_graphs() -> Iterator[None]:
+    with (
+        mock.patch.object(captured, "WORTHWHILE_STEPS", math.inf),
+        mock.patch.object(passes, "FIRST_LAUNCHES", math.inf),
+    ):
+        yield
 
 
 def _accuracies(result: dict[str, Any], shape: str, precision: str) -> list[Figure]:

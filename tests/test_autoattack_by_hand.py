@@ -170,6 +170,9 @@ class Chosen:
 
     gradient = Victim.gradient
 
+    def _recorded(self, images: Tensor) -> None:
+        """Have no graph."""
+
     def confirmed(self, fooled: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         return torch.zeros_like(fooled)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bench import bench_trained
 from bench.records import Figure
 from reat_fast import evaluate, train
 from reat_fast.cli.command import run_command
+from reat_fast.evaluation import captured, passes
 
 
 @pytest.fixture
@@ -74,6 +76,32 @@ def test_a_search_that_goes_on_says_that_its_time_is_of_the_rest(
     assert [row.what for row in rows if row.unit == "%"] == [
         f"trained: {attack} overall" for attack in ("clean", "pgd20", "aa")
     ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--launched", "--batch-size", "7"]])
+def test_attacks_are_launched_one_by_one_where_that_is_asked(
+    tmp_path: Path, rows: list[Figure], monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def evaluated(given: list[str]) -> int:
+        seen.append((math.isinf(captured.WORTHWHILE_STEPS), math.isinf(passes.FIRST_LAUNCHES)))
+        assert given[given.index("--batch-size") + 1 :][:1] == ["7"] if flags else True
+        result = {"samples": 9, "seconds": 3.0, "attacks": {}}
+        Path(given[given.index("--out") + 1]).write_text(json.dumps(result))
+        return 0
+
+    monkeypatch.setattr(evaluate, "main", evaluated)
+    run = made_run(tmp_path / "run")
+    assert run_command(bench_trained.main, [str(run), "--device", "cpu", "--keep", *flags]) == 0
+    assert seen == [(bool(flags), bool(flags))] * 2
+    assert not math.isinf(captured.WORTHWHILE_STEPS) and not math.isinf(passes.FIRST_LAUNCHES)
+    ending = ", launched" if flags else ""
+    assert [row.what for row in rows][1:] == [
+        f"trained: clean pgd20{ending}",
+        f"trained: aa{ending}",
+    ]
+    assert rows[1].shape.endswith("B=7" if flags else "B=auto")
 
 
 def test_a_folder_without_a_run_is_one_line(

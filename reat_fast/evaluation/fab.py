@@ -99,11 +99,12 @@ def hyperplane_step(points: Tensor, normal: Tensor, offset: Tensor, norm: Norm =
     room = torch.where(up, 1 - flat, flat)
     weight = weights.abs()
     pace = _shares(weight) if norm == "l2" else (weight > 0).to(weight.dtype)
+    slopes = weight * pace
     size = torch.zeros_like(gap)
     farthest = torch.full_like(gap, torch.finfo(gap.dtype).max)
     for _ in range(MOST_NEWTON_STEPS):
         move = torch.minimum(room, size[:, None] * pace)
-        slope = (weight * pace * (move < room)).sum(1)
+        slope = (slopes * (move < room)).sum(1)
         missing = (gap.abs() - (weight * move).sum(1)).clamp_min(0)
         # No slope left: the box ends before the hyperplane.
         further = torch.where(slope > 0, size + missing / slope, farthest).minimum(farthest)
