@@ -345,6 +345,12 @@ def test_weights_are_perturbed_from_an_epoch_on() -> None:
     assert again.update.perturbs
 
 
+def test_a_form_of_gpus_is_refused_on_a_cpu() -> None:
+    config = Config(attack_form="cudnn")
+    with pytest.raises(ValueError, match="--attack-form cudnn: needs a CUDA device; leave it out"):
+        TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
+
+
 @pytest.mark.parametrize("changes", [{}, {"radius": "class", "radius_warmup": 0.0}])
 def test_examples_are_of_one_step_up_to_an_epoch(changes: dict[str, Any]) -> None:
     """Before it the step is that of n-fgsm, from it on that of --attack, loaded or not."""

@@ -77,6 +77,8 @@ class StepAttack:
                 require_compiler("--attack-form compiled", device)
             if form in ("triton", "trial"):
                 _require_own_kernels(form, low, device)
+            if form == "cudnn" and device.type != "cuda":
+                raise ValueError("--attack-form cudnn: needs a CUDA device; leave it out")
             self.network = FrozenNetwork(model, low, form)
         self._radii: ClassRadii | None = None
         if config.radius == "class":
