@@ -225,10 +225,13 @@ def _attacked(
 ) -> dict[str, Any]:
     """Return the figures of all attacks, with a bar on a terminal that counts forward passes."""
     eps, step_size, l2_eps = (conditions[name] for name in ("eps", "step_size", "l2_eps"))
-    height, width, channels = test.images.shape[1:]
-    batch_size = options.batch_size or batches.fitting(
-        model, (channels, height, width), conditions["precision"]
-    )
+    batch_size = options.batch_size
+    if batch_size is None:
+        height, width, channels = test.images.shape[1:]
+        batch_size = batches.USUAL
+        # Clean accuracy takes no gradient, whose kernels would be compiled for nothing.
+        if any(name != "clean" for name in options.attacks):
+            batch_size = batches.fitting(model, (channels, height, width), conditions["precision"])
     silent = options.quiet or not world.main
     hidden = silent or not sys.stderr.isatty()
     with tqdm(bar_format=BAR, leave=False, disable=hidden) as bar:

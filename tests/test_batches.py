@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from made_data import made_npz
 from test_captured import make_model
 from torch import Tensor
 
+from reat_fast import evaluate, train
+from reat_fast.cli.command import run_command
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import batches
 from reat_fast.evaluation.victim import Victim
@@ -72,3 +76,30 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(batches, "attacked", fail)
     assert batches.fitting(make_model(), (3, 8, 8), "float32") == 500
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [([], 308), (["--attacks", "clean"], 500), (["--batch-size", "9"], 9)],
+)
+def test_a_batch_is_measured_where_attacks_leave_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], size: int
+) -> None:
+    data, run = made_npz(tmp_path / "made.npz"), tmp_path / "run"
+    small = ["reat", "--dataset", "npz", "--data", str(data), "--model", "resnet8", "--width", "8"]
+    small += ["--imbalance", "0.2", "--batch-size", "16"]
+    small += ["--steps", "1", "--epochs", "1", "--run-dir", str(run), "--device", "cpu", "--quiet"]
+    assert run_command(train.main, small) == 0
+    seen: list[int] = []
+    plain = evaluate.evaluate
+
+    def noted(*given: Any, batch_size: int, **settings: Any) -> Any:
+        seen.append(batch_size)
+        return plain(*given, batch_size=batch_size, **settings)
+
+    monkeypatch.setattr(evaluate, "evaluate", noted)
+    monkeypatch.setattr(batches, "fitting", lambda model, size, precision: 100 * size[0] + size[1])
+    attacks = [] if "clean" in flags else ["--attacks", "clean", "pgd1"]
+    given = [str(run), *attacks, *flags, "--device", "cpu", "--quiet"]
+    assert run_command(evaluate.main, given) == 0
+    assert seen == [size]

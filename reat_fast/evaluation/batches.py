@@ -13,7 +13,8 @@ from reat_fast.evaluation.passes import filled_up
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
 
-ON_A_CPU = 500
+USUAL = 500
+"""On a CPU, and where no attack is asked for."""
 MOST = 4096
 """More keep no GPU busier."""
 LEAST = 16
@@ -36,7 +37,7 @@ def fitting(model: Network, size: tuple[int, int, int], precision: Precision) ->
     """
     device = next(model.parameters()).device
     if not can_capture(device):
-        return ON_A_CPU
+        return USUAL
     images = torch.zeros(PROBED, *size, device=device).to(memory_format=torch.channels_last)
     with attacked(model, precision) as victim:
         images = filled_up(images.to(victim.dtype))
