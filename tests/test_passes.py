@@ -242,10 +242,11 @@ def test_a_pass_that_cannot_be_captured_is_announced_once_and_launched(
     test_set: tuple[Tensor, Tensor],
 ) -> None:
     images, _ = test_set
-    record = passes.record
+    record, used = passes.record, [0]
 
     def fail(graph: Any, body: Any, *rest: Any) -> Tensor:
         if len(graphs) >= 3:  # the backward of the second size
+            used.append(graphs[0].replays)
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
         return record(graph, body, *rest)
 
@@ -261,6 +262,7 @@ def test_a_pass_that_cannot_be_captured_is_announced_once_and_launched(
     assert len(warned) == 1 and "stream is capturing)" in str(warned[0].message)
     # Those that were captured before are no longer used: a graph that goes may leave them damaged.
     assert len(graphs) == 3 and [graph.open for graph in graphs[:2]] == [False, False]
+    assert used == [0, 1] and graphs[0].replays == 1
 
 
 def test_graphs_are_freed_when_a_search_is_broken_off(
