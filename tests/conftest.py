@@ -19,7 +19,7 @@ import pytest
 import torch
 from made_data import made_npz
 from no_sync import NoSync
-from torch import Tensor
+from torch import Tensor, nn
 
 from reat_fast.kernels.triton_support import INTERPRETED, Backend
 
@@ -78,6 +78,22 @@ def forbid_syncs() -> Iterator[None]:
     """Fail on any operation that would make a program wait for its device."""
     with NoSync():  # type: ignore[no-untyped-call]
         yield
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """Train the small network on which searches of AutoAttack are tested."""
+    from made_search import trained_model  # kernels, which the interpreter is not ready for above
+
+    return trained_model()
+
+
+@pytest.fixture(scope="module")
+def test_set() -> tuple[Tensor, Tensor]:
+    """Make images and labels for it."""
+    from made_search import made
+
+    return made(60, seed=2)
 
 
 @pytest.fixture(scope="session")

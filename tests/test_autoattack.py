@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_search import CLASSES, EPS, EPS_L2, RADII, made, search, trained_model
+from made_search import CLASSES, EPS, EPS_L2, RADII, made, search
 from torch import Tensor, nn
 
 from reat_fast.attack import Norm
@@ -22,17 +22,6 @@ from reat_fast.evaluation.packaged import package_autoattack
 from reat_fast.evaluation.passes import filled_up
 from reat_fast.evaluation.square import square
 from reat_fast.evaluation.victim import Victim, attacked
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return trained_model()
-
-
-@pytest.fixture(scope="module")
-def test_set() -> tuple[Tensor, Tensor]:
-    return made(60, seed=2)
-
 
 Find = Callable[[Victim, Tensor, Tensor, Tensor], Tensor]
 NOISE = 2 * torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_search import made, search, trained_model
+from made_search import search
 from test_graph import patch_cuda
 from torch import Tensor, nn
 
@@ -92,16 +92,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     monkeypatch.setattr(passes, "attack_stream", torch.cuda.Stream)
     monkeypatch.setattr(victim, "can_capture", lambda device: True)
     return made_graphs
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return trained_model()
-
-
-@pytest.fixture(scope="module")
-def test_set() -> tuple[Tensor, Tensor]:
-    return made(60, seed=2)
 
 
 def launched(

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from made_search import EPS, made, search, trained_model
+from made_search import EPS, search
 from torch import Tensor, nn
 
 from reat_fast.evaluation import autoattack
@@ -18,16 +18,6 @@ from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.networks.architectures import Network
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return trained_model()
-
-
-@pytest.fixture(scope="module")
-def test_set() -> tuple[Tensor, Tensor]:
-    return made(60, seed=2)
 
 
 def test_batch_size_and_breaks_change_nothing(
