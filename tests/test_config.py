@@ -58,6 +58,7 @@ def test_the_preset_reat_is_the_official_recipe() -> None:
         (["--no-fused", "--attack-form", "cudnn"], "--attack-form cudnn: is one of the folded"),
         (["reat-batchnorm", "--attack-form", "cpu"], "--attack-form cpu: is one of the folded"),
         (["--attack", "free", "--attack-form", "triton"], "--attack-form triton: is one of the"),
+        (["--attack", "free", "--attack-from", "2"], "--attack-from 2: goes with an attack that"),
         (["--ema", "1"], "--ema 1.0: must lie in [0, 1)"),
         (["--label-smoothing", "2"], "--label-smoothing 2.0: must lie in [0, 1]"),
         (
