@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import test_captured
 import torch
 from made_search import search
 from test_graph import patch_cuda
@@ -24,29 +25,18 @@ from reat_fast.evaluation.attacks import Attack
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.measure import evaluate
 from reat_fast.evaluation.passes import FIRST_LAUNCHES, RecordedPasses, Replays, filled_up
-from reat_fast.evaluation.victim import Victim, attacked
+from reat_fast.evaluation.victim import attacked
 
 SIZE = 12
 
 
-class FakeGraph:
-    """Replays by what it was given to play; `made` are all that were captured."""
+class FakeGraph(test_captured.FakeGraph):
+    """Has memory that others may share."""
 
-    play: Callable[[], None]
-
-    def __init__(self) -> None:
-        self.replays, self.open, self.shares = 0, True, None
+    shares: FakeGraph | None = None
 
     def pool(self) -> FakeGraph:
         return self
-
-    def replay(self) -> None:
-        assert self.open
-        self.replays += 1
-        self.play()
-
-    def reset(self) -> None:
-        self.open = False
 
 
 @pytest.fixture
@@ -68,16 +58,15 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
         static = outcome.detach()
         static.fill_(torch.nan)  # what a capture computes is never seen
 
-        def play() -> None:
+        def played() -> Tensor:
             if forward:
                 live[id(recorded)] = recorded._forward()
-                static.copy_(live[id(recorded)].detach())
-                return
+                return live[id(recorded)].detach()
             # Once, as of a graph whose maps are gone: the next one needs a forward before it.
             logits, inputs = live.pop(id(recorded)), recorded._images
-            static.copy_(torch.autograd.grad(logits, inputs, recorded._by_logits)[0])
+            return torch.autograd.grad(logits, inputs, recorded._by_logits)[0]
 
-        graph.play = play
+        graph.body, graph.outcome = played, static
         return outcome
 
     patch_cuda(
@@ -309,8 +298,3 @@ def test_warnings_of_others_stay_as_they_are(
         for _ in range(FIRST_LAUNCHES + 1):
             found(test_set[0][:SIZE])
     assert graphs and list(warnings.filters) == before
-
-
-def test_a_victim_is_that_of_its_own_search(model: nn.Module) -> None:
-    with attacked(model) as found:  # type: ignore[arg-type]
-        assert isinstance(found, Victim) and found._replays is None
