@@ -24,6 +24,7 @@ from reat_fast.cli.command import exit_code, run_command
 from reat_fast.config import PRESETS, parse
 from reat_fast.data import load_run_data
 from reat_fast.evaluation.saved import weights_sha256
+from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.methods.work import work_of_training
 from reat_fast.sources import download
 from reat_fast.storage.config_file import from_json, to_json
@@ -593,7 +594,8 @@ def test_a_sweep_of_real_runs(
     assert "--subset 0: must be at least 1" in capsys.readouterr().err
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "bench").glob("recipes*.txt"))
+BENCH = Path(__file__).parent.parent / "bench"
+RECIPES = sorted(BENCH.glob("recipes*.txt"))
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -603,6 +605,19 @@ def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
     assert len(lines) > 4
     for name, cost in costs.items():
         assert cost == pytest.approx(costs["at-bsl"], rel=0.02), name
+
+
+def test_every_method_is_measured_on_the_scale_of_a_cpu() -> None:
+    lines = {line.name: line for line in read_lines(BENCH / "methods-quickstart.txt")}
+    assert lines.keys() >= METHOD_PRESETS.keys()
+    same = ("dataset", "largest", "model", "lr", "schedule", "augment", "select")
+    for name, line in lines.items():
+        config, quickstart = line.config, PRESETS["quickstart"]
+        assert line.words[0] == (name if name in METHOD_PRESETS else "at-bsl")
+        assert all(getattr(config, field) == getattr(quickstart, field) for field in same), name
+    cost = work_of_training(lines["at-bsl"].config)
+    for name in ("reat-plus", "fast-start"):
+        assert work_of_training(lines[name].config) == pytest.approx(cost, rel=0.02)
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(
