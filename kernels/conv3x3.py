@@ -151,7 +151,7 @@ def conv3x3_pays(x: Tensor, channels: int) -> bool:
     x [B, C, H, W] is read, channels are written. On an H100 those with resident weights do; the
     others where the largest tile, or else one wave of programs, leaves few processors and products
     unused: 128 images of 128 channels 16x16 in 17.8 us against 21.7, but 28x28, of which tiles of
-    32x8 waste a quarter, in 67.5 against 52.0 (python -m bench.bench_conv3x3). docs/performance.md.
+    32x8 waste a quarter, in 67.5 against 52.0 (python -m bench.bench_conv3x3). docs/kernels.md.
     """
     tile = choose_tile(x, channels)
     if tile.resident:

@@ -19,7 +19,8 @@ from reat_fast.evaluation.attacks import Attack
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-TEXTS = [README, *(file.read_text("utf-8") for file in sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [file.read_text("utf-8") for file in DOCUMENTS]
 COMMANDS = [
     line.split("#")[0].strip()
     for line in README.splitlines()
@@ -103,6 +104,29 @@ def test_every_module_and_data_set_named_exists() -> None:
         assert name in DATASETS
     for file in re.findall(r"`(tests/\w+\.py|bench/[\w/]+\.(?:py|json|csv))`", README):
         assert (ROOT / file).is_file()
+
+
+def anchors(text: str) -> set[str]:
+    """Return what headings are linked by: small letters, digits and hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_links_between_documents_lead_somewhere(file: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", file.read_text("utf-8")):
+        target, _, anchor = link.partition("#")
+        linked = file.parent / target if target else file
+        assert linked.is_file(), link
+        assert not anchor or anchor in anchors(linked.read_text("utf-8")), link
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(file: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", file.read_text("utf-8"), re.MULTILINE):
+        rows = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert rows == [rows[0]] * len(rows), table
+        assert re.fullmatch(r"[|\- ]+", table.splitlines()[1]), table
 
 
 def test_the_training_loop_of_the_documents_runs(capsys: pytest.CaptureFixture[str]) -> None:

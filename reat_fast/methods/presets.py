@@ -75,7 +75,7 @@ METHOD_PRESETS: dict[str, dict[str, object]] = {
     "awp": {**_CE, "epochs": 200, "milestones": (100, 150), "objective": "ce", "awp": 0.005},
     # This project: AT-BSL with averaged weights and AutoAugment, at its cost. Half as many steps of
     # the attack pay for more epochs; where the learning rate falls, and networks overfit, weights
-    # are perturbed. docs/methods.md has the tables, and what did not help.
+    # are perturbed. docs/recipes.md has the tables, and what did not help.
     "reat-plus": {
         **_AT_BSL,
         "ema": 0.999,
