@@ -12,11 +12,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from made_methods import (
+    COUNTS,
+    EPS,
+    EXACT,
+    STEP,
+    gradients,
+    make_images,
+    make_network,
+    make_noise,
+    make_part,
+    make_statistics,
+    named_objective,
+    total,
+)
+from torch import Tensor
 
 from reat_fast.attack import ascend
 from reat_fast.config import PRESETS
-from reat_fast.data import longtail_counts
 from reat_fast.methods import reference
 from reat_fast.methods.attacks import (
     FreePerturbation,
@@ -25,76 +38,18 @@ from reat_fast.methods.attacks import (
 )
 from reat_fast.methods.cosine_head import CosineHead, use_cosine_head
 from reat_fast.methods.objectives import (
-    Objective,
-    Part,
     make_objective,
     robal_margins,
 )
 from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.methods.radii import ClassRadii, class_radius_factors
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
-from reat_fast.models import create_model
-from reat_fast.networks.architectures import Network, TimmNetwork
-from reat_fast.networks.frozen import FrozenNetwork
+from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 from reat_fast.reference import rbl_loss, rbl_weights
 from reat_fast.step import TrainStep
 
-COUNTS = [40, 24, 12, 7, 4]
-EPS, STEP = 8 / 255, 2 / 255
-# Sums of a few hundred float64 terms in another order, eps 2.2e-16, through eight layers.
-EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 OBJECTIVES = ["ce", "bsl", "trades", "mart", "robal", "taet-39", "taet-40"]
-
-
-def make_network(head: str = "linear", dtype: torch.dtype = torch.float64) -> Network:
-    torch.manual_seed(0)
-    network = create_model("resnet8", 5, width=8).to(dtype)
-    if head == "cosine":
-        use_cosine_head(network).compensate_(COUNTS, 0.1)
-    return network.train()
-
-
-def make_images(size: int = 10, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    made = torch.Generator().manual_seed(3)
-    images = torch.rand(size, 3, 8, 8, generator=made, dtype=dtype)
-    # Some pixels at both ends, where clamping a start or not makes a difference.
-    images[:, 0, :2], images[:, 1, :2] = 0.0, 1.0
-    return images, torch.arange(size) % 4  # class 4 is absent
-
-
-def make_noise(images: Tensor, scale: float = EPS, seed: int = 5) -> Tensor:
-    made = torch.Generator().manual_seed(seed)
-    return (torch.rand(images.shape, generator=made, dtype=images.dtype) * 2 - 1) * scale
-
-
-def make_statistics(dtype: torch.dtype = torch.float64) -> ClassStatistics:
-    return ClassStatistics(COUNTS, torch.device("cpu"), dtype)
-
-
-def make_part(clean: Tensor, adv: Tensor, labels: Tensor, epoch: int = 0, **changes: Any) -> Part:
-    histogram = torch.zeros(5, dtype=torch.int64)
-    part = Part(clean, adv, labels, len(labels), torch.tensor(epoch), histogram)
-    return dataclasses.replace(part, **changes)
-
-
-def named_objective(case: str, **constants: Any) -> tuple[Objective, Network, int]:
-    """Make the objective of a case "name" or "name-epoch", with a network and the epoch."""
-    name, _, epoch = case.partition("-")
-    network = make_network("cosine" if name == "robal" else "linear")
-    settings = {"tail": "none", **constants}
-    objective = make_objective(name, network, make_statistics(), **settings)  # type: ignore[arg-type]
-    return objective, network, int(epoch or 0)
-
-
-def total(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
-
-
-def gradients(network: Network) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    assert found
-    return found
 
 
 @pytest.mark.parametrize("case", OBJECTIVES)
@@ -402,223 +357,6 @@ def test_robal_margins_grow_with_the_logarithm_of_the_class_size() -> None:
     ln10 = math.log(10)
     # Float32: a logarithm near 5 keeps 5e-7 of it.
     assert margins.tolist() == pytest.approx([0.1 + 0.06 * ln10, 0.1 + 0.03 * ln10, 0.1], abs=1e-6)
-
-
-def test_class_radii_are_those_of_the_paper_on_cifar10_of_ratio_50() -> None:
-    counts = longtail_counts(5000, 10, 0.02)
-    levels = 8 * class_radius_factors(counts, 0.3)
-    # The paper gives two decimals.
-    assert float(levels[0]) == pytest.approx(5.60, abs=0.005)
-    assert float(levels[-1]) == pytest.approx(12.88, abs=0.005)
-    sizes = torch.tensor(counts, dtype=torch.float64)
-    assert float((levels * sizes).sum() / sizes.sum()) == pytest.approx(8, rel=1e-12)
-    expected = reference.class_radii(counts, 8.0, 0.3)
-    assert levels.tolist() == pytest.approx(expected, rel=1e-12)
-    assert class_radius_factors(counts, 0.0).tolist() == [1.0] * 10
-
-
-def test_class_radii_take_a_class_without_images_for_one_of_a_single_one() -> None:
-    found, expected = (class_radius_factors([40, 24, least], 0.3) for least in (0, 1))
-    assert torch.equal(found, expected)
-    with pytest.raises(ValueError, match="same size"):
-        class_radius_factors([1, 0, 1], 0.3)
-
-
-def test_class_radii_grow_in_equal_steps_from_nothing() -> None:
-    radii = ClassRadii([50, 5], 0.5, 4, torch.device("cpu"), torch.float64)
-    labels = torch.tensor([0, 1, 1])
-    final = class_radius_factors([50, 5], 0.5)[labels]
-    for epoch, share in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
-        torch.testing.assert_close(radii.factors(labels, torch.tensor(epoch)), share * final)
-    at_once = ClassRadii([50, 5], 0.5, 0, torch.device("cpu"), torch.float64)
-    assert torch.equal(at_once.factors(labels, torch.tensor(0)), final)
-
-
-def test_the_cosine_head_gives_scaled_cosines_less_the_prior_and_gives_the_cosines_back() -> None:
-    network = make_network("cosine")
-    images, _ = make_images()
-    logits = network(images)
-    expected = reference.cosines(network, images)
-    shares = torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)
-    torch.testing.assert_close(logits, 10 * expected - 0.1 * shares.log(), **EXACT)
-    head = network.fc
-    assert isinstance(head, CosineHead)
-    torch.testing.assert_close(head.cosines(logits), expected, **EXACT)
-    assert bool((expected.abs() < 1).all())
-
-
-def test_the_cosine_head_takes_a_class_without_images_for_one_of_a_single_one() -> None:
-    head = CosineHead(4, 3)
-    head.compensate_([6, 3, 0], 0.5)
-    torch.testing.assert_close(head.compensation, 0.5 * torch.tensor([0.6, 0.3, 0.1]).log())
-
-
-def test_the_cosine_head_draws_its_weights_as_the_official_code() -> None:
-    torch.manual_seed(2)
-    weights = CosineHead(64, 100).weight.detach()
-    # 6,400 draws from U(-1/8, 1/8): the largest is within 1/6,400 of the range of its end.
-    assert float(weights.max()) == pytest.approx(0.125, rel=0.002)
-    assert float(weights.min()) == pytest.approx(-0.125, rel=0.002)
-
-
-def test_the_cosine_head_of_features_that_are_zero_is_finite() -> None:
-    head = CosineHead(4, 3)
-    features = torch.zeros(2, 4, requires_grad=True)
-    head(features).sum().backward()
-    assert features.grad is not None
-    assert bool(features.grad.isfinite().all())
-
-
-def test_a_network_with_the_cosine_head_is_saved_folded_and_moved_whole() -> None:
-    network = make_network("cosine").eval()
-    images, _ = make_images()
-    fresh = create_model("resnet8", 5, width=8).double()
-    use_cosine_head(fresh)
-    fresh.load_state_dict(network.state_dict())
-    assert torch.equal(fresh.eval()(images), network(images))
-    frozen = FrozenNetwork(network)
-    assert frozen.unfolded == []
-    torch.testing.assert_close(frozen(images), network(images), **EXACT)
-
-
-class Backbone(nn.Module):
-    """What TimmNetwork needs of a timm model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(12, 5)
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head
-
-
-def test_the_cosine_head_finds_its_place_in_a_timm_model() -> None:
-    network = TimmNetwork(Backbone())
-    head = use_cosine_head(network)
-    assert network.fc is head
-    assert head.weight.shape == (5, 12)
-    assert {"backbone.head.weight", "backbone.head.scale"} <= network.state_dict().keys()
-
-
-def test_weights_move_by_gamma_of_their_norm_and_come_back() -> None:
-    network = make_network()
-    images, labels = make_images()
-    before = copy.deepcopy(network.state_dict())
-    with statistics_kept(network):
-        F.cross_entropy(network(images), labels).backward()
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    with pytest.raises(KeyboardInterrupt), WeightPerturbation(network, 0.01).perturbed():
-        for name, weight in network.named_parameters():
-            moved = float((weight.detach() - before[name]).norm())
-            share = 0.01 if weight.ndim > 1 else 0.0
-            assert moved == pytest.approx(share * float(before[name].norm()), rel=1e-9), name
-        raise KeyboardInterrupt
-    for name, tensor in network.state_dict().items():
-        # Added and subtracted: one rounding of 1.1e-16.
-        torch.testing.assert_close(tensor, before[name], rtol=1e-15, atol=1e-16)
-
-
-@pytest.mark.parametrize("gradient", ["zero", "none"])
-def test_a_weight_without_a_gradient_is_not_perturbed(gradient: str) -> None:
-    network = make_network()
-    images, labels = make_images()
-    F.cross_entropy(network(images), labels).backward()
-    assert network.fc.weight.grad is not None
-    network.fc.weight.grad = None if gradient == "none" else network.fc.weight.grad.zero_()
-    before = network.fc.weight.detach().clone()
-    with WeightPerturbation(network, 0.01).perturbed():
-        assert torch.equal(network.fc.weight, before)
-
-
-@pytest.mark.parametrize(("name", "step", "radius"), [("fgsm-rs", 1.25, 1.0), ("n-fgsm", 1.0, 9.0)])
-def test_one_step_attacks_equal_their_reference(name: Any, step: float, radius: float) -> None:
-    network = make_network()
-    clean, labels = make_images()
-    plan = plan_attack(name, eps=EPS, step_size=STEP, steps=10)
-    noise = make_noise(clean, plan.noise_scale)
-    start = plan.settle_(clean + noise)
-    adv = ascend(
-        FrozenNetwork(network),
-        start,
-        clean,
-        labels,
-        eps=plan.radius,
-        step_size=plan.step_size,
-        steps=plan.steps,
-        loss=choose_attack_loss("ce", network, make_statistics(), partial(network, clean)),
-    )
-    expected = reference.one_step_attack(
-        network, clean, labels, noise, step=step * EPS, radius=radius * EPS
-    )
-    torch.testing.assert_close(adv, expected, **EXACT)
-    farthest = float((adv - clean).abs().max())
-    assert farthest > 2 * EPS if name == "n-fgsm" else farthest <= EPS + 1e-12
-
-
-def test_an_attack_maximises_the_loss_of_its_name_summed_over_the_images() -> None:
-    statistics = make_statistics()
-    statistics.next_ae_counts += torch.tensor([30, 1, 20, 0, 9])
-    statistics.end_epoch()
-    made = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(6, 5, generator=made, dtype=torch.float64), torch.arange(6) % 5
-    weights = statistics.weights
-    summed = partial(F.cross_entropy, target=labels, reduction="sum")
-    expected = {
-        "ce": summed(logits),
-        "bsl": summed(logits + torch.tensor(COUNTS, dtype=torch.float64).log()),
-        "rbl": summed(logits, weight=weights.double()),
-        "rbl_offsets": summed(logits + weights.log().double()),
-    }
-    for name, value in expected.items():
-        loss = choose_attack_loss(name, make_network(), statistics, lambda: logits)  # type: ignore[arg-type]
-        torch.testing.assert_close(loss(logits, labels), value, rtol=1e-13, atol=0)
-
-
-def test_starts_have_the_noise_of_their_plan() -> None:
-    images = torch.full((64, 3, 8, 8), 0.5)
-    torch.manual_seed(1)
-    for start, spread in (("uniform", EPS / math.sqrt(3)), ("normal", 0.001), ("none", 0.0)):
-        plan = plan_attack("pgd", eps=EPS, step_size=STEP, steps=1, start=start)  # type: ignore[arg-type]
-        begin = plan.draw_start(images)
-        assert begin.data_ptr() != images.data_ptr()  # an attack works in place
-        noise = begin - images
-        # 12,288 draws: the deviation of a standard deviation is about 1/157 of it.
-        assert float(noise.std()) == pytest.approx(spread, rel=0.04)
-        # As in the official code, PGD's first gradient is taken outside of [0, 1] too.
-        dark = plan.draw_start(torch.zeros(8, 1, 8, 8))
-        assert bool((dark < 0).any()) == (start != "none")
-    wide = plan_attack("n-fgsm", eps=EPS, step_size=STEP, steps=1).draw_start(
-        torch.zeros(8, 1, 8, 8)
-    )
-    assert float(wide.min()) == 0.0
-    assert EPS < float(wide.max()) <= 2 * EPS
-
-
-def test_free_training_equals_its_reference_and_survives_a_stop() -> None:
-    networks = [make_network() for _ in range(2)]
-    optimizers = [torch.optim.SGD(n.parameters(), 0.05, 0.9) for n in networks]
-    images, labels = make_images()
-    free = FreePerturbation((10, 3, 8, 8), EPS, images.device, torch.float64)
-    perturbation = torch.zeros_like(images)
-    for size in (10, 7):  # the second batch is a short one
-        rows, targets = images[:size].roll(size, 2), labels[:size]
-        for _ in range(3):
-            attacked = free.attacked(rows)
-            optimizers[0].zero_grad()
-            F.cross_entropy(networks[0](attacked), targets).backward()
-            free.update_(attacked, rows)
-            optimizers[0].step()
-        perturbation[:size] = reference.free_steps(
-            networks[1], optimizers[1], rows, targets, perturbation[:size], eps=EPS, replays=3
-        )
-        torch.testing.assert_close(free.state_dict()["free_perturbation"], perturbation, **EXACT)
-    for name, tensor in networks[0].state_dict().items():
-        # Six updates with momentum pass the difference of the gradients on.
-        torch.testing.assert_close(tensor, networks[1].state_dict()[name], rtol=1e-9, atol=1e-9)
-    other = FreePerturbation((10, 3, 8, 8), EPS, images.device, torch.float64)
-    other.load_state_dict(free.state_dict())
-    assert torch.equal(other.attacked(images), free.attacked(images))
 
 
 def forward_in(network: Network, low: bool, images: Tensor) -> tuple[Tensor, Tensor]:

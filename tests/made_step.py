@@ -1,0 +1,44 @@
+"""A small network, batches and noise that steps are tested on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reat_fast.loaders import Batch
+from reat_fast.methods.cosine_head import use_cosine_head
+from reat_fast.models import create_model
+from reat_fast.networks.architectures import Network
+
+COUNTS = [40, 24, 12, 7, 4]
+
+
+def make_batch(dtype: torch.dtype = torch.float32, size: int = 12) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(3)
+    images = torch.rand(size, 3, 8, 8, generator=made, dtype=dtype)
+    labels = torch.randint(0, 5, (size,), generator=made)
+    labels[:2] = 4
+    return images, labels
+
+
+def make_noise(images: Tensor, step: int) -> Tensor:
+    made = torch.Generator().manual_seed(100 + step)
+    return (torch.rand(images.shape, generator=made, dtype=images.dtype) * 2 - 1) * 8 / 255
+
+
+def make_model(
+    dtype: torch.dtype = torch.float32, name: str = "resnet8", head: str = "linear"
+) -> Network:
+    torch.manual_seed(0)
+    network = create_model(name, 5, width=8)
+    if head == "cosine":
+        use_cosine_head(network).compensate_(COUNTS, 0.1)
+    return network.to(dtype)
+
+
+def uint8_batch(gather: bool = True) -> Batch:
+    made = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (30, 8, 8, 3), generator=made, dtype=torch.uint8)
+    labels = torch.arange(30) % 5
+    rows = torch.tensor([3, 29, 4, 14, 9, 0, 7, 1])
+    return Batch(images if gather else images[rows], labels[rows], rows, gather=gather)
