@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from reat_fast.storage.config_file import to_json
 EVIL = ["<script>document.title='executed'</script>", "$x$", "a|b", '" onload="x', "&amp;"]
 COUNTS = [400, 200, 100, 50, 10]
 
+SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "0.1"]
+SMALL += ["--batch-size", "16", "--steps", "2", "--held-out", "0.1", "--eval-batch-size", "32"]
+SMALL += ["--lr", "0.05", "--schedule", "onecycle", "--eval-every", "1", "--device", "cpu"]
+
 
 def run(*arguments: object) -> int:
     """Run reat_fast.train on a command line; return its exit code."""
     return run_command(train.main, [str(argument) for argument in arguments])
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's metrics.csv."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def made_run(folder: Path, overall: float = 50.0, **settings: Any) -> Path:

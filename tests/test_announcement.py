@@ -1,0 +1,122 @@
+"""What a run says before its first step, of its attack, its network and flags that do not act."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_data import made_images
+from made_run import SMALL, run
+
+from reat_fast.training import gauge
+from reat_fast.training.announcement import announce
+from reat_fast.training.plan import make_plan
+from reat_fast.training.run import Run
+
+
+def test_free_training_says_what_its_attack_is_and_nothing_of_another(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "reat",
+        *SMALL,
+        "--data",
+        data,
+        "--epochs",
+        1,
+        "--attack",
+        "free",
+        "--tail",
+        "none",
+    ]
+    assert run(*arguments, "--replays", 2, "--run-dir", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "attack: free, along the gradient of training itself, 2 updates on each batch" in shown
+    assert "RBL" not in shown and "tail penalty" not in shown
+
+
+def test_batchnorms_that_cannot_be_folded_are_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["reat", *SMALL, "--model", "preact_resnet18", "--data", data, "--epochs", 1]
+    assert run(*arguments, "--limit-batches", 1, "--run-dir", tmp_path / "run") == 0
+    assert "9 BatchNorms follow no convolution" in capsys.readouterr().out
+
+
+def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_in_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(gauge, "tail_gradient_share", lambda *_, **named: asked.append(named))
+    common = ["reat", *SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+    plain = ["--tail", "none"]
+    for flags in (plain, ["--objective", "ce", *plain], ["--accumulate", "3"]):
+        planned = Run(make_plan([*common, *flags]))
+        assert gauge.penalty_share(planned) is None
+        planned.close()
+    assert [named["batch_size"] for named in asked] == [6]  # of batches of 16 in 3 parts
+    assert asked[0]["steps"] == 2 and asked[0]["form"] == "official"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "at --attack fgsm-rs --start none --steps 5",
+            "attack: fgsm-rs, one step of 10/255 from even noise of 8/255; --start, --steps and "
+            "--step-size do not act",
+        ),
+        (
+            "at --schedule multistep --milestones 1 3 --epochs 2",
+            "--milestones 3: never reached in 2 epochs; the learning rate falls fewer times",
+        ),
+        (
+            "at --schedule multistep --milestones 2 3 --epochs 2",
+            "--milestones 2 3: never reached in 2 epochs; the learning rate does not fall",
+        ),
+        (
+            "taet --second-stage 2 --epochs 2",
+            "--second-stage 2: never reached in 2 epochs, which all train on clean images",
+        ),
+        (
+            "at --awp 0.01 --awp-from 2 --epochs 2",
+            "--awp-from 2: never reached in 2 epochs, in which no weights are perturbed",
+        ),
+        (
+            "at --attack-from 2 --epochs 2",
+            "--attack-from 2: never reached in 2 epochs, which all train on examples of n-fgsm",
+        ),
+        (
+            "at --attack n-fgsm --attack-from 1",
+            "--attack-from 1: does nothing here; it goes with --attack pgd or fgsm-rs",
+        ),
+        ("at --awp-from 2", "--awp-from 2: does nothing here; it goes with --awp above 0"),
+        (
+            "at --beta 3",
+            "--beta 3: does nothing here; it goes with --objective trades, mart or robal",
+        ),
+        (
+            "at --milestones 1 2 --schedule cosine --epochs 3",
+            "--milestones 1 2: does nothing here; it goes with --schedule multistep",
+        ),
+        ("at --imbalance-profile exp", "--imbalance 0.1: drawn from classes that have 60 to 20 "),
+    ],
+)
+def test_what_will_not_act_is_announced(
+    flags: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset, *own = flags.split()
+    labels = np.repeat(np.arange(4), [20, 30, 40, 60])
+    file = tmp_path / "uneven.npz"
+    images = made_images(labels, 3, seed=0)
+    np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    small = [word for word in SMALL if word != "--schedule" and word != "onecycle"]
+    for name, lines in (("said", own), ("silent", ["--imbalance-profile", "as-is"])):
+        given = [preset, *small, "--data", file, *map(str, lines), "--run-dir", tmp_path / name]
+        planned = Run(make_plan([str(word) for word in given]))
+        announce(planned)
+        planned.close()
+        shown = capsys.readouterr().out
+        assert (said in shown) is (name == "said")
