@@ -1,4 +1,4 @@
-"""python -m reat_fast.sweep presets.txt --seeds 0 1 2: several runs one after another, one table.
+"""python -m reat_fast.sweep presets.txt --seeds 0 1 2: several runs, one table.
 
 A line of the file is what follows `python -m reat_fast.train`, behind a name where one is wanted:
 
@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from reat_fast.cli.command import Interrupted, exit_code, parse_flags, run_command
+from reat_fast.cli.command import exit_code, parse_flags, run_command
+from reat_fast.cli.terminal import one_line
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
 from reat_fast.storage.whole_files import refuse_unwritable, write_text
+from reat_fast.training.sweep_programs import Programs
 from reat_fast.training.sweep_runs import (
     SweepRun,
     make_runs,
@@ -36,78 +37,72 @@ from reat_fast.training.sweep_runs import (
     refuse_autoattack_on_few_classes,
 )
 
-STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
-"""Exit codes of a run that was told to stop."""
+Stages = Generator[tuple[str, list[str]], Any, int]
+"""The commands of a run, module and arguments; is sent their exit codes, returns the run's."""
 
 
-def run_all(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> dict[str, int]:
+def run_all(
+    runs: Sequence[SweepRun], out: Path, attacks: Sequence[str], jobs: int = 1
+) -> dict[str, int]:
     """Train and evaluate what is not finished, rewriting the table each time; return exit codes.
 
+    jobs: programs at a time; where there are several, what they print goes to OUT/RUN.log.
     Errors: KeyboardInterrupt where the user stopped a run.
     """
     codes: dict[str, int] = {}
+    by_name = {run.folder.name: run for run in runs}
+    stages = {name: _stages(run, attacks) for name, run in by_name.items()}
+    heads = {name: f"[{n}/{len(runs)}] {name}" for n, name in enumerate(by_name, start=1)}
+    waiting = deque(by_name)
     write_tables(runs, out, attacks)
-    for number, run in enumerate(runs, start=1):
-        head = f"[{number}/{len(runs)}] {run.folder.name}"
-        codes[run.folder.name] = 0
-        if run.state != "finished":
-            if run.state == "new" and run.folder.exists():
-                shutil.rmtree(run.folder)  # ended before its first step, so nothing is lost
-            code = _run(head, "reat_fast.train", run.arguments)
-            codes[run.folder.name] = 1 if code == 0 and run.state != "finished" else code
-            write_tables(runs, out, attacks)
-        elif not run.missing(attacks):
-            print(f"{head}: finished", flush=True)
-        if run.state == "finished" and (missing := run.missing(attacks)):
-            codes[run.folder.name] = _evaluate(head, run, missing)
-            write_tables(runs, out, attacks)
+    with Programs(jobs) as programs:
+        while waiting or programs.busy:
+            if waiting and programs.has_room:
+                name, code = waiting.popleft(), None
+            else:
+                name, code = programs.wait()
+                write_tables(runs, out, attacks)
+            log = out / f"{name}.log" if jobs > 1 else None
+            try:
+                module, arguments = stages[name].send(code)
+            except StopIteration as end:
+                codes[name] = end.value
+                _tell_end(heads[name], end.value, log, nothing_ran=code is None)
+                continue
+            told = "" if log is None else f" > {log}"
+            print(f"{heads[name]}: python -m {module} {shlex.join(arguments)}{told}", flush=True)
+            on_any_gpu = by_name[name].line.config.device in ("auto", "cuda")
+            programs.start(name, [sys.executable, "-m", module, *arguments], log, on_any_gpu)
     return codes
 
 
-def _evaluate(head: str, run: SweepRun, missing: Sequence[str]) -> int:
-    """Add attacks to a finished run; returns 1 where its figures lack one of them still."""
-    code = _run(head, "reat_fast.evaluate", run.evaluation(missing))
-    still = run.missing(missing)
-    if code == 0 and still:
-        print(
-            f"{head}: {run.figures} still lacks {' '.join(still)}, for it was measured under other "
-            "conditions; move it away and start the sweep again",
-            file=sys.stderr,
-        )
-        return 1
-    return code
+def _tell_end(head: str, code: int, log: Path | None, nothing_ran: bool) -> None:
+    """Say how a run ended, where its own program has not said it on the terminal."""
+    if nothing_ran or (log is not None and code == 0):
+        print(f"{head}: finished", flush=True)
+    elif log is not None:
+        last = log.read_text("utf-8", "replace").rstrip().rpartition("\n")[2]
+        print(f"{head}: exit code {code}: {one_line(last)}", file=sys.stderr, flush=True)
 
 
-def _run(head: str, module: str, arguments: Sequence[str]) -> int:
-    print(f"{head}: python -m {module} {shlex.join(arguments)}", flush=True)
-    code = run_program([sys.executable, "-m", module, *arguments])
-    if code in STOPPED:
-        raise Interrupted if code in (143, -signal.SIGTERM) else KeyboardInterrupt
-    return code
-
-
-def run_program(command: Sequence[str]) -> int:
-    """Run a program to its end and return its exit code.
-
-    It stands in a session of its own, and what would end this process is passed on to it once: it
-    ends between two steps, with everything saved, and KeyboardInterrupt follows.
-    """
-    program = subprocess.Popen(command, start_new_session=True)
-    passed_on: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        passed_on.append(number)
-        program.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
-        code = program.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if passed_on:
-        raise KeyboardInterrupt if passed_on[0] == signal.SIGINT else Interrupted
+def _stages(run: SweepRun, attacks: Sequence[str]) -> Stages:
+    """Train a run to its end and add the attacks that its figures lack."""
+    code = 0
+    if run.state != "finished":
+        if run.state == "new" and run.folder.exists():
+            shutil.rmtree(run.folder)  # ended before its first step, so nothing is lost
+        code = yield "reat_fast.train", run.arguments
+        code = 1 if code == 0 and run.state != "finished" else code
+    if run.state == "finished" and (missing := run.missing(attacks)):
+        code = yield "reat_fast.evaluate", run.evaluation(missing)
+        still = run.missing(missing)
+        if code == 0 and still:
+            print(
+                f"{run.folder.name}: {run.figures} still lacks {' '.join(still)}, for it was "
+                "measured under other conditions; move it away and start the sweep again",
+                file=sys.stderr,
+            )
+            return 1
     return code
 
 
@@ -130,7 +125,7 @@ def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class Options:
-    """Run several presets with several seeds, one after another, and sum them up."""
+    """Run several presets with several seeds, one or some at a time, and sum them up."""
 
     presets: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Text file with one run a line: [NAME:] PRESET [FLAGS ...]; # begins a comment."""
@@ -146,6 +141,8 @@ class Options:
     """Make the table of so many test images, evenly spread over the set; unset: of all."""
     precision: Precision | None = None
     """Arithmetic in which the attacks of the table search; unset: that of each run."""
+    jobs: int = 1
+    """Runs at a time. Several GPUs are shared out among them, the cores of a CPU too."""
     dry_run: bool = False
     """Only list what would run."""
 
@@ -159,6 +156,8 @@ class Options:
             Attack.from_name(name, 0.0, 0.0)
         if self.subset is not None and self.subset < 1:
             raise ValueError(f"--subset {self.subset}: must be at least 1")
+        if self.jobs < 1:
+            raise ValueError(f"--jobs {self.jobs}: must be at least 1")
 
     @property
     def all_attacks(self) -> list[str]:
@@ -188,7 +187,7 @@ def main(arguments: list[str]) -> int:
         return 0
     refuse_unwritable(out / "summary.md")
     try:
-        codes = run_all(runs, out, options.all_attacks)
+        codes = run_all(runs, out, options.all_attacks, options.jobs)
     except KeyboardInterrupt as interrupt:
         command = shlex.join(["python", "-m", "reat_fast.sweep", *arguments])
         print(f"stopped; go on with: {command}", file=sys.stderr)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from made_data import made_npz
 
 from reat_fast import evaluate, sweep, train
 from reat_fast.checkpoint import CHECKPOINT
-from reat_fast.cli.command import exit_code, run_command
+from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, parse
 from reat_fast.data import load_run_data
 from reat_fast.evaluation.saved import weights_sha256
@@ -28,7 +24,7 @@ from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.methods.work import work_of_training
 from reat_fast.sources import download
 from reat_fast.storage.config_file import from_json, to_json
-from reat_fast.training import sweep_runs
+from reat_fast.training import sweep_programs, sweep_runs
 from reat_fast.training.run_folder import epochs_done
 from reat_fast.training.sweep_runs import make_runs, read_lines
 
@@ -87,10 +83,22 @@ class Trainer:
         return [Path(words[1 if words[0] == "--resume" else -1]).name for words in self.commands]
 
 
+class Done:
+    """A program that has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.wait = lambda: code
+
+
+def run_with(program: Callable[[Sequence[str]], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a sweep would start run in this process, one at a time."""
+    monkeypatch.setattr(sweep_programs, "begin", lambda command, *_: Done(program(command)))
+
+
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     stand_in = Trainer()
-    monkeypatch.setattr(sweep, "run_program", stand_in)
+    run_with(stand_in, monkeypatch)
     return stand_in
 
 
@@ -296,7 +304,7 @@ def test_the_data_of_all_lines_may_be_named_once(
 def test_runs_of_other_images_are_not_taken_for_those_of_the_data_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweep, "run_program", run_here)
+    run_with(run_here, monkeypatch)
     data, other = made_npz(tmp_path / "made.npz"), tmp_path / "other.npz"
     arrays = dict(np.load(data))
     np.savez(other, **(arrays | {"x_train": 255 - arrays["x_train"]}))  # labels and sizes agree
@@ -466,35 +474,6 @@ def test_evaluations_under_other_conditions_are_not_averaged(
     assert "evaluation.json: damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_program_is_told_to_stop_once_and_may_save(tmp_path: Path, number: int) -> None:
-    before = signal.getsignal(number)
-    begun, told = tmp_path / "begun", tmp_path / "told"
-    script = f"""
-import pathlib, signal, time
-def tell(number, _):
-    with open({str(told)!r}, "a") as file: print(number, file=file)
-signal.signal({number:d}, tell)
-pathlib.Path({str(begun)!r}).touch()
-while not pathlib.Path({str(told)!r}).exists(): time.sleep(0.01)
-time.sleep(0.2)
-"""
-
-    def stop() -> None:
-        while not begun.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        sweep.run_program([sys.executable, "-c", script])
-    thread.join()
-    assert exit_code(interrupt.value) == 128 + number
-    assert told.read_text() == f"{number:d}\n"
-    assert signal.getsignal(number) == before
-
-
 def test_a_run_that_was_tested_by_the_steps_of_its_training_is_tested_again(
     presets: Path, tmp_path: Path, trainer: Trainer
 ) -> None:
@@ -508,10 +487,6 @@ def test_a_run_that_was_tested_by_the_steps_of_its_training_is_tested_again(
     assert [words[:2] for words in trainer.commands] == [["--resume", str(folder)]]
 
 
-def test_a_program_gives_its_exit_code() -> None:
-    assert sweep.run_program([sys.executable, "-c", "raise SystemExit(7)"]) == 7
-
-
 def run_here(command: Sequence[str]) -> int:
     """Run a program of a sweep in this process, without the seconds of starting one."""
     modules = {"reat_fast.train": train, "reat_fast.evaluate": evaluate}
@@ -521,7 +496,7 @@ def run_here(command: Sequence[str]) -> int:
 def test_a_run_of_few_batches_gets_its_attacks_on_the_images_of_its_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweep, "run_program", run_here)
+    run_with(run_here, monkeypatch)
     data = made_npz(tmp_path / "made.npz")
     presets, out = tmp_path / "presets.txt", tmp_path / "out"
     presets.write_text(f"small: reat {SMALL} --data {data} --limit-batches 1\n")
@@ -548,7 +523,7 @@ def test_a_run_of_few_batches_gets_its_attacks_on_the_images_of_its_test(
 def test_a_sweep_of_real_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweep, "run_program", run_here)
+    run_with(run_here, monkeypatch)
     data = made_npz(tmp_path / "made.npz")
     presets, out = tmp_path / "presets.txt", tmp_path / "out"
     small = f"small: reat {SMALL} --data {data}\n"
@@ -592,6 +567,59 @@ def test_a_sweep_of_real_runs(
     assert more["attacks"] == found["attacks"] | {"fgsm": more["attacks"]["fgsm"]}
     assert command(presets, "--out", out, "--subset", 0) == 2
     assert "--subset 0: must be at least 1" in capsys.readouterr().err
+    assert command(presets, "--out", out, "--jobs", 0) == 2
+    assert "--jobs 0: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute with one thread here and in programs: another number may sum in another order."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_runs_beside_each_other_end_with_the_bits_of_one_after_another(
+    one_thread: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = made_npz(tmp_path / "made.npz")
+    presets, beside, alone = tmp_path / "presets.txt", tmp_path / "beside", tmp_path / "alone"
+    huge = f"huge: reat {SMALL} --data {data} --batch-size 9999\n"
+    presets.write_text(f"small: reat {SMALL} --data {data}\n{huge}")
+    assert command(presets, "--seeds", 0, 1, "--jobs", 2, "--out", beside, "--attacks", "fgsm") == 1
+    shown = capsys.readouterr()
+    for head in ("[1/4] small-seed0", "[2/4] small-seed1"):
+        log = beside / f"{head.split()[1]}.log"
+        assert (
+            f"{head}: python -m reat_fast.train reat " in shown.out and f" > {log}\n" in shown.out
+        )
+        assert f"{head}: python -m reat_fast.evaluate " in shown.out
+        assert f"{head}: finished\n" in shown.out
+        assert log.read_text().count("testing on 24 images") == 1
+    for head in ("[3/4] huge-seed0", "[4/4] huge-seed1"):
+        assert f"{head}: exit code 2: error: --batch-size 9999: " in shown.err
+    assert "2 of 4 runs failed: huge-seed0 (exit code 2), huge-seed1 (exit code 2)" in shown.err
+    run_with(run_here, monkeypatch)
+    assert command(presets, "--seeds", 0, 1, "--out", alone, "--attacks", "fgsm") == 1
+    assert not list(alone.glob("*.log"))
+    for name in ("small-seed0", "small-seed1"):
+        weights = [(out / name / "best.safetensors").read_bytes() for out in (beside, alone)]
+        assert weights[0] == weights[1]
+
+    def figures(out: Path) -> list[dict[str, str]]:
+        with (out / "summary.csv").open(newline="") as file:
+            return [
+                {k: v for k, v in row.items() if not k.startswith("seconds")}
+                for row in csv.DictReader(file)
+            ]
+
+    assert figures(beside) == figures(alone)
 
 
 BENCH = Path(__file__).parent.parent / "bench"
