@@ -597,7 +597,7 @@ def test_runs_beside_each_other_end_with_the_bits_of_one_after_another(
     for head in ("[1/4] small-seed0", "[2/4] small-seed1"):
         log = beside / f"{head.split()[1]}.log"
         assert (
-            f"{head}: python -m reat_fast.train reat " in shown.out and f" > {log}\n" in shown.out
+            f"{head}: python -m reat_fast.train reat " in shown.out and f" >> {log}\n" in shown.out
         )
         assert f"{head}: python -m reat_fast.evaluate " in shown.out
         assert f"{head}: finished\n" in shown.out
