@@ -73,7 +73,7 @@ def run_all(
             print(f"{heads[name]}: python -m {module} {shlex.join(arguments)}{told}", flush=True)
             on_any_gpu = by_name[name].line.config.device in ("auto", "cuda")
             programs.start(name, [sys.executable, "-m", module, *arguments], log, on_any_gpu)
-    return codes
+    return {name: codes[name] for name in by_name}  # in their order, whichever ended first
 
 
 def _tell_end(head: str, code: int, log: Path | None, nothing_ran: bool) -> None:
