@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,38 @@ def test_a_failed_run_does_not_end_the_sweep_and_is_named(
     assert trainer.names[-1] == "short-seed1"
     assert "1 of 4 runs failed: reat-seed1 (exit code 3)" in capsys.readouterr().err
     assert "| 1 of 2 |" in (out / "summary.md").read_text()
+
+
+def test_failed_runs_are_named_in_the_order_of_the_file_whichever_ended_first(
+    presets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended = threading.Event()
+
+    class Failing:
+        """The first of two programs ends after the second."""
+
+        def __init__(self, command: Sequence[str], log: Path, environment: object) -> None:
+            self.first = "--epochs" not in command
+            log.write_text(f"error: {log.stem}\n")
+
+        def wait(self) -> int:
+            if self.first:
+                ended.wait()
+                time.sleep(0.2)
+                return 3
+            ended.set()
+            return 4
+
+    monkeypatch.setattr(sweep_programs, "begin", Failing)
+    assert command(presets, "--out", tmp_path / "out", "--jobs", 2) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "[2/2] short-seed0: exit code 4: error: short-seed0",
+        "[1/2] reat-seed0: exit code 3: error: reat-seed0",
+        "2 of 2 runs failed: reat-seed0 (exit code 3), short-seed0 (exit code 4)",
+    ]
 
 
 @pytest.mark.parametrize("code", [130, 143])  # as SIGINT and SIGTERM end a run
