@@ -56,7 +56,7 @@ def environment() -> dict[str, object]:
         "extras": {name: version for name in EXTRAS if (version := _version(name))},
         "os": _operating_system(),
         "cpu": _cpu_model(),
-        "cpu_cores": _cpu_cores(),
+        "cpu_cores": cpu_cores(),
         "memory_gib": _memory_gib(),
         "driver": next((row["driver"] for row in smi.values()), None),
         "gpus": _gpus(smi),
@@ -140,8 +140,8 @@ def _cpu_model() -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def _cpu_cores() -> int | None:
-    # Cores this process may use: on a shared machine fewer than there are.
+def cpu_cores() -> int | None:
+    """Return the cores this process may use: on a shared machine fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

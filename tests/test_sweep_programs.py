@@ -152,7 +152,7 @@ def test_gpus_and_cores_are_shared_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(sweep_programs, "_cores", lambda: 8)
+    monkeypatch.setattr(sweep_programs, "cpu_cores", lambda: 8)
     kept = {"HOME": "here", **environment}
     found = [share_of(slot, 3, True, kept) for slot in range(3)]
     assert found == [{"OMP_NUM_THREADS": "2", **kept, **share} for share in shares]

@@ -13,12 +13,13 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 
 from reat_fast.cli.command import Interrupted
+from reat_fast.env import cpu_cores
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -39,12 +40,7 @@ class Programs:
         self._before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # An error of this program, too, leaves none behind that nobody waits for.
         if self._stop is None:
             self._tell_all(signal.SIGTERM)
@@ -132,13 +128,9 @@ def share_of(slot: int, jobs: int, gpu: bool, environment: Mapping[str, str]) ->
     """
     if jobs == 1:
         return dict(environment)
-    own = {"OMP_NUM_THREADS": str(max(1, _cores() // jobs)), **environment}
+    own = {"OMP_NUM_THREADS": str(max(1, (cpu_cores() or 1) // jobs)), **environment}
     named = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(n) for n in range(torch.cuda.device_count())] if named is None else named.split(",")
     if gpu and len(gpus) > 1:
         own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)].strip()
     return own
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
