@@ -126,7 +126,7 @@ def _affine_relu_case(batch: int, channels: int, size: int, linked: bool) -> Cas
         def call(backend: Backend) -> object:
             if backend == "torch":
                 total = x + added
-                output = F.relu(F.batch_norm(total, zeros, ones, scale, shift, eps=0.0))
+                output = F.relu(F.batch_norm(total, zeros, ones, scale, shift))
             elif linked:
                 output, total = affine_relu_linked(x, scale, shift, added, backend=backend)
             else:

@@ -34,6 +34,7 @@ from reat_fast.engine.precision import Precision, determinism
 from reat_fast.evaluate import evaluate
 from reat_fast.evaluation import captured
 from reat_fast.evaluation.apgd import targeted_dlr
+from reat_fast.evaluation.attacks import Attack
 from reat_fast.evaluation.captured import CapturedAscent
 from reat_fast.evaluation.passes import FIRST_LAUNCHES, RecordedPasses, Replays
 from reat_fast.evaluation.victim import attacked
@@ -332,7 +333,9 @@ def test_autoattack_from_graphs_has_the_figures_of_a_launched_one(
 
     def found() -> dict[str, Any]:
         images, model = labelled_images(BATCH), make_victim().cuda()
-        figures: dict[str, Any] = evaluate(model, images, [attack(name)], 4, eps=EPS)["attacks"]
+        # A radius in L2 at which a fifth stands, as at EPS in L-infinity: at 128/255 none does.
+        chosen = Attack.from_name(name, EPS, l2_eps=0.12)
+        figures: dict[str, Any] = evaluate(model, images, [chosen], 4, eps=EPS)["attacks"]
         return figures
 
     replayed, count = found(), len(captured)
@@ -440,7 +443,8 @@ def test_a_short_training_learns(
     arguments = ["reat", "--fused", "--dataset", "npz", "--data", data, "--run-dir", run_dir]
     arguments += ["--model", "resnet18", "--width", 16, "--epochs", 6, "--imbalance", 0.1]
     arguments += ["--batch-size", 12, "--eps", "2/255", "--step-size", "1/255", "--no-augment"]
-    arguments += ["--lr", 0.05, "--graph", graph, "--device", "cuda"]
+    # At 0.05 the loss of so few steps is as high after as before in one of three seeds.
+    arguments += ["--lr", 0.01, "--graph", graph, "--device", "cuda"]
     assert run_command(train.main, [str(argument) for argument in arguments]) == 0
     assert ("one CUDA graph" in capsys.readouterr().out) == (graph == "auto")
     with (run_dir / "metrics.csv").open(newline="") as file:

@@ -82,7 +82,7 @@ PREDICTED = [6, 51, 2, 9, 1]  # adversarial examples by predicted class: weights
 
 
 @pytest.mark.parametrize(
-    ("name", "epoch"), [*((name, 50) for name in METHOD_PRESETS), ("reat-plus", 145)]
+    ("name", "epoch"), [*((name, 50) for name in METHOD_PRESETS), ("reat-plus", 377)]
 )
 def test_two_steps_of_a_preset_equal_two_reference_steps(name: str, epoch: int) -> None:
     settings: dict[str, Any] = METHOD_PRESETS[name]
