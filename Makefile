@@ -29,7 +29,7 @@ verify: .venv/installed ## compare every fast path with the reference on this ma
 	$(python) -m reat_fast.verify
 
 # python=... names an interpreter, where no environment can be made; of test tools that it lacks, bench/gpu.py says the cost.
-# DATA=FILE.npz is CIFAR-10 for the trainings, OFFICIAL=CLONE the official code, CALL=2 to CALL=5 the calls after the first.
+# DATA=FILE.npz is CIFAR-10 for the trainings, OFFICIAL=CLONE the official code, CALL=2 to CALL=6 the calls after the first.
 gpu: ## run what only a CUDA device can show, in calls of 10 minutes (CALL=1, DATA=FILE.npz, OFFICIAL=CLONE)
 	$(python) -m bench.gpu --out gpu-results $(if $(CALL),--call $(CALL)) $(if $(DATA),--data "$(DATA)") \
 		$(if $(OFFICIAL),--official "$(OFFICIAL)")

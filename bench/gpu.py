@@ -1,4 +1,4 @@
-"""python -m bench.gpu --out DIR: everything that only a CUDA device can show, in five calls.
+"""python -m bench.gpu --out DIR: everything that only a CUDA device can show, in six calls.
 
 Parity, the tests marked gpu, the ladder of the step, evaluation, trainings, AutoAttack,
 convolutions, kernels and loaders one after another, each a program of its own with a limit, so that
@@ -10,8 +10,8 @@ A call ends within 10 minutes, and all take the same DIR. --call 1, which is the
 most: verify, tests, ladder, evaluation, the training of reat and its AutoAttack. --call 2 trains
 and attacks reat-plus and times a whole epoch. --call 3 times kernels, convolutions and WideResNet;
 --call 4 trains and attacks at-bsl, runs kernels under compute-sanitizer, and times loaders and what
-compiles for minutes; --call 5 trains and attacks the recipe fast-start. gpu_parts.py has the
-estimates.
+compiles for minutes; --call 5 and --call 6 train and attack reat-plus with the seeds 1 and 2.
+gpu_parts.py has the estimates.
 A training or an AutoAttack that was cut short goes on where it was when it runs again with the same
 DIR: --parts train-reat attack-reat.
 

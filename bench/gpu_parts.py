@@ -1,8 +1,9 @@
 """The programs of bench/gpu.py: what each runs, how long it should take, and in which call it is.
 
-A call has at most 10 minutes and there are five, so the first holds what decides most. Estimates
-are seconds on one H100: of verify, step and evaluation near what they took there, of trainings and
-attacks reckoned from others of their kind, the rest guesses. Those of a call fit its 9.25 minutes
+A call has at most 10 minutes and there are six, so the first holds what decides most. Estimates
+are seconds on one H100: of verify, step and evaluation near what they took there, of reat-plus
+near what it took on an H200, of other trainings and attacks reckoned from those of their kind, the
+rest guesses. Those of a call fit its 9.25 minutes
 together, limits need not.
 """
 
@@ -16,7 +17,6 @@ from typing import Literal
 
 from bench.sanitizer import ENVIRONMENT, FILES, SINGLE, TESTS, compute_sanitizer
 from reat_fast.checkpoint import has_checkpoint
-from reat_fast.training.sweep_runs import read_lines
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Options:
 
     out: Path
     """Folder for logs, tables, runs and summary.json; the same one for all calls."""
-    call: Literal[1, 2, 3, 4, 5] = 1
-    """Which of the calls: what decides most, reat-plus, single kernels, the rest, fast-start."""
+    call: Literal[1, 2, 3, 4, 5, 6] = 1
+    """Which: what decides most, reat-plus, single kernels, the rest, reat-plus of seeds 1 and 2."""
     data: Path | None = None
     """CIFAR-10 as .npz (x_train, y_train, x_test, y_test) for the trainings; unset: none is run."""
     official: Path | None = None
@@ -80,8 +80,6 @@ TOOLS = {
 }
 """Packages that the parts use beside those of the run time, and what is lost without them."""
 
-RECIPES = Path(__file__).with_name("recipes.txt")
-
 STEP = ["-m", "bench.bench_step", "--labels", "long-tailed", "--keep"]
 """Classes as in training: the plain and the official form loop over samples of rare ones."""
 
@@ -95,7 +93,8 @@ def parts(options: Options) -> Iterator[Part]:
     yield from _second_call(options)
     yield from _third_call(options)
     yield from _fourth_call(options)
-    yield from _fifth_call(options)
+    for seed in (1, 2):
+        yield from _call_of_seed(options, seed, 4 + seed)
 
 
 def _first_call(options: Options) -> Iterator[Part]:
@@ -115,8 +114,8 @@ def _first_call(options: Options) -> Iterator[Part]:
 
 def _second_call(options: Options) -> Iterator[Part]:
     # At the cost of at-bsl: 2,300 forward passes for each training image.
-    yield _training(options, "reat-plus", 2, ["reat-plus"], seconds=300, estimate=215)
-    yield _attacks(options, "reat-plus", 2, [], seconds=240, estimate=200)
+    yield _training(options, "reat-plus", 2, ["reat-plus"], seconds=320, estimate=240)
+    yield _attacks(options, "reat-plus", 2, [], seconds=240, estimate=130)
     epoch = ["-m", "bench.bench_epoch", "--repeats", "1", "--keep", *_official(options)]
     yield Part("epoch", epoch, 150, 80, 2)
     yield from _without_official(options, "official epoch", 2)
@@ -157,10 +156,10 @@ def _fourth_call(options: Options) -> Iterator[Part]:
     yield Part("step-autotune", autotune, 400, 190, 4)
 
 
-def _fifth_call(options: Options) -> Iterator[Part]:
-    (line,) = (line for line in read_lines(RECIPES) if line.name == "fast-start")
-    yield _training(options, line.name, 5, list(line.words), seconds=320, estimate=270)
-    yield _attacks(options, line.name, 5, [], seconds=240, estimate=200)
+def _call_of_seed(options: Options, seed: int, call: int) -> Iterator[Part]:
+    name, flags = f"reat-plus-seed{seed}", ["reat-plus", "--seed", str(seed)]
+    yield _training(options, name, call, flags, seconds=320, estimate=240)
+    yield _attacks(options, name, call, [], seconds=240, estimate=130)
 
 
 def _official(options: Options) -> list[str]:

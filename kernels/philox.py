@@ -121,20 +121,34 @@ def _array(value: Any) -> Any:
 
 @jit
 def philox_words(seed, epoch, sample, block, PURPOSE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Draw the four words of each counter, uint32: the kernels' `random_bits`."""
-    return tl.philox(
-        seed,
-        block.to(tl.uint32),
-        sample.to(tl.uint32),
-        epoch.to(tl.uint32),
-        tl.full([], PURPOSE, tl.uint32),
-    )
+    """Draw the four words of each counter, uint32: the kernels' `random_bits`.
+
+    One product of 64 bits where tl.philox takes one for the upper and one for the lower half.
+    """
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    word0, word1 = block.to(tl.uint32), sample.to(tl.uint32)
+    word2, word3 = epoch.to(tl.uint32), tl.full([], PURPOSE, tl.uint32)
+    for _ in tl.static_range(10):
+        product0 = word0.to(tl.uint64) * 0xD2511F53
+        product2 = word2.to(tl.uint64) * 0xCD9E8D57
+        word0 = (product2 >> 32).to(tl.uint32) ^ word1 ^ key0
+        word2 = (product0 >> 32).to(tl.uint32) ^ word3 ^ key1
+        word1, word3 = product2.to(tl.uint32), product0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return word0, word1, word2, word3
 
 
 @jit
 def uniform_word(word):  # type: ignore[no-untyped-def]
     """Turn words into float32 numbers in [0, 1), exactly as `uniform`."""
     return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+
+
+@jit
+def signed_word(word):  # type: ignore[no-untyped-def]
+    """Turn words into float32 numbers in [-1, 1), exactly as 2 * `uniform` - 1."""
+    return (word >> 8).to(tl.int32).to(tl.float32) * 1.1920928955078125e-07 - 1  # 2**-23
 
 
 @jit

@@ -134,6 +134,10 @@ def reference_step(
     name = settings.get("attack_loss", "auto")
     loss = losses[name] if name != "kl" else reference.trades_attack_loss(network, clean)
     scale = 0.001 if settings.get("start") == "normal" else EPS
+    step_sizes = [r / EPS * settings.get("step_size", STEP) for r in radii]
+    steps = settings.get("steps", 10)
+    if epoch < settings.get("attack_from", 0):  # N-FGSM, which is not brought back to the radius
+        scale, steps, step_sizes, radii = 2 * EPS, 1, radii, [math.inf] * len(radii)
     adv = reference.attack(
         network,
         clean,
@@ -141,8 +145,8 @@ def reference_step(
         clean + noise * scale / EPS,
         loss=loss,
         radii=radii,
-        step_sizes=[r / EPS * settings.get("step_size", STEP) for r in radii],
-        steps=settings.get("steps", 10),
+        step_sizes=step_sizes,
+        steps=steps,
         batchnorm=settings.get("attack_batchnorm", "eval"),
     )
     network.train()

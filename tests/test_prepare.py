@@ -70,6 +70,14 @@ def test_clean_is_the_crop_and_flip_by_hand(
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_every_byte_is_divided_to_the_bit(place: Place) -> None:
+    backend, device = place
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    one, settings = torch.zeros(1, dtype=torch.int64), {"padding": 0, "flip": False}
+    clean, _ = prepare(image.to(device), one.to(device), 0, 0, EPS, **settings, backend=backend)  # type: ignore[arg-type]
+    assert torch.equal(clean.cpu().flatten(), torch.arange(256, dtype=torch.float32) / 255)
+
+
 def test_many_samples_draw_the_crops_and_flips_by_hand(place: Place) -> None:
     backend, device = place
     images = random_images(1, 3, 4, 1, device).expand(200, -1, -1, -1).contiguous()
