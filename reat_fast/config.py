@@ -232,6 +232,26 @@ PRESETS: dict[str, Config] = {"reat": METHODS["reat"], "quickstart": QUICKSTART,
 others are the methods of the field: docs/methods.md."""
 
 
+SHARES = ("milestones", "second_stage", "attack_from", "awp_from")
+"""Numbers of epochs to finish before something changes."""
+
+
+def in_proportion(recipe: Config, epochs: int) -> Config:
+    """Return a recipe for another number of epochs, in which each change comes at its share."""
+
+    def share(epoch: int) -> int:
+        return epoch * epochs // recipe.epochs
+
+    return replace(
+        recipe,
+        epochs=epochs,
+        milestones=tuple(max(1, share(epoch)) for epoch in recipe.milestones),
+        second_stage=share(recipe.second_stage),
+        attack_from=share(recipe.attack_from),
+        awp_from=share(recipe.awp_from),
+    )
+
+
 def parse(
     arguments: list[str],
     default_preset: str,
@@ -241,7 +261,7 @@ def parse(
     """Read the command line: a preset's name first, then flags.
 
     Returns the preset's name and the configuration; flags change the preset or, where it is given,
-    `default`.
+    `default`. A preset of another length keeps the shares of its epochs: see in_proportion.
     Errors: ValueError with one line for an unknown preset or flag and for a value that cannot be.
     """
     preset, rest = default_preset, list(arguments)
@@ -253,7 +273,12 @@ def parse(
             raise ValueError(f"unknown preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
     flags = f"{program} [{'|'.join(PRESETS)}]"
     config = parse_flags(Config, rest, flags, PRESETS[preset] if default is None else default)
-    named = any(given.partition("=")[0] == "--largest" for given in rest)
-    if config.imbalance_profile == "as-is" and not named:
+    named = {given.partition("=")[0].strip("-").replace("-", "_") for given in rest}
+    if config.imbalance_profile == "as-is" and "largest" not in named:
         config = replace(config, largest=None)  # a preset's, for the set that it is made for
+    if default is None:
+        shares = in_proportion(PRESETS[preset], config.epochs)
+        for name in SHARES:
+            if name not in named:
+                config = replace(config, **{name: getattr(shares, name)})
     return preset, config

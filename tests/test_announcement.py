@@ -69,6 +69,10 @@ def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_i
             "--step-size do not act",
         ),
         (
+            "reat-plus --epochs 150 --awp 0",
+            "150 epochs in place of 403, so in proportion --milestones 140 146 --attack-from 140\n",
+        ),
+        (
             "at --schedule multistep --milestones 1 3 --epochs 2",
             "--milestones 3: never reached in 2 epochs; the learning rate falls fewer times",
         ),

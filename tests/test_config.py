@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from reat_fast.cli.command import flag
 from reat_fast.cli.radius import fraction
-from reat_fast.config import PRESETS, Config, parse
+from reat_fast.config import PRESETS, SHARES, Config, in_proportion, parse
 from reat_fast.storage.config_file import changes, from_json, to_json
 
 
@@ -18,8 +19,45 @@ def test_the_first_word_chooses_the_preset_and_flags_change_it() -> None:
     name, config = parse(["quickstart", "--epochs", "3", "--no-fused", "--eps", "4/255"], "reat")
     assert name == "quickstart"
     assert (config.epochs, config.fused, config.eps) == (3, False, 4 / 255)
-    changed = dataclasses.replace(PRESETS["quickstart"], epochs=3, fused=False, eps=4 / 255)
-    assert config == changed
+    shorter = in_proportion(PRESETS["quickstart"], 3)
+    assert config == dataclasses.replace(shorter, fused=False, eps=4 / 255)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        ("at-bsl --epochs 200", {"milestones": (150, 180)}),
+        ("at-bsl --epochs=10", {"milestones": (7, 9)}),
+        ("at-bsl --epochs 1", {"milestones": (1, 1)}),
+        ("at-bsl --epochs 10 --milestones 3", {"milestones": (3,)}),
+        ("taet --epochs 10", {"milestones": (7, 9), "second_stage": 4}),
+        (
+            "reat-plus --epochs 100",
+            {"milestones": (93, 97), "attack_from": 93, "awp_from": 93},
+        ),
+        (
+            "reat-plus --epochs 40 --attack_from=0 --awp-from 30",
+            {"milestones": (37, 39), "attack_from": 0, "awp_from": 30},
+        ),
+    ],
+)
+def test_a_preset_of_another_length_keeps_the_shares_of_its_epochs(
+    arguments: str, changed: dict[str, Any]
+) -> None:
+    name, config = parse(arguments.split(), "reat")
+    found = {field: getattr(config, field) for field in (*SHARES, "epochs")}
+    kept = {"second_stage": 40 * config.epochs // PRESETS[name].epochs, "epochs": config.epochs}
+    assert found == {"attack_from": 0, "awp_from": 0, **kept, **changed}
+
+
+def test_a_preset_of_its_own_length_is_as_it_stands() -> None:
+    for name, preset in PRESETS.items():
+        assert in_proportion(preset, preset.epochs) == preset == parse([name], "reat")[1]
+
+
+def test_a_run_that_is_gone_on_with_keeps_its_epochs() -> None:
+    saved = dataclasses.replace(PRESETS["reat"], epochs=100, milestones=(60, 75))
+    assert parse(["--quiet"], "reat", saved)[1] == dataclasses.replace(saved, quiet=True)
 
 
 def test_without_a_preset_the_default_one_is_taken() -> None:

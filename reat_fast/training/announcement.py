@@ -11,13 +11,13 @@ import torch
 from reat_fast.cli.command import flag
 from reat_fast.cli.radius import fraction_text
 from reat_fast.cli.terminal import duration
-from reat_fast.config import Config
+from reat_fast.config import PRESETS, SHARES, Config, in_proportion
 from reat_fast.data import AS_IS, UNEVEN
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
 from reat_fast.methods.attacks import EARLY_ATTACK, AttackName, plan_attack
 from reat_fast.training import selection
-from reat_fast.training.idle import idle_fields
+from reat_fast.training.idle import acts, idle_fields
 from reat_fast.training.run import Run
 
 
@@ -86,8 +86,19 @@ def _one_step(config: Config, attack: AttackName) -> str:
 
 
 def _schedule(run: Run) -> Iterator[str]:
-    """Say what a run that is shorter than its recipe never comes to."""
-    config = run.config
+    """Say what a run of another length comes to sooner or later, and what it never comes to."""
+    config, usual = run.config, PRESETS[run.plan.preset]
+    shares = in_proportion(usual, config.epochs)
+    moved = [
+        f"{flag(name)} {_shown(getattr(config, name))}"
+        for name in SHARES
+        if getattr(config, name) == getattr(shares, name) != getattr(usual, name)
+        and acts(config, name)
+    ]
+    if moved:
+        yield (
+            f"{config.epochs} epochs in place of {usual.epochs}, so in proportion {' '.join(moved)}"
+        )
     beyond = [epoch for epoch in config.milestones if epoch >= config.epochs]
     if config.schedule == "multistep" and beyond:
         yield (
@@ -114,10 +125,14 @@ def _schedule(run: Run) -> Iterator[str]:
 
 def _idle(run: Run) -> Iterator[str]:
     for name, flags in idle_fields(run.config, run.plan.preset):
-        value = getattr(run.config, name)
-        listed = value if isinstance(value, tuple) else (value,)
-        shown = " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in listed)
+        shown = _shown(getattr(run.config, name))
         yield f"{flag(name)} {shown}: does nothing here; it goes with {flags}"
+
+
+def _shown(value: object) -> str:
+    """Write the value of a field as it is given on the command line."""
+    listed = value if isinstance(value, tuple) else (value,)
+    return " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in listed)
 
 
 def _step(run: Run) -> Iterator[str]:

@@ -80,8 +80,13 @@ NEEDS = (
 
 def idle_fields(config: Config, preset: str) -> Iterator[tuple[str, str]]:
     """Yield each field that was changed from its preset and does nothing, and what it goes with."""
-    _, usual = parse([], preset)
+    _, usual = parse(["--epochs", str(config.epochs)], preset)
     for need in NEEDS:
         for name in need.fields:
             if getattr(config, name) != getattr(usual, name) and not need.met(config):
                 yield name, need.flags
+
+
+def acts(config: Config, name: str) -> bool:
+    """Return whether a field does something beside the others."""
+    return all(need.met(config) for need in NEEDS if name in need.fields)
