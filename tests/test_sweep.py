@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,17 @@ import numpy as np
 import pytest
 import torch
 from made_data import made_npz
+from made_sweep import SMALL, command, run_here, run_with
 
-from reat_fast import evaluate, sweep, train
 from reat_fast.checkpoint import CHECKPOINT
-from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, parse
 from reat_fast.data import load_run_data
 from reat_fast.evaluation.saved import weights_sha256
-from reat_fast.methods.presets import METHOD_PRESETS
-from reat_fast.methods.work import work_of_training
 from reat_fast.sources import download
 from reat_fast.storage.config_file import from_json, to_json
 from reat_fast.training import sweep_programs, sweep_runs
 from reat_fast.training.run_folder import epochs_done
 from reat_fast.training.sweep_runs import make_runs, read_lines
-
-SMALL = "--dataset npz --model resnet8 --width 8 --imbalance 0.1 --batch-size 16 --steps 1"
-SMALL += " --held-out 0.1 --epochs 1 --device cpu"
-
-
-def command(*arguments: object) -> int:
-    return run_command(sweep.main, [str(argument) for argument in arguments])
 
 
 def write_run(folder: Path, clean: float, pgd20: float | None, **changes: Any) -> None:
@@ -83,18 +73,6 @@ class Trainer:
     def names(self) -> list[str]:
         """The folders of the runs that were started, in order."""
         return [Path(words[1 if words[0] == "--resume" else -1]).name for words in self.commands]
-
-
-class Done:
-    """A program that has ended."""
-
-    def __init__(self, code: int) -> None:
-        self.wait = lambda: code
-
-
-def run_with(program: Callable[[Sequence[str]], int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what a sweep would start run in this process, one at a time."""
-    monkeypatch.setattr(sweep_programs, "begin", lambda command, *_: Done(program(command)))
 
 
 @pytest.fixture
@@ -519,167 +497,6 @@ def test_a_run_that_was_tested_by_the_steps_of_its_training_is_tested_again(
     trainer.commands.clear()
     assert command(presets, "--seeds", 0, "--out", out) == 0
     assert [words[:2] for words in trainer.commands] == [["--resume", str(folder)]]
-
-
-def run_here(command: Sequence[str]) -> int:
-    """Run a program of a sweep in this process, without the seconds of starting one."""
-    modules = {"reat_fast.train": train, "reat_fast.evaluate": evaluate}
-    return run_command(modules[command[2]].main, list(command[3:]))
-
-
-def test_a_run_of_few_batches_gets_its_attacks_on_the_images_of_its_test(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_with(run_here, monkeypatch)
-    data = made_npz(tmp_path / "made.npz")
-    presets, out = tmp_path / "presets.txt", tmp_path / "out"
-    presets.write_text(f"small: reat {SMALL} --data {data} --limit-batches 1\n")
-    file = out / "small-seed0" / "evaluation.json"
-    assert command(presets, "--out", out, "--attacks", "fgsm") == 0
-    found = json.loads(file.read_text())
-    assert found["samples"] == 16 and set(found["attacks"]) == {"clean", "pgd20", "fgsm"}
-    assert not (file.parent / "evaluation-2.json").exists()
-
-    assert command(presets, "--out", out, "--attacks", "fgsm", "l2pgd1") == 0
-    assert "| 8/255; L2 eps 128/255 |" in (out / "summary.md").read_text()
-
-    file.write_text(json.dumps({**found, "l2_eps": 0.25}))
-    assert command(presets, "--out", out, "--attacks", "fgsm", "cw1") == 0
-    assert set(json.loads(file.read_text())["attacks"]) == {"clean", "pgd20", "fgsm", "cw1"}
-
-    file.write_text(json.dumps({**found, "samples": 3}))
-    assert command(presets, "--out", out, "--attacks", "fgsm", "cw2") == 1
-    error = capsys.readouterr().err
-    assert f"{file} still lacks cw2, for it was measured under other conditions" in error
-    assert "1 of 1 runs failed: small-seed0 (exit code 1)" in error
-
-
-def test_a_sweep_of_real_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_with(run_here, monkeypatch)
-    data = made_npz(tmp_path / "made.npz")
-    presets, out = tmp_path / "presets.txt", tmp_path / "out"
-    small = f"small: reat {SMALL} --data {data}\n"
-    presets.write_text(f"{small}huge: reat {SMALL} --data {data} --batch-size 9999\n")
-    assert command(presets, "--out", out) == 1
-    shown = capsys.readouterr()
-    assert "1 of 2 runs failed: huge-seed0 (exit code 2)" in shown.err
-    assert (out / "small-seed0" / "best.safetensors").exists()
-    assert "| small | 1 of 1 |" in shown.out
-    (out / "small-seed0" / "evaluation.json").unlink()
-    presets.write_text(small)
-    assert command(presets, "--out", out) == 0
-    assert "--resume" in capsys.readouterr().out
-    assert (out / "small-seed0" / "evaluation.json").exists()
-    assert command(presets, "--out", out, "--attacks", "fgsm", "cw2", "--seeds", 0, 1) == 0
-    shown = capsys.readouterr().out.splitlines()
-    steps = [line.split(":")[1].split(" --")[0] for line in shown if line.startswith("[")]
-    trained = " python -m reat_fast.train reat"
-    evaluated = [f" python -m reat_fast.evaluate {out / f'small-seed{seed}'}" for seed in (0, 1)]
-    assert steps == [evaluated[0], trained, evaluated[1]]
-    with (out / "summary.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert row["finished"] == "2" and all(row[f"{k}_mean"] for k in ("pgd20", "fgsm", "cw2_tail"))
-    assert command(presets, "--out", out, "--attacks", "cw2", "--seeds", 0, 1) == 0
-    assert capsys.readouterr().out.count(": finished") == 2
-
-    own = (out / "small-seed0" / "evaluation.json").read_text()
-    other = ["--attacks", "cw2", "--subset", 12, "--precision", "bf16", "--seeds", 0, 1]
-    assert command(presets, "--out", out, *other) == 0
-    assert "| small | 2 of 2 | npz | 12 |" in " ".join(capsys.readouterr().out.split())
-    assert (out / "small-seed0" / "evaluation.json").read_text() == own
-    found = json.loads((out / "small-seed1" / "evaluation-subset12-bf16.json").read_text())
-    assert found["samples"] == 12 and found["precision"] == "bf16"
-    assert set(found["attacks"]) == {"clean", "pgd20", "cw2"}
-    assert command(presets, "--out", out, *other) == 0
-    assert capsys.readouterr().out.count(": finished") == 2
-    other[1] = "fgsm"
-    assert command(presets, "--out", out, *other) == 0
-    assert "--attacks fgsm --eps" in capsys.readouterr().out
-    more = json.loads((out / "small-seed1" / "evaluation-subset12-bf16.json").read_text())
-    assert more["attacks"] == found["attacks"] | {"fgsm": more["attacks"]["fgsm"]}
-    assert command(presets, "--out", out, "--subset", 0) == 2
-    assert "--subset 0: must be at least 1" in capsys.readouterr().err
-    assert command(presets, "--out", out, "--jobs", 0) == 2
-    assert "--jobs 0: must be at least 1" in capsys.readouterr().err
-
-
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compute with one thread here and in programs: another number may sum in another order."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.slow
-def test_runs_beside_each_other_end_with_the_bits_of_one_after_another(
-    one_thread: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data = made_npz(tmp_path / "made.npz")
-    presets, beside, alone = tmp_path / "presets.txt", tmp_path / "beside", tmp_path / "alone"
-    huge = f"huge: reat {SMALL} --data {data} --batch-size 9999\n"
-    presets.write_text(f"small: reat {SMALL} --data {data}\n{huge}")
-    assert command(presets, "--seeds", 0, 1, "--jobs", 2, "--out", beside, "--attacks", "fgsm") == 1
-    shown = capsys.readouterr()
-    for head in ("[1/4] small-seed0", "[2/4] small-seed1"):
-        log = beside / f"{head.split()[1]}.log"
-        assert (
-            f"{head}: python -m reat_fast.train reat " in shown.out and f" >> {log}\n" in shown.out
-        )
-        assert f"{head}: python -m reat_fast.evaluate " in shown.out
-        assert f"{head}: finished\n" in shown.out
-        assert log.read_text().count("testing on 24 images") == 1
-    for head in ("[3/4] huge-seed0", "[4/4] huge-seed1"):
-        assert f"{head}: exit code 2: error: --batch-size 9999: " in shown.err
-    assert "2 of 4 runs failed: huge-seed0 (exit code 2), huge-seed1 (exit code 2)" in shown.err
-    run_with(run_here, monkeypatch)
-    assert command(presets, "--seeds", 0, 1, "--out", alone, "--attacks", "fgsm") == 1
-    assert not list(alone.glob("*.log"))
-    for name in ("small-seed0", "small-seed1"):
-        weights = [(out / name / "best.safetensors").read_bytes() for out in (beside, alone)]
-        assert weights[0] == weights[1]
-
-    def figures(out: Path) -> list[dict[str, str]]:
-        with (out / "summary.csv").open(newline="") as file:
-            return [
-                {k: v for k, v in row.items() if not k.startswith("seconds")}
-                for row in csv.DictReader(file)
-            ]
-
-    assert figures(beside) == figures(alone)
-
-
-BENCH = Path(__file__).parent.parent / "bench"
-RECIPES = sorted(BENCH.glob("recipes*.txt"))
-
-
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_recipes_that_are_compared_cost_the_same(file: Path) -> None:
-    lines = read_lines(file)
-    costs = {line.name: work_of_training(line.config) for line in lines}
-    assert len(lines) > 4
-    for name, cost in costs.items():
-        assert cost == pytest.approx(costs["at-bsl"], rel=0.02), name
-
-
-def test_every_method_is_measured_on_the_scale_of_a_cpu() -> None:
-    lines = {line.name: line for line in read_lines(BENCH / "methods-quickstart.txt")}
-    assert lines.keys() >= METHOD_PRESETS.keys()
-    same = ("dataset", "largest", "model", "lr", "schedule", "augment", "select")
-    for name, line in lines.items():
-        config, quickstart = line.config, PRESETS["quickstart"]
-        assert line.words[0] == (name if name in METHOD_PRESETS else "at-bsl")
-        assert all(getattr(config, field) == getattr(quickstart, field) for field in same), name
-    cost = work_of_training(lines["at-bsl"].config)
-    for name in ("reat-plus", "fast-start"):
-        assert work_of_training(lines[name].config) == pytest.approx(cost, rel=0.02)
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(
