@@ -61,6 +61,22 @@ def test_no_size_of_a_penalty_is_measured_where_there_is_none_and_parts_are_as_i
 
 
 @pytest.mark.parametrize(
+    ("epochs", "schedule", "told"),
+    [(100, "multistep", False), (110, "multistep", True), (200, "cosine", False)],
+)
+def test_epochs_are_said_to_have_moved_where_they_have_and_act(
+    epochs: int, schedule: str, told: bool, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["at-bsl", *SMALL, "--data", data, "--epochs", epochs, "--schedule", schedule]
+    planned = Run(make_plan([str(word) for word in given]))
+    announce(planned)
+    planned.close()
+    said = "110 epochs in place of 100, so in proportion --milestones 82 99\n"
+    shown = capsys.readouterr().out
+    assert (said in shown) is ("--milestones" in shown) is told
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         (
