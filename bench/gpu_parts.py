@@ -132,6 +132,9 @@ def _third_call(options: Options) -> Iterator[Part]:
     wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "80", "--rungs", *WIDE]
     yield Part("step-wrn", [*STEP, *wide], 150, 85, 3)
     yield Part("graph-launch", ["-m", "bench.graph_launch", "--keep"], 60, 35, 3)
+    # Of a step of reat-plus, most of whose epochs have attacks of one step.
+    listed = ["--steps", "1", "--out", str(options.out / "step-kernels.json")]
+    yield Part("step-kernels", ["-m", "bench.step_kernels", *listed], 60, 25, 3)
     timed = ["--benchmark-only", f"--benchmark-json={options.out / 'kernels.json'}", "--keep"]
     yield Part("kernels", [*_pytest(), "bench/bench_kernels.py", *timed], 200, 70, 3)
 

@@ -37,6 +37,8 @@ class Options:
     """A network of reat_fast.models."""
     batch_size: int = 128
     """Images per step."""
+    steps: int = 10
+    """Steps of the attack."""
     labels: Labels = "long-tailed"
     """Classes of the batch, as in bench_step."""
     most: int = 60
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         device,
         model=options.model,
         batch_size=options.batch_size,
+        steps=options.steps,
         labels=options.labels,
     )
     rungs = {rung.name: rung for rung in ladder.rungs() if rung.name.startswith("captured")}
