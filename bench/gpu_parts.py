@@ -3,8 +3,7 @@
 A call has at most 10 minutes and there are six, so the first holds what decides most. Estimates
 are seconds on one H100: of verify, step and evaluation near what they took there, of reat-plus
 near what it took on an H200, of other trainings and attacks reckoned from those of their kind, the
-rest guesses. Those of a call fit its 9.25 minutes
-together, limits need not.
+rest guesses. Those of a call fit its 9.25 minutes together, limits need not.
 """
 
 from __future__ import annotations
