@@ -197,8 +197,7 @@ def _attacks(
     lacks = ""
     if not (folder / "evaluation.json").is_file():
         lacks = "no --data" if options.data is None else "no trained network"
-    # Large batches, which change no figure and keep the device busier.
-    attack = ["-m", "bench.bench_trained", str(folder), "--batch-size", "4000", "--keep", *flags]
+    attack = ["-m", "bench.bench_trained", str(folder), "--keep", *flags]
     return Part(f"attack-{name}", attack, seconds, estimate, call, lacks)
 
 
