@@ -193,7 +193,7 @@ def _prepare(
         AUGMENT=philox.AUGMENT,
         START=philox.START,
         BLOCK=block,
-        num_warps=2,  # 16 elements a thread, which share what is drawn for their crop
+        num_warps=2,  # 16 elements a thread share what is drawn for their crop
     )
     return clean, start
 
