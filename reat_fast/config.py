@@ -50,7 +50,7 @@ class Config:
     """Start a ResNet of timm with a 3x3 convolution and no pooling, for small images."""
 
     epochs: int = 80
-    """Passes over the training images."""
+    """Passes over the training images; other epochs of a preset keep their shares of them."""
     batch_size: int = 128
     """Images per step, over all devices together."""
     accumulate: int = 1
