@@ -4,8 +4,9 @@
 
 Every op is launched on CPU tensors, but a launch only compiles: Triton specialises the kernel on
 the arguments as it would on a GPU, and the binary is disassembled with the tools in Triton's wheel.
-So the table shows what the launchers really launch: registers, stack (spills), shared memory, how
-wide global memory is accessed, which matrix instructions a dot became. It shows no speed.
+So the table shows what the launchers really launch: registers, instructions, stack (spills), shared
+memory, how wide global memory is accessed, which matrix instructions a dot became; it shows no
+speed.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Compiled:
     dots: int  # dots in the source
     matrix_instructions: Counter[str]
     fused: int  # multiplications fused with an addition, those of a division among them
+    instructions: int  # of a thread, each once however often a loop runs it
 
 
 def compile_launches(
@@ -164,6 +166,7 @@ def _inspect(case: str, architecture: int, kernel: Any) -> Compiled:
             if re.match(r"(H|I|D|Q|O|UTC[A-Z]*?)G?MMA", instruction)
         ),
         fused=sum(map(_is("FFMA", "DFMA"), instructions)),
+        instructions=sum(instruction != "NOP" for instruction in instructions),
     )
 
 
@@ -180,18 +183,18 @@ def _bits(instruction: str) -> int:
 
 def print_table(rows: Sequence[Compiled]) -> None:
     """Print one line a launch and target."""
-    form = "{:48} {:20} {:9} {:>5} {:>9} {:>7} {:>7}  {:22} {:22} {}"
+    form = "{:48} {:20} {:9} {:>5} {:>9} {:>12} {:>7} {:>7}  {:22} {:22} {}"
     print(
         form.format(
-            *("op, dtype, shape", "kernel", "target", "warps", "registers", "stack", "shared"),
-            *("loads", "stores", "matrix instructions"),
+            *("op, dtype, shape", "kernel", "target", "warps", "registers", "instructions"),
+            *("stack", "shared", "loads", "stores", "matrix instructions"),
         )
     )
     for row in rows:
         print(
             form.format(
                 *(row.case, row.kernel.strip("_"), row.target, row.warps, row.registers),
-                *(f"{row.stack_bytes} B", f"{row.shared_bytes} B"),
+                *(row.instructions, f"{row.stack_bytes} B", f"{row.shared_bytes} B"),
                 *(_widths(row.load_bits), _widths(row.store_bits)),
                 " ".join(f"{n} {name}" for name, n in row.matrix_instructions.items()) or "-",
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from reat_fast.cli.command import parse_flags
 from reat_fast.cli.radius import Radius
@@ -278,7 +278,6 @@ def parse(
         config = replace(config, largest=None)  # a preset's, for the set that it is made for
     if default is None:
         shares = in_proportion(PRESETS[preset], config.epochs)
-        for name in SHARES:
-            if name not in named:
-                config = replace(config, **{name: getattr(shares, name)})
+        left: dict[str, Any] = {name: getattr(shares, name) for name in SHARES if name not in named}
+        config = replace(config, **left)
     return preset, config

@@ -109,6 +109,13 @@ def test_global_memory_is_accessed_16_bytes_at_a_time_where_the_data_allow(
             assert row.store_bits[128] > 0 or not stores, row
 
 
+def test_prepare_has_time_for_what_it_computes(rows: list[aot.Compiled]) -> None:
+    (row,) = (r for r in rows if r.case.startswith("prepare uniform") and r.target == "cuda:90")
+    values = sum(bits * number for bits, number in row.store_bits.items()) // (2 * 32)
+    # An H200 has time for 83 instructions for each while it is written (docs/kernels.md).
+    assert values == 16 and row.instructions < 55 * values
+
+
 def test_a_policy_fuses_no_product_with_a_sum(rows: list[aot.Compiled]) -> None:
     fused = [row for row in rows if row.kernel == "_policy_kernel" and row.target == "cuda:90"]
     cases = {row.case for row in fused}
