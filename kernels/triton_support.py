@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -37,6 +39,25 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped, import-not-found, unused-ignore, no-redef]
 except ImportError:
     TensorDescriptor = None
+
+
+def _take_signals_back(*loaded: object) -> None:
+    """Put the signal handlers of this program in place again, after a kernel was compiled.
+
+    The first time LLVM compiles it puts handlers of its own there, which pass on what they get. But
+    a signal that comes twice at once, as from timeout(1), then ends the program on the spot.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is not None:  # None: one that Python does not know
+                signal.signal(number, handler)
+
+
+# Called when a kernel is loaded, right after it was compiled; old versions have no such list.
+_settings: Any = getattr(getattr(triton, "knobs", None), "runtime", None)
+if hasattr(getattr(_settings, "kernel_load_end_hook", None), "add"):
+    _settings.kernel_load_end_hook.add(_take_signals_back)
 
 INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 

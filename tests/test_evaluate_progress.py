@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reat_fast import checkpoint, evaluate
-from reat_fast.cli.command import run_command
+from reat_fast.cli.command import Interrupted, ended_by_sigterm, run_command
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation import autoattack
@@ -174,3 +175,15 @@ def test_an_evaluation_stopped_within_autoattack_says_how_to_go_on(
     assert run_command(evaluate.main, arguments) == 128 + number
     told = "stopped; the same command goes on with AutoAttack where it stands\n"
     assert capsys.readouterr().err == told
+
+
+def test_a_second_sigterm_does_not_end_what_the_first_made_end() -> None:
+    """As timeout(1) sends it: to the program, and to its group at once."""
+    before, kept = signal.getsignal(signal.SIGTERM), False
+    with pytest.raises(Interrupted), ended_by_sigterm():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            kept = True
+    assert kept and signal.getsignal(signal.SIGTERM) == before

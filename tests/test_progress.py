@@ -6,8 +6,8 @@ import pytest
 
 from reat_fast import train
 from reat_fast.cli.terminal import duration
+from reat_fast.storage.save_pace import SavePace
 from reat_fast.training.progress import Progress, TrainingClock
-from reat_fast.training.save_pace import SavePace
 
 
 class FakeClock:

@@ -25,11 +25,11 @@ from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
 from reat_fast.engine.distributed import World
 from reat_fast.engine.stopping import Stopped, StopRequest
 from reat_fast.env import environment
+from reat_fast.storage.save_pace import SavePace
 from reat_fast.training import faults, selection
 from reat_fast.training import run as run_module
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.run import Run
-from reat_fast.training.save_pace import SavePace
 
 
 @pytest.fixture(scope="module", autouse=True)

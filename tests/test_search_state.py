@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
-from made_search import EPS, search
+from made_search import EPS, RADII, search
 from torch import Tensor, nn
 
-from reat_fast.evaluation import autoattack
+from reat_fast.attack import Norm
+from reat_fast.evaluation import autoattack, square
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.victim import Victim, attacked
@@ -145,6 +147,76 @@ def test_what_a_search_found_until_it_was_broken_off_is_kept_at_once(
     assert again.standing.run == 2 and torch.equal(again.standing.robust, first.standing.robust)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("batch_size", [64, 17])
+def test_square_goes_on_within_a_batch(
+    norm: Norm,
+    batch_size: int,
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {"eps": 2 * RADII[norm], "norm": norm, "queries": 250}
+    with attacked(model) as victim:
+        whole = search(victim, *test_set, **settings)
+        whole.standing.run = whole.runs.index(("square", 0))  # the others leave it none to fell
+        with queries_of_square(norm) as counted:
+            robust = whole.run().robust
+        assert 0 < int(robust.sum()) < 50
+        again, breaks = search(victim, *test_set, state=SearchState(tmp_path), **settings), 0
+        again.standing.run = whole.runs.index(("square", 0))
+        with queries_of_square(norm, every=90) as tried:
+            while True:
+                try:
+                    found = again.run()
+                    break
+                except KeyboardInterrupt:
+                    breaks += 1
+                begun = again._within
+                assert begun is not None and 0 < len(begun.left) < 60
+                settings["batch_size"] = batch_size
+                again = search(victim, *test_set, state=SearchState(tmp_path), **settings)
+                assert again._within is not None and torch.equal(again._within.left, begun.left)
+                with mock.patch.object(victim, "expect") as told:
+                    again._announce("square", 0)
+                assert again.standing.pending is not None
+                most = len(again.standing.pending) * (250 + 2)
+                assert told.call_args.args[1] == most - begun.reached.queries * len(begun.left)
+    assert breaks > 1 and torch.equal(found.robust, robust)
+    if batch_size == 64:  # nothing is tried twice but what was broken off
+        done = [images for number, images in enumerate(tried, 1) if number % 90]
+        assert done == counted
+
+
+def test_what_square_reached_on_logits_that_are_no_numbers_is_not_kept(
+    model: nn.Module, test_set: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    with attacked(model) as victim:
+        found = search(victim, *test_set, state=SearchState(tmp_path))
+        with queries_of_square("linf", every=40), pytest.raises(KeyboardInterrupt):
+            found.run()
+        assert search(victim, *test_set, state=SearchState(tmp_path))._within is not None
+        victim._finite.fill_(False)
+        with queries_of_square("linf", every=1), pytest.raises(KeyboardInterrupt):
+            found.run()
+        again = search(victim, *test_set, state=SearchState(tmp_path))
+        assert again.standing.after == found.standing.after and again._within is None
+
+
+def test_square_goes_on_in_the_same_process(
+    model: nn.Module, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = test_set
+    with attacked(model) as victim:
+        whole = search(victim, images, labels).run()
+        found = search(victim, images, labels)
+        with queries_of_square("linf", every=40) as tried:
+            with pytest.raises(KeyboardInterrupt):
+                found.run()
+            assert torch.equal(found.run().robust, whole.robust)
+    assert len(tried) == 61
+
+
 @pytest.mark.parametrize("moment", [1, 2, 3])
 def test_verdicts_from_logits_that_are_no_numbers_never_count(
     test_set: tuple[Tensor, Tensor], tmp_path: Path, moment: int
@@ -189,6 +261,22 @@ def test_a_search_of_other_images_numbers_keeps_its_own_state(
             search(victim, images, labels, state=state, numbers=numbers)
             keys.add(state.file.name)
     assert len(keys) == 3
+
+
+@contextmanager
+def queries_of_square(norm: Norm, every: int = 0) -> Iterator[list[int]]:
+    """Collect how many images each query of Square tries; break each off whose number divides."""
+    tried: list[int] = []
+    propose = square.PROPOSALS[norm]
+
+    def counted(clean: Tensor, *rest: Any) -> Tensor:
+        tried.append(len(clean))
+        if every and len(tried) % every == 0:
+            raise KeyboardInterrupt
+        return propose(clean, *rest)
+
+    with mock.patch.dict(square.PROPOSALS, {norm: counted}):
+        yield tried
 
 
 def broken_off(

@@ -19,10 +19,10 @@ from reat_fast.evaluate import evaluate
 from reat_fast.networks.architectures import Network
 from reat_fast.reporting.data import read_run
 from reat_fast.reporting.probe import probe_run
+from reat_fast.storage.save_pace import SavePace
 from reat_fast.training import selection
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
-from reat_fast.training.save_pace import SavePace
 
 
 @pytest.mark.parametrize("saved", [True, False])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 
+from bench import aot
 from reat_fast.kernels import triton_support
 from reat_fast.kernels.triton_support import INTERPRETED, is_current, use_triton
 
@@ -32,6 +37,46 @@ def test_kernels_take_tensors_of_the_current_device_alone(monkeypatch: pytest.Mo
     assert is_current(torch.device("cuda")) and is_current(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"tensors on cuda:1, .* torch\.cuda\.set_device\(1\)"):
         use_triton("triton", there)
+
+
+COMPILED = """
+import ctypes, signal
+from bench import aot
+from bench.launches import launches
+from reat_fast.kernels.triton_support import triton
+
+def handlers():
+    found = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        action = (ctypes.c_void_p * 32)()  # struct sigaction begins with the handler
+        assert ctypes.CDLL(None).sigaction(number, None, action) == 0
+        found.append(action[0])
+    return found
+
+def asked(number, frame):
+    pass
+
+signal.signal(signal.SIGTERM, asked)
+before = handlers()
+one = [launch for launch in launches() if launch[0].startswith("masked_sum")][:1]
+aot.compile_launches(iter(one), ["cuda:80"])
+print(handlers() != before)
+triton.knobs.runtime.kernel_load_end_hook(None, None, "", None, "")
+assert handlers() == before and signal.getsignal(signal.SIGTERM) is asked
+"""
+
+
+@pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))
+def test_a_signal_that_comes_twice_finds_our_handler_after_a_kernel_was_compiled(
+    tmp_path: Path,
+) -> None:
+    """LLVM's, which it leaves behind, is reset to the default while it runs."""
+    settings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}  # what lies there is not compiled
+    ended = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=settings, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "True\n", "LLVM takes no signals any more: the hook may go"
 
 
 @dataclass

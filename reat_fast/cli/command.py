@@ -38,10 +38,12 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 def ended_by_sigterm() -> Iterator[None]:
     """Let a scheduler's SIGTERM end the block as Ctrl-C does, with all that is said and kept then.
 
-    Only the main thread can; others leave the signal as it is.
+    A second one, which timeout(1) sends at once, does not end that. Only the main thread can;
+    others leave the signal as it is.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted
 
     if threading.current_thread() is not threading.main_thread():

@@ -23,15 +23,16 @@ from reat_fast.evaluation import apgd, batches, guards
 from reat_fast.evaluation.ball import Ball
 from reat_fast.evaluation.fab import fab
 from reat_fast.evaluation.search_state import SearchState
-from reat_fast.evaluation.square import square
+from reat_fast.evaluation.square import Reached, square
 from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.kernels import philox
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
+from reat_fast.storage.save_pace import SavePace
 
 MOST_TARGETS = 9
 SAVE_EVERY_SECONDS = 10.0
-FORMAT = 2
+FORMAT = 3
 """Of the state that a search leaves: one of another format is not gone on from."""
 
 Images = Callable[[Tensor], Tensor]
@@ -46,6 +47,31 @@ class Standing:
     run: int = 0
     pending: Tensor | None = None  # int64, images that the current run has not seen
     after: dict[str, int] = field(default_factory=dict)  # images that stand after each stage
+
+
+@dataclass(frozen=True)
+class Within:
+    """Where Square is within a batch."""
+
+    size: int  # images of the batch, the first of those that are pending
+    rows: Tensor  # int64 on the CPU: those of them that it began with, or went on with
+    reached: Reached
+
+    @property
+    def left(self) -> Tensor:
+        """Which images have not fallen yet, int64 on the CPU."""
+        return self.rows[self.reached.rows.cpu()]
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a state keeps, on the CPU."""
+        reached = self.reached
+        tensors = {"left": self.left, "best": reached.best.cpu(), "margin": reached.margin.cpu()}
+        return {"size": self.size, "queries": reached.queries, **tensors}
+
+    @classmethod
+    def loaded(cls, size: int, queries: int, left: Tensor, best: Tensor, margin: Tensor) -> Within:
+        """Return what was saved."""
+        return cls(size, left, Reached(queries, torch.arange(len(left)), best, margin))
 
 
 def autoattack(
@@ -157,9 +183,12 @@ class AutoAttack:
         """Each with the rank of the class it aims at, among the logits of the clean image."""
         self._numbers = torch.arange(len(labels)) if numbers is None else numbers
         self._state = state
-        self._saved_at = time.monotonic()
+        self._pace = SavePace()
+        self._stage_began = 0.0
         begun = state.read(self._fingerprint()) if state else None
         begun = begun or {"robust": torch.ones(len(labels), dtype=torch.bool)}
+        within = begun.pop("within", None)
+        self._within = None if within is None else Within.loaded(**within)
         self.standing = Standing(**begun)
 
     def run(self) -> Standing:
@@ -168,7 +197,7 @@ class AutoAttack:
         The state stays, and a search that finds it at its end has nothing to do: whoever gave it
         removes it once the result is kept.
         """
-        standing = self.standing
+        standing, self._stage_began = self.standing, time.monotonic()
         try:
             with self.victim.replaying():
                 while standing.run < len(self.runs):
@@ -183,14 +212,14 @@ class AutoAttack:
         if standing.pending is None:
             standing.pending = standing.robust.nonzero().squeeze(1)
         while len(standing.pending):
+            batch, rows = self._next_batch(standing.pending)
             self._announce(stage, rank)
-            # Batches of one size: a GPU takes as long for a small one as for half a large one.
-            size = batches.even(len(standing.pending), self.batch_size)
-            rows = standing.pending[:size]
-            stand = self._survive(stage, rank, rows)
+            stand = torch.zeros(len(batch), dtype=torch.bool)
+            stand[torch.isin(batch, rows)] = self._survive(stage, rank, rows)
             self.victim.refuse_nonfinite()  # before it counts, and a state keeps it
-            standing.robust[rows] = stand
-            standing.pending = standing.pending[size:]
+            self._within = None
+            standing.robust[batch] = stand
+            standing.pending = standing.pending[len(batch) :]
             self._write()
         # In this order, for a signal may come between the lines.
         standing.after[stage] = int(standing.robust.sum())
@@ -198,28 +227,42 @@ class AutoAttack:
         if stage not in [later for later, _ in self.runs[standing.run :]]:
             title = "AutoAttack" if self.ball.norm == "linf" else "L2 AutoAttack"
             share = 100 * standing.after[stage] / max(len(self.labels), 1)
-            self.victim.say(f"{title}: {share:.2f} % stand after {stage}")
+            now = time.monotonic()
+            took, self._stage_began = now - self._stage_began, now
+            self.victim.say(f"{title}: {share:.2f} % stand after {stage}, {took:.0f} s")
+
+    def _next_batch(self, pending: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next of the pending images, and those of them that have not fallen yet."""
+        if self._within is not None and self._within.size <= self.batch_size:
+            return pending[: self._within.size], self._within.left
+        self._within = None  # made where more fit at once: from its first query again
+        # Batches of one size: a GPU takes as long for a small one as for half a large one.
+        batch = pending[: batches.even(len(pending), self.batch_size)]
+        return batch, batch
 
     def _survive(self, stage: str, rank: int, rows: Tensor) -> Tensor:
         """Attack the images at rows once; returns which of them stand, bool [B] on the CPU."""
         clean = self.images(rows).to(self.victim.dtype)
         samples, labels = (t.to(clean.device) for t in (self._numbers[rows], self.labels[rows]))
-        adv = self._perturb(stage, rank, clean, labels, samples)
+        adv = self._perturb(stage, rank, clean, labels, samples, rows)
         assert self.ball.holds(adv, clean)
         return ~self.victim.fooled(adv, labels).cpu()
 
     def _perturb(
-        self, stage: str, rank: int, clean: Tensor, labels: Tensor, samples: Tensor
+        self,
+        stage: str,
+        rank: int,
+        clean: Tensor,
+        labels: Tensor,
+        samples: Tensor,
+        rows: Tensor,
     ) -> Tensor:
         victim, ball = self.victim, self.ball
         settings: dict[str, Any] = {"eps": ball.eps, "norm": ball.norm}
         if stage == "clean":
             return clean
         if stage == "square":
-            # It keeps what lowers the margin, in steps of which bfloat16 sees the large ones only.
-            with victim.finer(clean):
-                settings |= {"seed": self.seed, "queries": self.queries}
-                return square(victim, clean, labels, samples, **settings)
+            return self._square(clean, labels, samples, rows)
         targets = victim.true_logits(clean).argsort(1, descending=True)[:, rank]
         if stage == "fab-t":
             # It aims at where two logits meet, and bfloat16 cannot tell where that is: of 79 images
@@ -231,6 +274,31 @@ class AutoAttack:
         return apgd.apgd(
             victim, clean, labels, targets, noise, objective, steps=self.steps, **settings
         )
+
+    def _square(self, clean: Tensor, labels: Tensor, samples: Tensor, rows: Tensor) -> Tensor:
+        """Run Square, of which a batch may take hours on a CPU; the state has what it reached."""
+        begun = self._within
+        size = len(rows) if begun is None else begun.size
+
+        def keep(reached: Reached) -> None:
+            if len(reached.rows):
+                self._within = Within(size, rows, reached)
+            self._write()
+
+        # It keeps what lowers the margin, in steps of which bfloat16 sees the large ones only.
+        with self.victim.finer(clean):
+            return square(
+                self.victim,
+                clean,
+                labels,
+                samples,
+                eps=self.ball.eps,
+                norm=self.ball.norm,
+                seed=self.seed,
+                queries=self.queries,
+                begun=None if begun is None else begun.reached.on(clean.device),
+                report=keep,
+            )
 
     def _noise(self, clean: Tensor, run: int, samples: Tensor) -> Tensor:
         """Draw noise like clean: in L-infinity evenly, in L2 from the normal distribution."""
@@ -257,6 +325,8 @@ class AutoAttack:
         left = int(standing.robust.sum())
         later = sum(cost[name] for name, _ in self.runs[standing.run + 1 :])
         passes = len(standing.pending) * cost[stage] + left * later
+        if self._within is not None:
+            passes -= FORWARD * self._within.reached.queries * len(self._within.left)
         target = f" {rank}" if rank else ""
         name = "aa" if self.ball.norm == "linf" else "l2aa"
         self.victim.expect(f"{name} {stage}{target}, {left} images stand", passes)
@@ -274,9 +344,13 @@ class AutoAttack:
         return digest.hexdigest()
 
     def _write(self, at_end: bool = False) -> None:
-        now = time.monotonic()
-        due = at_end or now - self._saved_at >= SAVE_EVERY_SECONDS
+        pace = self._pace
+        due = at_end or (pace.age >= SAVE_EVERY_SECONDS and pace.affordable())
         if self._state is None or not due:
             return
-        self._state.write(asdict(self.standing))
-        self._saved_at = now
+        within = self._within
+        if within is not None and not self.victim.finite:
+            within = None  # it may have counted on what is no number
+        with pace.saving():
+            saved = None if within is None else within.saved()
+            self._state.write({**asdict(self.standing), "within": saved})

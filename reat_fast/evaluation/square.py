@@ -7,6 +7,7 @@ number of queries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,21 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 FIRST_EPOCH = 1000  # of the random counters: those of Auto-PGD, one a run, lie below
 QUERIES_AT_ONCE = 100  # queries whose random words are drawn together
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where a search stands between two queries; nothing of it changes after."""
+
+    queries: int  # that are done
+    rows: Tensor  # int64 [B], which of the images are still searched
+    best: Tensor  # [B, C, H, W]
+    margin: Tensor  # [B]
+
+    def on(self, device: torch.device) -> Reached:
+        """Return the same on another device."""
+        moved = (tensor.to(device) for tensor in (self.rows, self.best, self.margin))
+        return Reached(self.queries, *moved)
 
 
 @dataclass
@@ -49,26 +65,32 @@ def square(
     seed: int = 0,
     queries: int = 5000,
     norm: Norm = "linf",
+    begun: Reached | None = None,
+    report: Callable[[Reached], object] = lambda reached: None,
 ) -> Tensor:
     """Try random squares until the model is fooled; return what was found.
 
     images [B, C, H, W] in [0, 1]; labels int64 [B]; samples int64 [B] names each image for the
-    random numbers. eps: a length in the norm. Returns the fooling images, and the clean image where
-    there is none.
+    random numbers. eps: a length in the norm. report: is told after each query where the search is.
+    begun: what it was told, to go on from with the images, labels and samples of its rows.
+    Returns the fooling images, and the clean image where there is none.
     """
     ball = Ball(norm, eps)
     found = images.clone()
-    search = _begin(images, labels, samples, ball, seed)
-    _query(victim, search, search.best, found)
-    for query in range(queries):
+    search = _begin(images, labels, samples, ball, seed, begun)
+    if begun is None:
+        _query(victim, search, search.best, found)
+    first = 0 if begun is None else begun.queries
+    for query in range(first, queries):
         if not len(search.rows):
             break
         turn = query % QUERIES_AT_ONCE
-        if turn == 0:
+        if turn == 0 or query == first:
             search.words = _draw(search.samples, ball, seed, query // QUERIES_AT_ONCE)
         words = search.words[:, turn]
         tried = PROPOSALS[norm](search.clean, search.best, words, share_of(query), ball)
         _query(victim, search, tried, found)
+        report(Reached(query + 1, search.rows, search.best, search.margin))
     return found
 
 
@@ -77,7 +99,9 @@ def share_of(query: int) -> float:
     return LARGEST_SHARE * 0.5 ** sum(query > last for last in HALVINGS)
 
 
-def _begin(images: Tensor, labels: Tensor, samples: Tensor, ball: Ball, seed: int) -> _Search:
+def _begin(
+    images: Tensor, labels: Tensor, samples: Tensor, ball: Ball, seed: int, begun: Reached | None
+) -> _Search:
     def words(count: int) -> Tensor:
         return philox.random_bits(seed, FIRST_EPOCH, samples, philox.EVALUATION, count)
 
@@ -86,9 +110,9 @@ def _begin(images: Tensor, labels: Tensor, samples: Tensor, ball: Ball, seed: in
         samples=samples,
         labels=labels,
         clean=images,
-        best=STARTS[ball.norm](images, words, ball),
-        margin=images.new_full((len(images),), torch.inf),
-        words=_draw(samples, ball, seed, 0),
+        best=STARTS[ball.norm](images, words, ball) if begun is None else begun.best,
+        margin=images.new_full((len(images),), torch.inf) if begun is None else begun.margin,
+        words=samples[:, None],  # drawn before the first query
     )
 
 

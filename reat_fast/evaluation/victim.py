@@ -89,12 +89,17 @@ class Victim:
         self._finite &= logits.isfinite().all()
         return logits
 
+    @property
+    def finite(self) -> bool:
+        """Whether all verdicts came from logits that are numbers; waits for the device."""
+        return bool(self._finite)
+
     def refuse_nonfinite(self) -> None:
         """Raise FloatingPointError where a verdict came from logits that are no numbers.
 
         The largest of them may well be the label's, and so count as right.
         """
-        if not self._finite:
+        if not self.finite:
             raise FloatingPointError("some logits are NaN or infinite, as of weights that diverged")
 
     def fooled(self, images: Tensor, labels: Tensor) -> Tensor:

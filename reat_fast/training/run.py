@@ -22,13 +22,13 @@ from reat_fast.loaders.order import EpochOrder
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.storage import weights_file
 from reat_fast.storage.config_file import to_json
+from reat_fast.storage.save_pace import SavePace
 from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.training.logs import MetricLog
 from reat_fast.training.network import build_network
 from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_tables
-from reat_fast.training.save_pace import SavePace
 from reat_fast.training.trained_on import digest_of_files, digest_of_images, draw_splits
 
 
