@@ -147,15 +147,20 @@ def test_what_a_search_found_until_it_was_broken_off_is_kept_at_once(
     assert again.standing.run == 2 and torch.equal(again.standing.robust, first.standing.robust)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("batch_size", [64, 17])
 def test_square_goes_on_within_a_batch(
+    device: str,
     norm: Norm,
     batch_size: int,
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    model, test_set = copy.deepcopy(model).to(device), (test_set[0].to(device), test_set[1])
     settings: dict[str, Any] = {"eps": 2 * RADII[norm], "norm": norm, "queries": 250}
     with attacked(model) as victim:
         whole = search(victim, *test_set, **settings)

@@ -39,7 +39,7 @@ def test_kernels_take_tensors_of_the_current_device_alone(monkeypatch: pytest.Mo
         use_triton("triton", there)
 
 
-COMPILED = """
+HANDLERS = """
 import ctypes, signal
 from bench import aot
 from bench.launches import launches
@@ -58,22 +58,38 @@ def asked(number, frame):
 
 signal.signal(signal.SIGTERM, asked)
 before = handlers()
+"""
+COMPILED = """
 one = [launch for launch in launches() if launch[0].startswith("masked_sum")][:1]
 aot.compile_launches(iter(one), ["cuda:80"])
 print(handlers() != before)
 triton.knobs.runtime.kernel_load_end_hook(None, None, "", None, "")
 assert handlers() == before and signal.getsignal(signal.SIGTERM) is asked
 """
+LAUNCHED = """
+import torch
+from reat_fast.kernels.linf import linf_step_
+linf_step_(*(torch.rand(4, 3, 8, 8, device="cuda") for _ in range(3)), 0.1, 0.1)
+assert handlers() == before
+print(True)
+"""
 
 
 @pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(COMPILED, id="compiled"),
+        pytest.param(LAUNCHED, id="launched", marks=pytest.mark.gpu),
+    ],
+)
 def test_a_signal_that_comes_twice_finds_our_handler_after_a_kernel_was_compiled(
-    tmp_path: Path,
+    part: str, tmp_path: Path
 ) -> None:
     """LLVM's, which it leaves behind, is reset to the default while it runs."""
     settings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}  # what lies there is not compiled
     ended = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=settings, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", HANDLERS + part], env=settings, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "True\n", "LLVM takes no signals any more: the hook may go"
