@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from made_search import EPS, RADII, search
@@ -20,6 +21,7 @@ from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.networks.architectures import Network
+from reat_fast.storage.save_pace import SavePace
 
 
 def test_batch_size_and_breaks_change_nothing(
@@ -191,6 +193,8 @@ def test_square_goes_on_within_a_batch(
     if batch_size == 64:  # nothing is tried twice but what was broken off
         done = [images for number, images in enumerate(tried, 1) if number % 90]
         assert done == counted
+    else:  # what was begun with more at once is begun again
+        assert max(tried[90:]) <= batch_size
 
 
 def test_what_square_reached_on_logits_that_are_no_numbers_is_not_kept(
@@ -206,6 +210,35 @@ def test_what_square_reached_on_logits_that_are_no_numbers_is_not_kept(
             found.run()
         again = search(victim, *test_set, state=SearchState(tmp_path))
         assert again.standing.after == found.standing.after and again._within is None
+
+
+@pytest.mark.parametrize(("cost", "every"), [(0, 10), (2, 40)])
+def test_square_saves_every_ten_seconds_and_less_often_where_that_takes_long(
+    cost: int,
+    every: int,
+    model: nn.Module,
+    test_set: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A query takes a second here, and a save `cost`: at most a twentieth of the time."""
+    saved: list[int] = []
+    with attacked(model) as victim, queries_of_square("linf") as tried:
+
+        def clock() -> float:
+            return len(tried) + cost * len(saved)
+
+        def write(state: SearchState, standing: dict[str, Any]) -> None:
+            saved.append(len(tried))
+
+        found = search(victim, *test_set, state=SearchState(tmp_path), queries=200)
+        found.standing.run = found.runs.index(("square", 0))
+        found._pace = SavePace(clock)
+        monkeypatch.setattr(SearchState, "write", write)
+        found.run()
+    within = [queries for queries in saved if queries < 200]
+    assert within[0] == 10 and set(np.diff(within).tolist()) == {every}
+    assert saved[-1] == 200  # at its end in any case
 
 
 def test_square_goes_on_in_the_same_process(
