@@ -23,7 +23,7 @@ from bench.ladder import Ladder, default_rung
 from bench.records import Figure, record
 from bench.step_kernels import launched
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.engine.graph import CapturedStep, warm_up
+from reat_fast.engine.graph import CapturedStep, copy_positions_, warm_up
 from reat_fast.engine.graph import record as record_graph
 from reat_fast.loaders import Batch
 
@@ -123,12 +123,8 @@ def _parts(
     recording = step._whole
     fixed = recording.batch
 
-    def copies() -> None:
-        fixed.labels.copy_(batch.labels, non_blocking=True)
-        fixed.indices.copy_(batch.indices, non_blocking=True)
-
     yield f"{name}: the graph alone", recording.graph.replay
-    yield f"{name}: copies of labels and indices", copies
+    yield f"{name}: copies of labels and indices", partial(copy_positions_, fixed, batch)
     yield f"{name}: checks of a batch", partial(recording.refuse_changes, batch)
     yield f"{name}: all of a step", partial(step.train_on, batch)
 

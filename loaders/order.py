@@ -83,13 +83,14 @@ class EpochOrder:
 
         A last batch smaller than the number of ranks leaves some an empty share.
         """
-        return self._shares(self.indices(epoch), first)
+        return self.split(self.indices(epoch), first)
 
     def places(self, first: int = 0) -> Iterator[Tensor]:
         """Give the places in an epoch, int64, of what `batches` gives."""
-        return self._shares(torch.arange(len(self._by_class), device=self.device), first)
+        return self.split(torch.arange(len(self._by_class), device=self.device), first)
 
-    def _shares(self, shown: Tensor, first: int) -> Iterator[Tensor]:
+    def split(self, shown: Tensor, first: int = 0) -> Iterator[Tensor]:
+        """Give what this rank takes of each batch, from batch `first` on, of what is shown [N]."""
         for batch in range(first, len(self)):
             rows = shown[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield rows.tensor_split(self.world)[self.rank]

@@ -35,8 +35,12 @@ class ResidentLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, from batch `first` on."""
-        for rows in self.order.batches(epoch, first):
-            yield Batch(self.images, self.labels[rows], rows, gather=True)
+        shown = self.order.indices(epoch)
+        labels = self.labels[shown]  # once an epoch: of a batch, that is a kernel to launch
+        for rows, own in zip(
+            self.order.split(shown, first), self.order.split(labels, first), strict=True
+        ):
+            yield Batch(self.images, own, rows, gather=True)
 
     def close(self) -> None:
         """Do nothing: the memory goes with the loader."""
