@@ -55,7 +55,11 @@ def _ranges(config: Config) -> Iterator[Need]:
         wanted = f"must be at least {least}" if least else "must be 0 or more"
         yield name, value is None or value >= least, wanted
     for name in FINITE:
-        yield name, 0 <= getattr(config, name) <= LARGEST, "must be a finite number, 0 or more"
+        yield (
+            name,
+            0 <= getattr(config, name) <= LARGEST,
+            f"must be a finite number in [0, {LARGEST:.0e}]",
+        )
     for name in BELOW_ONE:
         yield name, 0 <= getattr(config, name) < 1, "must lie in [0, 1)"
     for name, usual in AT_MOST_ONE.items():
@@ -63,7 +67,11 @@ def _ranges(config: Config) -> Iterator[Need]:
     for name, bits in (("split_seed", 32), ("seed", 63)):
         yield name, 0 <= getattr(config, name) < 2**bits, f"must lie in [0, 2^{bits})"
     yield "imbalance", 0 < config.imbalance <= 1, "must lie in (0, 1]; 0.02 is ratio 50"
-    yield "head_scale", 0 < config.head_scale <= LARGEST, "must be above 0"
+    yield (
+        "head_scale",
+        0 < config.head_scale <= LARGEST,
+        f"must be a finite number in (0, {LARGEST:.0e}]",
+    )
     yield "save_minutes", config.save_minutes > 0, "must be above 0"
     yield "policy_magnitude", 0 <= config.policy_magnitude <= 30, "must lie in 0..30"
     finished = all(epoch >= 1 for epoch in config.milestones)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import tyro
 from tqdm import tqdm
 
-from reat_fast.cli.command import parse_flags, run_command
+from reat_fast.cli.command import ended_by_sigterm, parse_flags, run_command
 from reat_fast.data import DATASETS, Dataset, ImageSet, Indices, load_dataset, make_splits
 from reat_fast.sources import beton_folder, formats
 from reat_fast.sources.beton_file import read_beton
@@ -78,6 +78,8 @@ class Options:
             "--split index: needs a folder, not an .npz": not npz or self.split == "apply",
             "--split index: needs --imbalance": self.imbalance is not None or self.split == "apply",
             f"--split-seed {self.split_seed}: must lie in [0, 2^32)": 0 <= self.split_seed < 2**32,
+            f"--largest {self.largest}: must be at least 1": self.largest is None
+            or self.largest >= 1,
             "--largest: needs --imbalance": self.imbalance is not None or self.largest is None,
         }
         for message, good in checks.items():
@@ -101,7 +103,7 @@ def main(arguments: list[str]) -> int:
     total = sum(map(len, parts.values()))
     quality = options.quality if options.field == "jpg" else None
     loss = ""
-    with replacing(target, beton_folder.FILES) as place:
+    with ended_by_sigterm(), replacing(target, beton_folder.FILES) as place:
         with _bar("writing", total) as bar:
             if target.suffix == ".npz":
                 write_npz(place, parts, dataset.class_names, bar.update)

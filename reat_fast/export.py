@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from reat_fast import checkpoint
-from reat_fast.cli.command import parse_flags, run_command
+from reat_fast.cli.command import ended_by_sigterm, parse_flags, run_command
 from reat_fast.cli.extras import import_extra
 from reat_fast.config import Config
 from reat_fast.evaluation.saved import files, weights_sha256
@@ -206,6 +206,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image-size {self.image_size}: must be at least 1")
+        if self.image_size is not None and self.image_size >= 2**31:
+            raise ValueError(f"--image-size {self.image_size}: must be below 2^31")
         if self.push is not None and self.format != "hub":
             raise ValueError(f"--push {self.push}: needs --format hub")
         if self.push is not None and self.push.count("/") != 1:
@@ -229,7 +231,8 @@ def main(arguments: list[str]) -> int:
     refuse_to_overwrite(options.to, options.force)
     # They may have taken hours, and know their weights by a digest: they stay.
     kept = list(options.to.glob(EVALUATIONS))
-    with replacing(options.to.resolve(), (*FILES, *(file.name for file in kept))) as folder:
+    names = (*FILES, *(file.name for file in kept))
+    with ended_by_sigterm(), replacing(options.to.resolve(), names) as folder:
         folder.mkdir()
         note = _write(folder, model, spec, description, options)
         for file in kept:

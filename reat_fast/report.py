@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from reat_fast.checkpoint import WEIGHTS
-from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, ended_by_sigterm, parse_flags, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.evaluation.saved import EVALUATION
@@ -76,7 +76,8 @@ def main(arguments: list[str]) -> int:
             report = dataclasses.replace(report, remarks=(missing,))
     else:
         report = compared_report(runs)
-    folder = write_report(report, out)
+    with ended_by_sigterm():
+        folder = write_report(report, out)
     print(f"{out} written; {len(report.pictures)} pictures and table.md in {folder}")
     for line in (*_left_out(runs), *report.remarks):
         print(one_line(line))

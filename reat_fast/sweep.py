@@ -55,7 +55,7 @@ def run_all(
     heads = {name: f"[{n}/{len(runs)}] {name}" for n, name in enumerate(by_name, start=1)}
     waiting = deque(by_name)
     write_tables(runs, out, attacks)
-    with Programs(jobs) as programs:
+    with Programs(min(jobs, max(len(runs), 1))) as programs:
         while waiting or programs.busy:
             if waiting and programs.has_room:
                 name, code = waiting.popleft(), None

@@ -12,7 +12,7 @@ import torch
 from reat_fast.checkpoint import has_checkpoint
 from reat_fast.cli.command import refused_once, run_command
 from reat_fast.cli.radius import fraction_text
-from reat_fast.cli.terminal import duration
+from reat_fast.cli.terminal import READER_GONE, duration, reader_has_gone
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.stopping import Stopped, StopRequest
@@ -51,6 +51,8 @@ def main(arguments: list[str]) -> int:
         except FailedElsewhere:
             return stop.stopped().code if stop.asked else 1
         except ConnectionError as error:
+            if reader_has_gone(error):
+                return READER_GONE
             print(f"error: {error}; {_go_on(plan)}", file=sys.stderr)
             return stop.stopped().code if stop.asked else 1
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -314,6 +315,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert message.endswith("); nothing was kept")
     assert not list(target.parent.iterdir())
     assert run("npz", "--data", path, "--to", target) == 0
+
+
+def test_a_conversion_that_a_scheduler_ends_leaves_nothing(
+    source: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ended(place: Path, *_: object) -> None:
+        place.write_text("half")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(convert, "write_npz", ended)
+    assert run(*source, "--to", tmp_path / "to" / "made.npz") == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped\n" and not list((tmp_path / "to").iterdir())
 
 
 def test_check_finds_one_wrong_pixel_and_one_wrong_label(ffcv: None, source: list[str]) -> None:

@@ -286,7 +286,7 @@ if not pathlib.Path({lists!r}).exists():
 pathlib.Path("dataset-fashion-mnist_1_all.deb").write_bytes(b"")
 """
 DPKG = """
-assert sys.argv[1] == "-x" and sys.argv[2].endswith(".deb")
+assert sys.argv[1] == "-x" and sys.argv[2].endswith(".deb") and os.path.isfile(sys.argv[2])
 target = pathlib.Path(sys.argv[3], "usr/share/datasets/fashion-mnist")
 target.mkdir(parents=True)
 for file in pathlib.Path({package!r}).iterdir():
@@ -317,12 +317,20 @@ def debian(fashion: dict[str, bytes], tmp_path: Path) -> Debian:
     return debian
 
 
+@pytest.mark.parametrize("relative", [False, True])
 def test_debians_package_is_taken_first_and_in_silence(
-    site: Site, debian: Debian, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    relative: bool,
+    site: Site,
+    debian: Debian,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     debian.lists.touch()
+    monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        place = download.fetch_dataset("fashion-mnist", tmp_path / "cache")
+        cache = Path("cache") if relative else tmp_path / "cache"
+        place = download.fetch_dataset("fashion-mnist", cache)
     assert debian.asked == ["dataset-fashion-mnist"] and not site.asked
     assert sorted(os.listdir(place)) == sorted(f"{name}.gz" for name in formats.IDX_FILES)
     assert len(load_dataset("fashion-mnist", place).train) == 20

@@ -458,6 +458,7 @@ def test_evaluations_of_an_earlier_export_stay_when_it_is_replaced(
         (["--format", "hub", "--push", "mine"], "--push mine: write OWNER/NAME"),
         (["--public"], "--public"),
         (["--image-size", "0"], "--image-size 0"),
+        (["--image-size", "9" * 11], "--image-size 99999999999: must be below 2^31"),
         (["--format", "pickle"], "--format"),
     ],
 )

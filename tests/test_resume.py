@@ -540,6 +540,22 @@ def test_a_second_ctrl_c_ends_the_program_at_once(
     assert ("press Ctrl-C again to stop at once" in capsys.readouterr().err) == (first == 2)
 
 
+def test_a_closed_terminal_ends_a_run_that_nohup_does_not_keep(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for kept in (False, True):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if kept else signal.SIG_DFL)
+            with StopRequest() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.asked == (not kept)
+            assert kept or stop.stopped().code == 128 + signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capsys.readouterr().err == "stopping as soon as this is saved\n"
+
+
 def test_code_that_changed_since_the_run_was_begun_is_named_even_where_all_is_quiet(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

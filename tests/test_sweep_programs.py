@@ -91,7 +91,7 @@ def test_all_programs_are_told_to_stop_once_and_may_save(tmp_path: Path, number:
         programs.wait()
     thread.join()
     passed_on = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-    assert exit_code(interrupt.value) == 128 + passed_on
+    assert exit_code(interrupt.value) == 128 + number
     for name in ("one", "two"):
         assert (tmp_path / f"{name}-told").read_text() == f"{passed_on:d}\n"
         assert (tmp_path / f"{name}-saved").exists()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,56 @@ def test_another_pipe_that_breaks_is_named() -> None:
     command = [sys.executable, "-c", COMMAND.format(body="raise BrokenPipeError(32, 'a log')")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 2 and ended.stderr == "error: [Errno 32] a log\n"
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+@pytest.mark.parametrize("command", ["train", "env"])
+def test_a_command_works_with_an_output_closed(closed: int, command: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", f"reat_fast.{command}"]
+    if command == "train":
+        data = made_npz(tmp_path / "made.npz", train=10, test=2)
+        words += ["reat", *SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+    shell = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *words]
+    ended = subprocess.run(shell, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    if command == "train":
+        assert (tmp_path / "run" / "evaluation.json").is_file()
+
+
+def test_a_training_whose_reader_has_enough_ends_in_silence(tmp_path: Path) -> None:
+    data = made_npz(tmp_path / "made.npz", train=10, test=2)
+    command = [sys.executable, "-m", "reat_fast.train", "reat", *SMALL, "--data", str(data)]
+    assert silent_end([*command, "--run-dir", str(tmp_path / "run")]) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("main", "given", "named"),
+    [
+        (train.main, ["reat", "--run-dir", ""], "--run-dir"),
+        (train.main, ["reat", "--run-dir=", "--epochs", "1"], "--run-dir"),
+        (evaluate.main, ["", "--attacks", "clean"], "an argument"),
+    ],
+)
+def test_an_empty_argument_is_no_folder(
+    main: Callable[[list[str]], int],
+    given: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_command(main, given) == 2
+    expected = f"error: {named}: is empty, as a variable that is not set; give a value\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "reat_fast.data", "--list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+        )
+    expected = "error: the output cannot be written (No space left on device); send it elsewhere\n"
+    assert (ended.returncode, ended.stderr) == (2, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,35 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 def test_writing_a_file_does_not_load_torch() -> None:
     code = "import sys, reat_fast.storage.whole_files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_place_that_is_being_filled_is_refused_to_others(tmp_path: Path) -> None:
+    target = tmp_path / "set.npz"
+    for _ in range(2):
+        with whole_files.replacing(target, ()) as place:
+            place.write_text("ours")
+            with (
+                pytest.raises(OSError, match=r"set\.npz: another process is writing it; wait"),
+                whole_files.replacing(target, ()),
+            ):
+                raise AssertionError("filled twice")
+            assert place.read_text() == "ours"
+        assert target.read_text() == "ours"
+        assert [file.name for file in tmp_path.iterdir()] == ["set.npz"]
+
+
+def test_a_lock_that_its_holder_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, lock = tmp_path / "set.npz", tmp_path / "set.npz.lock"
+    opened = os.open
+
+    def removed(path: Path, *rest: int) -> int:
+        descriptor = opened(path, *rest)
+        lock.unlink()  # by the process that held it, before this one takes it
+        return descriptor
+
+    monkeypatch.setattr(os, "open", removed)
+    with pytest.raises(OSError, match="another process"), whole_files.replacing(target, ()):
+        raise AssertionError("filled")
+    assert not list(tmp_path.iterdir())

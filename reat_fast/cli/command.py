@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import tyro
 
-from reat_fast.cli.terminal import READER_GONE, one_line, reader_has_gone
+from reat_fast.cli.terminal import READER_GONE, keep_outputs, one_line, reader_has_gone
 from reat_fast.engine.distributed import World
 
 Flags = TypeVar("Flags")
@@ -26,12 +26,16 @@ START_SECONDS = 20.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """What SIGTERM raises within ended_by_sigterm."""
+    """What SIGTERM raises within ended_by_sigterm; number: the signal, where it is another."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """Return the exit code of a program that a signal ended."""
-    return 128 + (signal.SIGTERM if isinstance(interrupt, Interrupted) else signal.SIGINT)
+    return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -58,6 +62,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; errors of the user become one line on stderr and exit code 2."""
+    keep_outputs()
     try:
         code = main(arguments)
         sys.stdout.flush()  # what fails at the end of the program itself is no error of ours
@@ -97,7 +102,7 @@ def refused_once(world: World) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that memory ran out, which PyTorch tells in several ways."""
-    signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "size calculation")
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in text for s in signs)
 
@@ -114,6 +119,7 @@ def parse_flags(
 
     Errors: ValueError with one line for a flag that does not exist or a value that cannot be.
     """
+    _refuse_empty(arguments)
     # Neither may be the terminal: tyro would colour its text.
     printed, shown = io.StringIO(), io.StringIO()
     try:
@@ -126,6 +132,15 @@ def parse_flags(
             raise ValueError(_one_line(shown.getvalue())) from None
         print(printed.getvalue(), end="", flush=True)
         raise
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise ValueError for an argument that is empty: a path would be taken for this folder."""
+    for before, given in zip(["", *arguments], arguments, strict=False):
+        bare = given.startswith("--") and given.endswith("=")
+        if not given or bare:
+            name = given[:-1] if bare else before if before.startswith("--") else "an argument"
+            raise ValueError(f"{name}: is empty, as a variable that is not set; give a value")
 
 
 def _one_line(box: str) -> str:

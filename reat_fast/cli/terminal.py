@@ -43,6 +43,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)} (--help lists every flag)\n")
 
 
+def keep_outputs() -> None:
+    """Let what is printed go nowhere where the program was started with an output closed.
+
+    The next file that it opens would take the number of that output, and with it what is printed.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def reader_has_gone(error: OSError) -> bool:
     """Say whether an error means that who read the output, such as head, has enough of it.
 
@@ -54,17 +64,26 @@ def reader_has_gone(error: OSError) -> bool:
     poll.register(sys.stdout.fileno(), 0)
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return True
+
+
+def _drop_output() -> None:
+    """Let nothing more of the standard output be written, at the end of the program either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printed(main: Callable[[], object]) -> int:
     """Run a command that only prints; returns its exit code."""
+    keep_outputs()
     try:
         main()
         sys.stdout.flush()
     except OSError as error:
-        if not reader_has_gone(error):
-            raise
-        return READER_GONE
+        if reader_has_gone(error):
+            return READER_GONE
+        _drop_output()
+        reason = error.strerror or error
+        print(f"error: the output cannot be written ({reason}); send it elsewhere", file=sys.stderr)
+        return 2
     return 0

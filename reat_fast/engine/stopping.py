@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -23,7 +24,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notice SIGINT and SIGTERM while the block runs; a second SIGINT ends the program at once."""
+    """Notice SIGINT, SIGTERM and SIGHUP while the block runs; a second SIGINT ends the program.
+
+    SIGHUP comes where a terminal is closed. Under nohup it is ignored, and stays so.
+    """
 
     def __init__(self, world: World | None = None) -> None:
         self._world = world or World()
@@ -32,8 +36,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._notice)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(
@@ -65,5 +70,6 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self._signal and self._world.main:
             again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            print(f"stopping as soon as this is saved{again}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"stopping as soon as this is saved{again}", file=sys.stderr, flush=True)
         self._signal = number

@@ -245,7 +245,7 @@ def _take_from_debian(remotes: Sequence[Remote], target: Path) -> list[str]:
             failure = _run(["apt-get", *quick, "update"], scratch)
             failure = failure or _run(["apt-get", *quick, "download", package], scratch)
         for deb in Path(scratch).glob("*.deb"):
-            failure = _run(["dpkg", "-x", str(deb), scratch], scratch)
+            failure = _run(["dpkg", "-x", deb.name, "."], scratch)
         for remote in remotes:
             file = Path(scratch, _DEBIAN.relative_to("/"), remote.name)
             if is_right(file, remote):

@@ -76,13 +76,54 @@ def replacing(target: Path, names: Collection[str]) -> Iterator[Path]:
 
     names: of the files that such a folder holds; a folder with others in it is never removed.
     Whatever goes wrong, what was written is removed and what was there before is there still.
-    Errors: OSError naming the target, also for one raised while the place is filled.
+    Errors: OSError naming the target, also for one raised while the place is filled, and where
+    another process is filling it.
     """
     part, old = (target.with_name(f"{target.name}.{end}") for end in ("part", "old"))
     try:
-        _remove(part, names)
         part.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{target}: cannot be written ({error.strerror or error})") from error
+    with _alone(target), _exchanged(target, part, old, names):
         yield part
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold what is beside `target` for this process; leaves no file behind."""
+    lock = target.with_name(f"{target.name}.lock")
+    refused = f"{target}: another process is writing it; wait for it, or name another place"
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(f"{target}: cannot be written ({error.strerror or error})") from error
+    try:
+        with contextlib.suppress(ImportError):  # a system without locks
+            import fcntl
+
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(refused) from None
+            except OSError:
+                pass  # a file system without them
+        # Who held it before may have removed the file in between: then this is no lock on it.
+        if not lock.exists() or not os.path.samestat(os.fstat(descriptor), lock.stat()):
+            raise OSError(refused)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _exchanged(target: Path, part: Path, old: Path, names: Collection[str]) -> Iterator[None]:
+    """Put `part`, which the block fills, in the place of `target`; see replacing."""
+    try:
+        _remove(part, names)
+        yield
         if target.is_dir():  # a folder can only take the place of an empty one
             _remove(old, names)
             _exchange(target, part, old)

@@ -22,7 +22,7 @@ from reat_fast.cli.command import Interrupted
 from reat_fast.env import cpu_cores
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+STOPPED = (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)
 """Exit codes of a program that was told to stop, by this one or by another."""
 
 
@@ -84,8 +84,8 @@ class Programs:
             raise self._stop
         name, code = self._take()
         if code in STOPPED and self._stop is None:
-            terminated = code in (143, -signal.SIGTERM)
-            self._stop = Interrupted() if terminated else KeyboardInterrupt()
+            by_hand = code in (130, -signal.SIGINT)
+            self._stop = KeyboardInterrupt() if by_hand else Interrupted()
             self._tell_all(signal.SIGTERM)
         if self._stop is not None:
             while self._running:
@@ -101,7 +101,7 @@ class Programs:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if self._stop is None:
-            self._stop = KeyboardInterrupt() if number == signal.SIGINT else Interrupted()
+            self._stop = KeyboardInterrupt() if number == signal.SIGINT else Interrupted(number)
             self._tell_all(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _tell_all(self, number: int) -> None:
