@@ -88,7 +88,7 @@ def _load_position(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what save_checkpoint wrote onto the CPU; tensors and plain values only, no code.
 
-    Errors: CheckpointError naming the file.
+    Errors: CheckpointError naming the file; OSError for one that may not be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -97,6 +97,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; give the folder of a run") from None
+    except PermissionError:  # it is not damaged: going on from the one before would lose steps
+        raise OSError(
+            f"{path}: may not be read by this user; chmod u+r, or run as its owner"
+        ) from None
     except Exception as error:  # torch.load has no base class for what a damaged file raises
         raise CheckpointError(
             f"{path}: damaged or not a checkpoint of reat_fast ({type(error).__name__})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,20 @@ def test_damaged_files_are_named(run_dir: Path, name: str) -> None:
         (run_dir / name).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=name):
             load_model(run_dir / name)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read all, so the refusal is made."""
+    checkpoint.save_checkpoint(run_dir, {"epoch": 1})  # there is one before it to go on from
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(zipfile, "ZipFile", refused)
+    with pytest.raises(OSError, match=r"checkpoint-last\.pt: may not be read by this user; chmod"):
+        checkpoint.load_newest_checkpoint(run_dir)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
