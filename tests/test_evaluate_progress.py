@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reat_fast import checkpoint, evaluate
-from reat_fast.cli.command import Interrupted, ended_by_sigterm, run_command
+from reat_fast.cli.command import Interrupted, ended_by_sigterm, exit_code, run_command
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation import autoattack
@@ -177,13 +177,28 @@ def test_an_evaluation_stopped_within_autoattack_says_how_to_go_on(
     assert capsys.readouterr().err == told
 
 
-def test_a_second_sigterm_does_not_end_what_the_first_made_end() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_does_not_end_what_the_first_made_end(number: int) -> None:
     """As timeout(1) sends it: to the program, and to its group at once."""
-    before, kept = signal.getsignal(signal.SIGTERM), False
-    with pytest.raises(Interrupted), ended_by_sigterm():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            kept = True
-    assert kept and signal.getsignal(signal.SIGTERM) == before
+    outside = signal.signal(number, signal.SIG_DFL)
+    kept = False
+    try:
+        with pytest.raises(Interrupted) as interrupt, ended_by_sigterm():
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os.kill(os.getpid(), number)
+                kept = True
+        assert kept and exit_code(interrupt.value) == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, outside)
+
+
+def test_nohup_keeps_a_closed_terminal_from_ending_a_command() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_sigterm():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -42,22 +42,28 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 def ended_by_sigterm() -> Iterator[None]:
     """Let a scheduler's SIGTERM end the block as Ctrl-C does, with all that is said and kept then.
 
-    A second one, which timeout(1) sends at once, does not end that. Only the main thread can;
-    others leave the signal as it is.
+    So does SIGHUP, of a closed terminal, unless nohup lets it be ignored. A second one, which
+    timeout(1) sends at once, does not end that. Only the main thread can; others leave signals as
+    they are.
     """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Interrupted
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
