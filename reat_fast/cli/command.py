@@ -18,6 +18,7 @@ import tyro
 
 from reat_fast.cli.terminal import READER_GONE, keep_outputs, one_line, reader_has_gone
 from reat_fast.engine.distributed import World
+from reat_fast.engine.stopping import ending_signals
 
 Flags = TypeVar("Flags")
 
@@ -42,16 +43,13 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 def ended_by_sigterm() -> Iterator[None]:
     """Let a scheduler's SIGTERM end the block as Ctrl-C does, with all that is said and kept then.
 
-    So does SIGHUP, of a closed terminal, unless nohup lets it be ignored. A second one, which
-    timeout(1) sends at once, does not end that. Only the main thread can; others leave signals as
-    they are.
+    So does SIGHUP, see ending_signals. A second one, which timeout(1) sends at once, does not end
+    that. Only the main thread can; others leave signals as they are.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    numbers = ending_signals()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in numbers:

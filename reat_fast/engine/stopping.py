@@ -23,11 +23,16 @@ class Stopped(Exception):
         self.code = code
 
 
-class StopRequest:
-    """Notice SIGINT, SIGTERM and SIGHUP while the block runs; a second SIGINT ends the program.
+def ending_signals() -> list[signal.Signals]:
+    """Return what asks a program to end: SIGTERM, and SIGHUP of a closed terminal but for nohup."""
+    hangup: signal.Signals | None = getattr(signal, "SIGHUP", None)  # which Windows lacks
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
+        return [signal.SIGTERM]
+    return [signal.SIGTERM, hangup]
 
-    SIGHUP comes where a terminal is closed. Under nohup it is ignored, and stays so.
-    """
+
+class StopRequest:
+    """Notice SIGINT and ending_signals() while the block runs; a second SIGINT ends the program."""
 
     def __init__(self, world: World | None = None) -> None:
         self._world = world or World()
@@ -36,9 +41,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._notice)
+            for number in (signal.SIGINT, *ending_signals()):
+                self._before[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(
