@@ -23,7 +23,7 @@ from reat_fast.reporting.probe import Probe, probe_run
 from reat_fast.reporting.style import write_png
 from reat_fast.reporting.tables import markdown
 from reat_fast.sources.formats import DataError
-from reat_fast.storage.whole_files import refuse_unwritable, write_text
+from reat_fast.storage.whole_files import alone, refuse_unwritable, write_text
 
 NAMED = 3
 """Files that one line of the terminal names."""
@@ -62,26 +62,31 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     options = parse_flags(Options, arguments, "python -m reat_fast.report")
     runs = [read_run(folder) for folder in options.runs]
-    alone = len(runs) == 1
-    out = options.out or (runs[0].folder / "report.html" if alone else Path("report.html"))
+    usual = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
+    out = options.out or usual
     if options.data is not None and not options.data.exists():
         raise ValueError(f"--data {options.data}: no such file or folder; name where the data is")
-    refuse_unwritable(out)
-    if out.with_suffix("").is_file():
-        raise ValueError(f"--out {out}: {out.with_suffix('')} is a file; pictures go into a folder")
-    if alone:
-        probe, missing = _probe(runs[0], options)
-        report = run_report(runs[0], probe, missing)
-        if missing and options.model:
-            report = dataclasses.replace(report, remarks=(missing,))
-    else:
-        report = compared_report(runs)
-    with ended_by_sigterm():
+    with ended_by_sigterm(), alone(out):
+        refuse_unwritable(out)
+        if out.with_suffix("").is_file():
+            folder = out.with_suffix("")
+            raise ValueError(f"--out {out}: {folder} is a file; pictures go into a folder")
+        report = _report(runs, options)
         folder = write_report(report, out)
     print(f"{out} written; {len(report.pictures)} pictures and table.md in {folder}")
     for line in (*_left_out(runs), *report.remarks):
         print(one_line(line))
     return 0
+
+
+def _report(runs: Sequence[RunRecord], options: Options) -> Report:
+    if len(runs) > 1:
+        return compared_report(runs)
+    probe, missing = _probe(runs[0], options)
+    report = run_report(runs[0], probe, missing)
+    if missing and options.model:
+        report = dataclasses.replace(report, remarks=(missing,))
+    return report
 
 
 def _left_out(runs: Sequence[RunRecord]) -> Iterator[str]:

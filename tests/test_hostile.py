@@ -261,6 +261,27 @@ def test_an_image_file_that_vanishes_between_two_epochs_is_named_and_nothing_is_
     assert differences(tmp_path / "whole", tmp_path / "cut") == []
 
 
+def test_a_run_folder_that_is_moved_while_it_trains_goes_on_from_its_new_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, old, new = made_npz(tmp_path / "made.npz"), tmp_path / "old", tmp_path / "new"
+    arguments = [*SMALL, "--data", data, "--epochs", "2", "--run-dir"]
+    assert run(*arguments, tmp_path / "whole") == 0
+    finish_epoch = Run.finish_epoch
+
+    def move(this: Run, *rows: object) -> None:
+        finish_epoch(this, *rows)  # type: ignore[arg-type]
+        old.rename(new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "finish_epoch", move)
+        capsys.readouterr()
+        assert run(*arguments, old) == 2
+    assert f"{old}: was moved or removed while the run trained; go on with" in only_line(capsys)
+    assert not old.exists() and run("--resume", new) == 0
+    assert differences(tmp_path / "whole", new) == []
+
+
 def test_ten_thousand_classes_of_one_image_train(tmp_path: Path) -> None:
     made = np.random.RandomState(0)
     x_train = made.randint(0, 256, (10_000, 8, 8, 3)).astype(np.uint8)

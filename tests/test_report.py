@@ -45,6 +45,7 @@ from reat_fast.reporting.tables import (
     paper_table,
     time_split,
 )
+from reat_fast.storage.whole_files import alone
 from reat_fast.training.progress import TrainingClock
 
 
@@ -489,6 +490,16 @@ def test_a_page_that_cannot_be_written_is_named_before_the_model_is_attacked(
         assert command(run, "--out", out) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_page_that_another_process_is_writing_is_left_to_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(run / "report.html"):
+        assert command(run, "--no-model") == 2
+    assert "report.html: another process is writing it; wait for it" in capsys.readouterr().err
+    assert command(run, "--no-model") == 0
+    assert not list(run.glob("*.lock"))
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:

@@ -176,6 +176,17 @@ def test_what_a_resumed_run_refuses(
         assert run(*arguments) == 2
         error = capsys.readouterr().err
         assert named in error and error.count("\n") == 1
+    described = (run_dir / "config.json").read_text()
+    for edited, refused in (
+        (described.replace('"lr": 0.05', '"lr": 0.3'), "config.json: says --lr 0.3, the run was"),
+        (described.replace('"quiet": false', '"quiet": true'), ""),  # computes the same
+        ("damaged", ""),
+    ):
+        assert edited != described
+        (run_dir / "config.json").write_text(edited)
+        assert run("--resume", run_dir) == (2 if refused else 0)
+        assert refused in capsys.readouterr().err
+        assert refused or '"quiet": false' in (run_dir / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

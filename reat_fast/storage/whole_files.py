@@ -80,20 +80,20 @@ def replacing(target: Path, names: Collection[str]) -> Iterator[Path]:
     another process is filling it.
     """
     part, old = (target.with_name(f"{target.name}.{end}") for end in ("part", "old"))
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{target}: cannot be written ({error.strerror or error})") from error
-    with _alone(target), _exchanged(target, part, old, names):
+    with alone(target), _exchanged(target, part, old, names):
         yield part
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Hold what is beside `target` for this process; leaves no file behind."""
+def alone(target: Path) -> Iterator[None]:
+    """Hold what is beside `target` for this process, its folder made; leaves no file behind.
+
+    Errors: OSError naming the target, where another process holds it.
+    """
     lock = target.with_name(f"{target.name}.lock")
     refused = f"{target}: another process is writing it; wait for it, or name another place"
     try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise OSError(f"{target}: cannot be written ({error.strerror or error})") from error

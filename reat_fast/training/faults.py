@@ -92,7 +92,7 @@ def roll_back(run: Run, fault: FloatingPointError) -> str:
 
 @contextmanager
 def explained_faults(run: Run) -> Iterator[None]:
-    """Turn running out of memory, or a batch too small, into a line with the cure."""
+    """Turn no memory, a batch too small or a folder that is gone into a line with the cure."""
     config = run.config
     try:
         yield
@@ -102,6 +102,13 @@ def explained_faults(run: Run) -> Iterator[None]:
         raise ValueError(
             f"--batch-size {config.batch_size}: a batch of 1 image leaves BatchNorm one value per "
             "channel; choose another size"
+        ) from error
+    except OSError as error:
+        if not run.world.main or run.log is None or run.folder.is_dir():
+            raise
+        raise OSError(
+            f"{run.folder}: was moved or removed while the run trained; go on with --resume and "
+            "the place where it is now"
         ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -17,7 +17,7 @@ from reat_fast.engine.distributed import World
 from reat_fast.storage.config_file import changes, from_json
 from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.training.logs import check_logs
-from reat_fast.training.run_folder import never_began, new_run_dir, newest_run
+from reat_fast.training.run_folder import DESCRIPTION, never_began, new_run_dir, newest_run
 
 
 @dataclass
@@ -55,6 +55,7 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         _, config = parse(flags, preset, default=saved)
         for name, old, new in changes(saved, config):
             raise ValueError(f"{name} {new}: the run was begun with {old}; leave it out")
+        _refuse_edited(resume, saved)
     if config.data is not None and config.data.exists():
         # So that a run is gone on with and evaluated from other folders, too.
         config = replace(config, data=config.data.absolute())
@@ -81,6 +82,20 @@ def _folder_to_resume(config: Config, world: World) -> Path | None:
     if world.restarts and config.run_dir is not None and checkpoint.has_checkpoint(config.run_dir):
         return config.run_dir
     return None
+
+
+def _refuse_edited(folder: Path, saved: Config) -> None:
+    """Raise ValueError where config.json was changed by hand: a checkpoint goes on as it began."""
+    file = folder / DESCRIPTION[0]
+    try:
+        described = from_json(file.read_text("utf-8"))
+    except (ValueError, OSError):
+        return  # damaged, of an older version, or not there: written again
+    for name, old, new in changes(saved, described):
+        raise ValueError(
+            f"{file}: says {name} {new}, the run was begun with {old}; put that back, or begin a "
+            "new run"
+        )
 
 
 def _new_run_dir(config: Config, preset: str, world: World) -> Path:
