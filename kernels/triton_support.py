@@ -41,6 +41,10 @@ except ImportError:
     TensorDescriptor = None
 
 
+ENDING = [number for number in signal.Signals if number.name in ("SIGHUP", "SIGINT", "SIGTERM")]
+"""Signals that ask a program to end, of which Windows lacks one."""
+
+
 def _take_signals_back(*loaded: object) -> None:
     """Put the signal handlers of this program in place again, after a kernel was compiled.
 
@@ -48,7 +52,7 @@ def _take_signals_back(*loaded: object) -> None:
     a signal that comes twice at once, as from timeout(1), then ends the program on the spot.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             handler = signal.getsignal(number)
             if handler is not None:  # None: one that Python does not know
                 signal.signal(number, handler)

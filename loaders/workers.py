@@ -113,7 +113,8 @@ def _left_to_the_run() -> Iterator[None]:
         return
     of_children = signal.getsignal(signal.SIGCHLD)
     others = multiprocessing.active_children()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     try:
         yield
     finally:

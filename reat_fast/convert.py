@@ -23,8 +23,9 @@ import numpy.typing as npt
 import tyro
 from tqdm import tqdm
 
-from reat_fast.cli.command import ended_by_sigterm, parse_flags, run_command
+from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.data import DATASETS, Dataset, ImageSet, Indices, load_dataset, make_splits
+from reat_fast.engine.stopping import ended_by_sigterm
 from reat_fast.sources import beton_folder, formats
 from reat_fast.sources.beton_file import read_beton
 from reat_fast.sources.formats import DataError

@@ -16,8 +16,6 @@ from tqdm import tqdm
 from reat_fast import checkpoint
 from reat_fast.cli.command import (
     choose_own_device,
-    ended_by_sigterm,
-    exit_code,
     flag,
     parse_flags,
     refused_once,
@@ -29,6 +27,7 @@ from reat_fast.data import ImageSet, load_run_data
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, refuse_missing_bfloat16, resolve_precision
+from reat_fast.engine.stopping import ended_by_sigterm, exit_code
 from reat_fast.evaluation import batches, guards
 from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, threat_text
 from reat_fast.evaluation.attacks import Attack as Attack

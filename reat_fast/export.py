@@ -24,9 +24,10 @@ import torch
 import tyro
 
 from reat_fast import checkpoint
-from reat_fast.cli.command import ended_by_sigterm, parse_flags, run_command
+from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.cli.extras import import_extra
 from reat_fast.config import Config
+from reat_fast.engine.stopping import ended_by_sigterm
 from reat_fast.evaluation.saved import files, weights_sha256
 from reat_fast.networks.architectures import Network
 from reat_fast.sharing.model_card import model_card

@@ -12,9 +12,10 @@ from typing import Annotated
 import tyro
 
 from reat_fast.checkpoint import WEIGHTS
-from reat_fast.cli.command import choose_device, ended_by_sigterm, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.engine.memory import keep_freed_memory
+from reat_fast.engine.stopping import ended_by_sigterm
 from reat_fast.evaluation.saved import EVALUATION
 from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.data import RunRecord, read_run

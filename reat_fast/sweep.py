@@ -22,9 +22,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from reat_fast.cli.command import exit_code, parse_flags, run_command
+from reat_fast.cli.command import parse_flags, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.engine.precision import Precision
+from reat_fast.engine.stopping import exit_code
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reat_fast import checkpoint, evaluate
-from reat_fast.cli.command import Interrupted, ended_by_sigterm, exit_code, run_command
+from reat_fast.cli.command import run_command
 from reat_fast.data import ImageSet
+from reat_fast.engine.stopping import Interrupted, ended_by_sigterm, exit_code
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation import autoattack
 from reat_fast.evaluation.autoattack import AutoAttack

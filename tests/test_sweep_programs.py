@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reat_fast.cli.command import exit_code
+from reat_fast.engine.stopping import exit_code
 from reat_fast.training import sweep_programs
 from reat_fast.training.sweep_programs import Programs, share_of
 
@@ -118,6 +118,18 @@ def test_a_signal_between_two_programs_stops_too() -> None:
         assert not programs.has_room
         programs.wait()
     assert exit_code(interrupt.value) == 143
+
+
+def test_nohup_keeps_a_closed_terminal_from_ending_the_programs(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Programs() as programs:
+            programs.start("one", python("print('done')"), tmp_path / "one.log")
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert programs.wait() == ("one", 0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_error_leaves_no_program_behind(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from reat_fast.kernels.triton_support import triton
 
 def handlers():
     found = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         action = (ctypes.c_void_p * 32)()  # struct sigaction begins with the handler
         assert ctypes.CDLL(None).sigaction(number, None, action) == 0
         found.append(action[0])

@@ -99,7 +99,7 @@ def test_a_worker_that_is_killed_is_named_by_the_next_read_and_disturbs_nothing_
     loader.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_workers_live_on_where_a_signal_meets_the_whole_group(number: int) -> None:
     others = multiprocessing.active_children()
     loader = make(count=400)

@@ -1,16 +1,13 @@
-"""What the commands share: typed flags, one clear line for bad input, the choice of the device."""
+"""What all commands share: typed flags, one line for bad input, the choice of the device."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -18,50 +15,12 @@ import tyro
 
 from reat_fast.cli.terminal import READER_GONE, keep_outputs, one_line, reader_has_gone
 from reat_fast.engine.distributed import World
-from reat_fast.engine.stopping import ending_signals
+from reat_fast.engine.stopping import exit_code
 
 Flags = TypeVar("Flags")
 
 START_SECONDS = 20.0
 """By which the first process of a machine may start later than another that is refused."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """What SIGTERM raises within ended_by_sigterm; number: the signal, where it is another."""
-
-    def __init__(self, number: int = signal.SIGTERM) -> None:
-        super().__init__()
-        self.number = number
-
-
-def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """Return the exit code of a program that a signal ended."""
-    return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Let a scheduler's SIGTERM end the block as Ctrl-C does, with all that is said and kept then.
-
-    So does SIGHUP, see ending_signals. A second one, which timeout(1) sends at once, does not end
-    that. Only the main thread can; others leave signals as they are.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = ending_signals()
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:

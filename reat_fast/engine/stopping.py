@@ -1,4 +1,7 @@
-"""Ending a run between two steps: what Ctrl-C and a scheduler's SIGTERM turn into."""
+"""What Ctrl-C, a scheduler's SIGTERM and a closed terminal turn into.
+
+A training ends between two steps (StopRequest), all else where it is (ended_by_sigterm).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -77,3 +82,41 @@ class StopRequest:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"stopping as soon as this is saved{again}", file=sys.stderr, flush=True)
         self._signal = number
+
+
+class Interrupted(KeyboardInterrupt):
+    """What SIGTERM raises within ended_by_sigterm; number: the signal, where it is another."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit code of a program that a signal ended."""
+    return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let a scheduler's SIGTERM end the block as Ctrl-C does, with all that is said and kept then.
+
+    So does SIGHUP, see ending_signals. A second one, which timeout(1) sends at once, does not end
+    that. Only the main thread can; others leave signals as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = ending_signals()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

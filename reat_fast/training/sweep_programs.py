@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from reat_fast.cli.command import Interrupted
+from reat_fast.engine.stopping import Interrupted, ending_signals
 from reat_fast.env import cpu_cores
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)
 """Exit codes of a program that was told to stop, by this one or by another."""
 
@@ -37,7 +36,8 @@ class Programs:
         self._stop: KeyboardInterrupt | None = None
 
     def __enter__(self) -> Programs:
-        self._before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        numbers = (signal.SIGINT, *ending_signals())
+        self._before = {number: signal.signal(number, self._pass_on) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
