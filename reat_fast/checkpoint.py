@@ -6,7 +6,6 @@ code.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor
 from reat_fast.engine.average import PREFIX
 from reat_fast.networks.architectures import Network
 from reat_fast.storage import whole_files
+from reat_fast.storage.json_object import read_object
 from reat_fast.storage.weights_file import CheckpointError as CheckpointError
 from reat_fast.storage.weights_file import ModelSpec as ModelSpec
 from reat_fast.storage.weights_file import read_weights, spec_of
@@ -188,7 +188,6 @@ def _averages(state: dict[str, Any]) -> dict[str, Any]:
 def _selects_last(run_dir: Path) -> bool:
     file = run_dir / "config.json"
     try:
-        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
+        return file.is_file() and read_object(file).get("select") == "last"
+    except ValueError as error:
         raise CheckpointError(f"{file}: damaged or not JSON ({error})") from None
-    return isinstance(values, dict) and values.get("select") == "last"

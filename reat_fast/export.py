@@ -34,6 +34,7 @@ from reat_fast.sharing.model_card import model_card
 from reat_fast.sharing.onnx_graph import TOLERANCE, compare_onnx, write_onnx
 from reat_fast.storage import weights_file
 from reat_fast.storage.config_file import LOCAL_FIELDS
+from reat_fast.storage.json_object import read_object
 from reat_fast.storage.weights_file import ModelSpec
 from reat_fast.storage.whole_files import replacing, write_text
 
@@ -120,12 +121,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text("utf-8"))
+        return read_object(file)
     except ValueError as error:
         raise ValueError(f"{file}: damaged or not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: damaged, holds no object")
-    return values
 
 
 def push(folder: Path, repository: str, *, public: bool = False) -> str:

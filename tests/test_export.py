@@ -483,9 +483,10 @@ def test_what_a_run_does_not_say_is_asked_for_and_what_is_damaged_named(
     assert "--image-size" in capsys.readouterr().err
     assert command(run_dir, "--to", tmp_path / "to", "--image-size", 8) == 0
     assert description(tmp_path / "to")["image_size"] == [8, 8]
-    (run_dir / "evaluation.json").write_text("[1]")
-    assert command(run_dir, "--to", tmp_path / "other", "--image-size", 8) == 2
-    assert "evaluation.json: damaged" in capsys.readouterr().err
+    for text in ("[1]", "[" * 100_000):
+        (run_dir / "evaluation.json").write_text(text)
+        assert command(run_dir, "--to", tmp_path / "other", "--image-size", 8) == 2
+        assert "evaluation.json: damaged" in capsys.readouterr().err
     assert command(tmp_path / "absent", "--to", tmp_path / "other") == 2
     assert "no such run" in capsys.readouterr().err
 

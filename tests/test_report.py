@@ -428,6 +428,7 @@ def test_only_few_classes_are_named(classes: int) -> None:
         ("timing.csv", "epoch,seconds\n1,2\n"),
         ("timing.csv", "\0\xff"),
         ("evaluation.json", "{}"),
+        ("evaluation.json", "[" * 100_000),
         ("evaluation.json", '{"class_names": 3}'),
         ("evaluation.json", '{"class_names": ["a"], "eps": 0.1, "samples": 1, "attacks": {}}'),
     ],

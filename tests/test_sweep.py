@@ -432,9 +432,10 @@ def test_a_damaged_evaluation_is_named(
 ) -> None:
     out = tmp_path / "out"
     assert command(presets, "--out", out) == 0
-    (out / "reat-seed0" / "evaluation.json").write_text("[]")
-    assert command(presets, "--out", out, "--attacks", "aa") == 2
-    assert "evaluation.json: damaged or not an evaluation" in capsys.readouterr().err
+    for text in ("[]", "[" * 100_000):
+        (out / "reat-seed0" / "evaluation.json").write_text(text)
+        assert command(presets, "--out", out, "--attacks", "aa") == 2
+        assert "evaluation.json: damaged or not an evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from reat_fast.evaluation.figures import parts, tail_by_share
 from reat_fast.evaluation.guards import UNKNOWN_COUNTS
 from reat_fast.sources.beton_folder import digest
 from reat_fast.sources.lazy import FileImages, LazyImages
+from reat_fast.storage.json_object import read_object
 from reat_fast.storage.whole_files import write_text
 
 EVALUATION = "evaluation.json"
@@ -167,8 +168,8 @@ def write_as_named(file: Path, result: dict[str, Any]) -> tuple[dict[str, Any], 
 def _read(file: Path) -> dict[str, Any]:
     """Read an evaluation, {} where there is none or a damaged one."""
     try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return read_object(file)
+    except (OSError, ValueError):
         return {}
 
 
@@ -179,7 +180,7 @@ def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:
     Attacks of both have head, body and tail by the training images that either knows of.
     """
     try:
-        earlier = json.loads(file.read_text("utf-8"))
+        earlier = read_object(file)
         same = all(earlier.get(name, result[name]) == result[name] for name in CONDITIONS)
         if not same or not isinstance(earlier["attacks"], dict):
             return None
@@ -201,7 +202,7 @@ def joined(file: Path, result: dict[str, Any]) -> dict[str, Any] | None:
             "seconds": round(earlier["seconds"] + result["seconds"], 3),
             "warnings": list(dict.fromkeys(warnings)),
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # damaged, or not one of ours
 
 

@@ -7,7 +7,6 @@ and cannot be read is named.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from reat_fast.evaluation.figures import largest_first
 from reat_fast.evaluation.saved import of_these_weights
 from reat_fast.sources.longtail import by_falling_size
 from reat_fast.storage.config_file import from_json
+from reat_fast.storage.json_object import read_object
 from reat_fast.training.trained_on import digests_of_run
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
@@ -150,10 +150,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     with _reading(file):
-        values = json.loads(file.read_text("utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("no object of fields")
-    return values
+        return read_object(file)
 
 
 def _read_evaluation(file: Path) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.attacks import threat_text
 from reat_fast.reporting.groups import PROTOCOL, protocol_of, setting_text
 from reat_fast.reporting.tables import attack_title, markdown_text, mean_text
+from reat_fast.storage.json_object import read_object
 
 ORIGINS = ("device", "torch", "commit")
 """What a row of summary.csv tells of where its runs come from, each value once."""
@@ -55,7 +55,7 @@ def summarise(name: str, files: Sequence[Path], planned: int, attacks: Sequence[
     for file in files:
         folder = file.parent
         try:
-            evaluation = json.loads(file.read_text("utf-8"))
+            evaluation = read_object(file)
             found = protocol_of(evaluation)
             for column, (attack, part) in columns.items():
                 value = evaluation["attacks"].get(attack, {}).get(part)
@@ -95,7 +95,7 @@ def _origin(file: Path, evaluation: Mapping[str, Any]) -> dict[str, str]:
     """Name the device, the torch and the commit of a run, by the env.json in its folder."""
     if not file.is_file():
         return {}
-    facts = json.loads(file.read_text("utf-8"))
+    facts = read_object(file)
     device = f"{facts['cpu']} {facts['cpu_cores']} cores"
     if str(evaluation.get("device")).startswith("cuda") and facts["gpus"]:
         device = facts["gpus"][0]["name"]

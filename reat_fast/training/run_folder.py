@@ -18,6 +18,7 @@ from reat_fast.config import Config
 from reat_fast.data import Dataset, Splits
 from reat_fast.env import environment
 from reat_fast.storage.config_file import from_json, to_json
+from reat_fast.storage.json_object import read_object
 from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.storage.whole_files import write_text
 
@@ -165,11 +166,11 @@ def train_counts(run_dir: Path) -> list[int] | None:
     if not file.is_file():
         return None
     try:
-        counts = json.loads(file.read_text("utf-8")).get("train_counts")
+        counts: Any = read_object(file).get("train_counts")
         if counts is None and file != split:
             return None  # only an export has them there
         return [int(count) for count in counts]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged, gives no train_counts ({error})") from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import shlex
@@ -23,6 +22,7 @@ from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights
 from reat_fast.storage.config_file import changes, from_json
+from reat_fast.storage.json_object import read_object
 from reat_fast.training.run_folder import epochs_done, never_began, train_counts
 from reat_fast.training.trained_on import was_trained_on
 
@@ -154,11 +154,11 @@ class SweepRun:
 def _read(file: Path) -> dict[str, Any]:
     """Read an evaluation, {} where there is none. Errors: ValueError for a damaged one."""
     try:
-        evaluation = dict(json.loads(file.read_text("utf-8")))
+        evaluation = read_object(file)
         return {**evaluation, "attacks": dict(evaluation["attacks"])}
     except FileNotFoundError:
         return {}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: damaged or not an evaluation ({error})") from None
 
 

@@ -5,7 +5,6 @@ Runs on other images can have equal settings, for a path says nothing of what li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from reat_fast.config import Config
 from reat_fast.data import DataError, Dataset, Splits, load_run_data, make_splits
 from reat_fast.evaluation.saved import images_sha256
 from reat_fast.sources.lazy import FileImages
+from reat_fast.storage.json_object import read_object
 
 SPLIT_FIELDS = (
     *("dataset", "image_size", "imbalance", "imbalance_profile", "largest", "held_out"),
@@ -97,8 +97,8 @@ def digests_of_data(config: Config, place: Path) -> dict[str, Any]:
 def digests_of_run(folder: Path) -> dict[str, Any]:
     """Return the digests that a run folder tells of its training images, {} where it tells none."""
     try:
-        split = dict(json.loads((folder / "split.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        split = read_object(folder / "split.json")
+    except (OSError, ValueError):
         split = {}
     if "images_sha256" not in split:  # older runs have it in their checkpoint alone
         split = {**_digests_of_checkpoint(folder / CHECKPOINT), **split}
