@@ -42,7 +42,6 @@ def prepare_torch(
     padding: int,
     flip: bool,
     noise: str,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Prepare in PyTorch: what the kernel is held against, and the CPU path."""
     height, width, channels = images.shape[1:]
@@ -65,7 +64,7 @@ def prepare_torch(
         start = clean.clone()
     else:
         start = clean + _noise_torch(seed, epoch, indices, eps, noise, clean)
-    return clean.to(dtype).permute(0, 3, 1, 2), start.to(dtype).permute(0, 3, 1, 2)
+    return clean.permute(0, 3, 1, 2), start.permute(0, 3, 1, 2)
 
 
 def _noise_torch(
@@ -160,15 +159,14 @@ def _prepare(
     padding: int,
     flip: bool,
     noise: str,
-    dtype: torch.dtype,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     if not kernel_runs_on(images) or not len(indices):
-        return prepare_torch(images, indices, seed, epoch, eps, gather, padding, flip, noise, dtype)
+        return prepare_torch(images, indices, seed, epoch, eps, gather, padding, flip, noise)
     batch, (height, width, channels) = len(indices), images.shape[1:]
     clean = torch.empty(
         (batch, channels, height, width),
-        dtype=dtype,
+        dtype=torch.float32,
         device=images.device,
         memory_format=torch.channels_last,
     )
@@ -209,7 +207,6 @@ def prepare(
     padding: int = 4,
     flip: bool = True,
     noise: Noise = "uniform",
-    dtype: torch.dtype = torch.float32,
     backend: Backend = "auto",
     block: int = 1024,
 ) -> tuple[Tensor, Tensor]:
@@ -221,13 +218,12 @@ def prepare(
     0-dim int64 tensor. eps: number, 0-dim tensor or [B]: half-width of the uniform noise, standard
     deviation of the normal noise. padding: zeros round the image, the crop moves by up to so many
     pixels; flip: mirror half of the images; padding=0, flip=False is the evaluation transform.
-    dtype: float32, or bfloat16 rounded from it (an attack that goes on from the start needs
-    float32). block: elements per Triton program, a power of two.
-    Returns (clean, start), dtype [B, C, H, W] in channels_last memory, never the same memory.
+    block: elements per Triton program, a power of two.
+    Returns (clean, start), float32 [B, C, H, W] in channels_last memory, never the same memory.
     Raises ValueError for a wrong dtype, shape, device or noise. Source: official REAT data.py and
     PGD start.
     """
-    _check(images, indices, gather, padding, noise, dtype)
+    _check(images, indices, gather, padding, noise)
     indices = indices.contiguous()
     arguments = (
         images,
@@ -239,7 +235,6 @@ def prepare(
         padding,
         flip,
         noise,
-        dtype,
     )
     if use_triton(backend, images):
         clean, start = _prepare(*arguments, block)
@@ -247,16 +242,12 @@ def prepare(
     return prepare_torch(*arguments)
 
 
-def _check(
-    images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str, dtype: torch.dtype
-) -> None:
+def _check(images: Tensor, indices: Tensor, gather: bool, padding: int, noise: str) -> None:
     check_batch(images, indices, gather)
     if padding < 0:
         raise ValueError(f"padding={padding} is negative: give 0 to crop nothing")
     if noise not in ("uniform", "normal", "none"):
         raise ValueError(f"noise={noise!r} is unknown: give 'uniform', 'normal' or 'none'")
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype={dtype} is not prepared: give torch.float32 or torch.bfloat16")
 
 
 def check_batch(images: Tensor, indices: Tensor, gather: bool) -> None:

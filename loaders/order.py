@@ -26,7 +26,7 @@ class EpochOrder:
     labels: int64 [N]. batch_size: images per step of all ranks together; each rank takes a
     contiguous share of every batch, sizes differing by at most one. sampler: one of SAMPLERS, see
     `class_probabilities`; epochs is the length of the run, which only progressive uses.
-    shuffle=False shows the images as they lie. drop_last leaves out a last batch that is short.
+    drop_last leaves out a last batch that is short.
     Raises ValueError for an unknown sampler and for sizes that leave a rank without images.
     """
 
@@ -38,17 +38,15 @@ class EpochOrder:
         sampler: str = "instance",
         seed: int = 0,
         epochs: int = 1,
-        shuffle: bool = True,
         drop_last: bool = False,
         rank: int = 0,
         world: int = 1,
         device: torch.device | None = None,
     ) -> None:
         known = torch.as_tensor(labels, device="cpu")
-        _check(len(known), batch_size, sampler, shuffle, drop_last, rank, world)
+        _check(len(known), batch_size, sampler, drop_last, rank, world)
         self.batch_size, self.sampler, self.seed, self.epochs = batch_size, sampler, seed, epochs
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.rank, self.world = rank, world
+        self.drop_last, self.rank, self.world = drop_last, rank, world
         self.device = torch.device("cpu") if device is None else device
         self._counts = torch.bincount(known)  # [C]
         self._by_class = torch.argsort(known, stable=True)  # [N], positions, class by class
@@ -71,11 +69,8 @@ class EpochOrder:
 
     def indices(self, epoch: int) -> Tensor:
         """Return the positions that an epoch shows, of all ranks: int64 [N]."""
-        count = len(self._by_class)
-        if not self.shuffle:
-            return torch.arange(count, device=self.device)
         if self.sampler == "instance":
-            return permutation(count, self.seed, epoch, self.device)
+            return permutation(len(self._by_class), self.seed, epoch, self.device)
         return self._draw(epoch)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
@@ -141,12 +136,10 @@ def class_probabilities(
 
 
 def _check(
-    count: int, batch_size: int, sampler: str, shuffle: bool, drop_last: bool, rank: int, world: int
+    count: int, batch_size: int, sampler: str, drop_last: bool, rank: int, world: int
 ) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler!r} is unknown: use one of {', '.join(SAMPLERS)}")
-    if not shuffle and sampler != "instance":
-        raise ValueError(f"--sampler {sampler} draws at random: it cannot go with shuffle=False")
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world} processes: must lie in 0..{world - 1}")
     if count == 0:

@@ -253,10 +253,7 @@ def in_proportion(recipe: Config, epochs: int) -> Config:
 
 
 def parse(
-    arguments: list[str],
-    default_preset: str,
-    default: Config | None = None,
-    program: str = "python -m reat_fast.train",
+    arguments: list[str], default_preset: str, default: Config | None = None
 ) -> tuple[str, Config]:
     """Read the command line: a preset's name first, then flags.
 
@@ -271,8 +268,8 @@ def parse(
             near = difflib.get_close_matches(preset, PRESETS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"unknown preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
-    flags = f"{program} [{'|'.join(PRESETS)}]"
-    config = parse_flags(Config, rest, flags, PRESETS[preset] if default is None else default)
+    program = f"python -m reat_fast.train [{'|'.join(PRESETS)}]"
+    config = parse_flags(Config, rest, program, PRESETS[preset] if default is None else default)
     named = {given.partition("=")[0].strip("-").replace("-", "_") for given in rest}
     if config.imbalance_profile == "as-is" and "largest" not in named:
         config = replace(config, largest=None)  # a preset's, for the set that it is made for

@@ -61,19 +61,7 @@ class TrainStep:
         self.world.take_from_main_(model.state_dict().values())
         self.statistics = ClassStatistics(counts, device, weight.dtype)
         self.average = WeightAverage(model, config.ema) if config.ema else None
-        self.objective = make_objective(
-            config.objective,
-            model,
-            self.statistics,
-            tail=config.tail,
-            tail_coefficient=config.tail_coefficient,
-            label_smoothing=config.label_smoothing,
-            beta=config.beta,
-            margin=config.margin,
-            margin_tau=config.margin_tau,
-            prior_tau=config.prior_tau,
-            second_stage=config.second_stage,
-        )
+        self.objective = make_objective(model, self.statistics, config)
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.sums = EpochSums(self.objective.terms, device)
         self._low = resolve_precision(config, device) == "bf16"

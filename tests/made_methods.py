@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reat_fast.config import Config
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.methods.objectives import (
     Objective,
@@ -59,9 +60,15 @@ def named_objective(case: str, **constants: Any) -> tuple[Objective, Network, in
     """Make the objective of a case "name" or "name-epoch", with a network and the epoch."""
     name, _, epoch = case.partition("-")
     network = make_network("cosine" if name == "robal" else "linear")
-    settings = {"tail": "none", **constants}
-    objective = make_objective(name, network, make_statistics(), **settings)  # type: ignore[arg-type]
-    return objective, network, int(epoch or 0)
+    config = objective_config(name, **constants)
+    return make_objective(network, make_statistics(), config), network, int(epoch or 0)
+
+
+def objective_config(name: str, tail: str = "none", **constants: Any) -> Config:
+    """Make the configuration of an objective; tail: of the one that has a penalty."""
+    head = "cosine" if name == "robal" else "linear"
+    tail = tail if name == "bsl" else "none"
+    return Config(**{"objective": name, "head": head, "tail": tail, **constants})
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from reat_fast.data import ImageSet
+from reat_fast.loaders import Batch
 from reat_fast.loaders.dali import DaliLoader
 from reat_fast.loaders.order import EpochOrder
 from reat_fast.sources.lazy import FileImages, LazyImages
@@ -37,11 +39,14 @@ def write(folder: Path, suffix: str, channels: int = 3) -> list[Path]:
 def load(images: Bytes | LazyImages, batch_size: int = 4) -> DaliLoader:
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     labels = np.arange(len(images)) % 3
-    return DaliLoader(ImageSet(images, labels), EpochOrder(labels, batch_size, shuffle=False), CPU)
+    return DaliLoader(ImageSet(images, labels), EpochOrder(labels, batch_size), CPU)
 
 
-def decoded(loader: DaliLoader) -> npt.NDArray[np.int64]:
-    return torch.cat([batch.images for batch in loader.epoch(0)]).long().numpy()
+def decoded(batches: Iterable[Batch]) -> npt.NDArray[np.int64]:
+    """Return the images of an epoch as they lie in the set."""
+    parts = [(batch.images, batch.indices) for batch in batches]
+    images, places = (torch.cat(part) for part in zip(*parts, strict=True))
+    return images[places.argsort()].long().numpy()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -50,7 +55,7 @@ def test_files_are_decoded_and_cut_as_pillow_does(
     tmp_path: Path, suffix: str, channels: int
 ) -> None:
     images = FileImages(write(tmp_path, suffix, channels), SIZE, channels)
-    difference = np.abs(decoded(load(images)) - images[:])
+    difference = np.abs(decoded(load(images).epoch(0)) - images[:])
     for (width, height), found in zip(SIDES, difference, strict=True):
         if min(width, height) == SIZE:
             assert not found.any()  # the same decoder, and the same square of what it gives
@@ -62,32 +67,31 @@ def test_files_are_decoded_and_cut_as_pillow_does(
 def test_a_set_of_one_colour_can_be_read_as_grey(tmp_path: Path) -> None:
     images = FileImages(write(tmp_path, ".png"), SIZE, 1)
     # One level more than above: grey is itself rounded, from colour, before the resizing.
-    assert np.abs(decoded(load(images)) - images[:])[:, 1:-1, 1:-1].max() <= 2
+    assert np.abs(decoded(load(images).epoch(0)) - images[:])[:, 1:-1, 1:-1].max() <= 2
 
 
 def test_an_abandoned_epoch_leaves_nothing_for_the_next(tmp_path: Path) -> None:
     images = FileImages(write(tmp_path, ".png"), SIZE)
     loader = load(images, batch_size=2)
-    whole = decoded(loader)
+    whole = decoded(loader.epoch(0))
     for taken in range(len(loader)):
         iterator = loader.epoch(0)
         for _ in range(taken):
             next(iterator)
         iterator.close()  # type: ignore[attr-defined]
-        np.testing.assert_array_equal(decoded(loader), whole)
+        np.testing.assert_array_equal(decoded(loader.epoch(0)), whole)
 
 
 def test_two_epochs_at_once_are_refused_and_the_later_one_is_whole(tmp_path: Path) -> None:
     images = FileImages(write(tmp_path, ".png"), SIZE)
     loader = load(images, batch_size=2)
-    whole = decoded(loader)
+    whole = decoded(loader.epoch(0))
     earlier, later = loader.epoch(0), loader.epoch(0)
     next(earlier)
     first = next(later)
     with pytest.raises(ValueError, match="^DALI loader: a later epoch was begun; read one at"):
         next(earlier)
-    seen = torch.cat([first.images, *(batch.images for batch in later)])
-    np.testing.assert_array_equal(seen.long().numpy(), whole)
+    np.testing.assert_array_equal(decoded([first, *later]), whole)
 
 
 @pytest.mark.parametrize("closed", [True, False])

@@ -24,6 +24,7 @@ from made_methods import (
     make_part,
     make_statistics,
     named_objective,
+    objective_config,
     total,
 )
 from torch import Tensor
@@ -37,10 +38,7 @@ from reat_fast.methods.attacks import (
     plan_attack,
 )
 from reat_fast.methods.cosine_head import CosineHead, use_cosine_head
-from reat_fast.methods.objectives import (
-    make_objective,
-    robal_margins,
-)
+from reat_fast.methods.objectives import Objective, make_objective, robal_margins
 from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.methods.radii import ClassRadii, class_radius_factors
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept
@@ -238,8 +236,8 @@ def test_an_objective_never_makes_the_host_wait(case: str) -> None:
     name, _, epoch = case.partition("-")
     network = make_network("cosine" if name == "robal" else "linear", torch.float32)
     statistics = make_statistics(torch.float32)
-    tail: Any = "pairwise" if epoch == "pairwise" else "official"
-    objective = make_objective(name, network, statistics, tail=tail)  # type: ignore[arg-type]
+    tail = "pairwise" if epoch == "pairwise" else "official"
+    objective = make_objective(network, statistics, objective_config(name, tail))
     clean, labels = make_images(dtype=torch.float32)
     part = make_part(clean, clean, labels, int(epoch) if epoch.isdigit() else 0)
     _, terms = objective.compute(network.forward_features_logits, part)
@@ -281,7 +279,7 @@ def values_of(name: str, logits: dict[str, Tensor], labels: Tensor, **changes: A
     statistics = changes.pop("statistics", None) or make_statistics()
     histogram = torch.zeros(logits["adv"].shape[1], dtype=torch.int64)
     part = make_part(clean, adv, labels, changes.pop("epoch", 0), histogram=histogram)
-    objective = make_objective(name, network, statistics, tail="none", **changes)  # type: ignore[arg-type]
+    objective = make_objective(network, statistics, objective_config(name, **changes))
     return total(objective.compute(forward, part)[1])
 
 
@@ -372,7 +370,8 @@ def test_every_objective_takes_logits_of_low_precision() -> None:
     names: list[Any] = ["ce", "bsl", "trades", "mart", "robal", "taet"]
     for name in names:
         network = make_network("cosine" if name == "robal" else "linear", torch.float32)
-        objective = make_objective(name, network, make_statistics(torch.float32))
+        statistics = make_statistics(torch.float32)
+        objective = make_objective(network, statistics, objective_config(name))
         clean, labels = make_images(dtype=torch.float32)
         adv = (clean + make_noise(clean)).clamp(0, 1)
         found = []
@@ -387,13 +386,16 @@ def test_every_objective_takes_logits_of_low_precision() -> None:
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     network, statistics = make_network(), make_statistics()
-    objective: Any = partial(make_objective, network=network, statistics=statistics)
+
+    def objective(name: str) -> Objective:
+        return make_objective(network, statistics, objective_config(name))
+
     attack_loss: Any = partial(
         choose_attack_loss, network=network, statistics=statistics, clean_logits=network
     )
     plan: Any = partial(plan_attack, eps=EPS, step_size=STEP, steps=1)
     refused: list[tuple[str, Callable[[], Any]]] = [
-        ("--objective", lambda: objective("rade")),
+        ("--objective rade: is unknown", lambda: objective("rade")),
         ("--head cosine", lambda: objective("robal")),
         ("--head cosine", lambda: attack_loss("cosine")),
         ("--attack-loss", lambda: attack_loss("mse")),

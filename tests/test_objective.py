@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from reat_fast import objective, reference
+from reat_fast.config import Config
 from reat_fast.methods.objectives import Part, make_objective
 from reat_fast.objective import (
     ClassStatistics,
@@ -71,9 +72,8 @@ def test_the_tail_are_the_smallest_classes_whatever_their_numbers(form: Any) -> 
     assert float(expected) != 0
     found = reference.tail_penalty(features, labels, counts.tolist(), form=form)
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
-    chosen = make_objective(
-        "bsl", None, ClassStatistics(counts.tolist(), CPU, torch.float64), tail=form
-    )
+    statistics = ClassStatistics(counts.tolist(), CPU, torch.float64)
+    chosen = make_objective(None, statistics, Config(tail=form))
     part = Part(features, features, labels, len(labels), torch.tensor(0), torch.zeros_like(counts))
     _, terms = chosen.compute(lambda _: (features, logits), part)
     assert float(terms["tail"]) == pytest.approx(float(expected), rel=1e-12)

@@ -43,10 +43,6 @@ def test_by_instance_an_epoch_shows_every_image_once(
     assert sorted(sum(batches, [])) == list(range(count))
 
 
-def test_without_shuffling_images_are_shown_as_they_lie() -> None:
-    assert gathered(EpochOrder(np.zeros(5, np.int64), 2, shuffle=False), 3) == [[0, 1], [2, 3], [4]]
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_order_depends_on_seed_and_epoch_alone(sampler: str) -> None:
     def indices(seed: int, epoch: int, batch_size: int = 7) -> list[int]:
@@ -170,7 +166,6 @@ def test_moving_an_order_leaves_the_first_where_it_was() -> None:
     ("count", "batch_size", "options", "message"),
     [
         (5, 2, {"sampler": "none"}, "--sampler 'none' is unknown: use one of instance"),
-        (5, 2, {"sampler": "effective", "shuffle": False}, "cannot go with shuffle=False"),
         (5, 2, {"rank": 2, "world": 2}, "rank 2 of 2 processes"),
         (0, 2, {}, "no images"),
         (

@@ -121,19 +121,6 @@ def test_start_is_clean_plus_the_words_of_its_purpose(
     assert (start - (clean.double() + noise_in_memory_order)).abs().max() <= tolerance
 
 
-def test_bfloat16_is_the_float32_batch_rounded_to_nearest_even(place: Place) -> None:
-    backend, device = place
-    images = random_images(6, 8, 8, 3, device)
-    indices = torch.tensor([5, 1, 0], device=device)
-    full = prepare(images, indices, 3, 1, EPS, backend=backend)
-    half = prepare(images, indices, 3, 1, EPS, dtype=torch.bfloat16, backend=backend)
-    for wide, narrow in zip(full, half, strict=True):
-        assert torch.equal(wide.bfloat16(), narrow)
-        assert narrow.is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"dtype=torch.float16 is not prepared"):
-        prepare(images, indices, 3, 1, EPS, dtype=torch.float16, backend=backend)
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize("noise", ["uniform", "none"])
 def test_without_fused_multiplication_both_forms_agree_to_the_bit(noise: Any) -> None:
@@ -287,7 +274,6 @@ def test_the_registered_op_keeps_the_rules_of_torch_library(noise: str, gather: 
         4,
         True,
         noise,
-        torch.bfloat16 if gather else torch.float32,
         512,
     )
     torch.library.opcheck(_prepare, arguments)

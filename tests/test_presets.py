@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 
-from reat_fast.config import PRESETS, Config
+from reat_fast.config import PRESETS
 from reat_fast.methods.attacks import NORMAL_START
 from reat_fast.methods.objectives import TAET_SHARE
 from reat_fast.methods.presets import METHOD_PRESETS
@@ -133,12 +132,6 @@ def test_every_constant_that_a_preset_sets_is_one_of_its_published_recipe() -> N
 
 
 @pytest.mark.parametrize("name", METHOD_PRESETS)
-def test_presets_change_fields_to_values_that_the_configuration_takes(name: str) -> None:
-    changes = METHOD_PRESETS[name]
-    fields = {field.name for field in dataclasses.fields(Config)}
-    known: dict[str, Any] = {key: value for key, value in changes.items() if key in fields}
-    config = dataclasses.replace(Config(), **known)
-    for key, value in known.items():
-        assert getattr(config, key) == value
-    if config.schedule == "multistep":
-        assert all(milestone < config.epochs for milestone in config.milestones)
+def test_the_learning_rate_of_a_preset_drops_before_its_end(name: str) -> None:
+    config = PRESETS[name]
+    assert config.schedule == "multistep" and max(config.milestones) < config.epochs

@@ -65,7 +65,7 @@ def test_the_constants_of_an_objective_are_those_of_the_configuration(
     step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
     outcome = step(images, labels, make_noise(images, 0))
     statistics = ClassStatistics(COUNTS, torch.device("cpu"), torch.float64)
-    bound = make_objective(objective, plain, statistics, **settings)
+    bound = make_objective(plain, statistics, config)
     zero, histogram = torch.tensor(0), torch.zeros(5, dtype=torch.int64)
     part = Part(images, outcome["images_adv"], labels, len(labels), zero, histogram)
     _, terms = bound.compute(plain.train().forward_features_logits, part)

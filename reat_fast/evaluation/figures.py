@@ -53,15 +53,15 @@ def parts(
     }
 
 
-def tail_by_share(train_counts: Sequence[int], share: float = 0.8) -> list[int]:
-    """Return the classes beyond the largest ones that together hold a share of all images.
+def tail_by_share(train_counts: Sequence[int]) -> list[int]:
+    """Return the classes beyond the largest ones that together hold 80 % of all images.
 
     train_counts: training images per class, in any order. The tail that RobustLT (CVPR 2026) looks
-    at, read this way: classes by falling size, from the largest on until they hold at least 80 % of
-    the images; the others, which may be none, are the tail. Ascending.
+    at, read this way: classes by falling size, from the largest on until they hold so much; the
+    others, which may be none, are the tail. Ascending.
     """
     order = by_falling_size(train_counts)
-    held, wanted = 0.0, share * sum(train_counts)
+    held, wanted = 0.0, 0.8 * sum(train_counts)
     for place, c in enumerate(order):
         if held >= wanted:
             return sorted(order[place:])

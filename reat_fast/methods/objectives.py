@@ -21,14 +21,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reat_fast.config import Config
 from reat_fast.kernels.class_loss import class_loss, count_
-from reat_fast.kernels.tail_penalty import tail_penalty
+from reat_fast.kernels.tail_penalty import Form, tail_penalty
 from reat_fast.kernels.triton_support import in_loss_precision
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics
 
-ObjectiveName = Literal["ce", "bsl", "trades", "mart", "robal", "taet"]
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 Terms = dict[str, Tensor]
 
@@ -68,55 +68,40 @@ class Objective:
     whole: frozenset[str] = frozenset()
 
 
-def make_objective(
-    name: ObjectiveName,
-    network: Network,
-    statistics: ClassStatistics,
-    *,
-    tail: Literal["official", "pairwise", "none"] = "official",
-    tail_coefficient: float = 1.0,
-    label_smoothing: float = 0.0,
-    beta: float = 6.0,
-    margin: float = 0.1,
-    margin_tau: float = 0.3,
-    prior_tau: float = 1.5,
-    second_stage: int = 40,
-) -> Objective:
-    """Choose a loss by name and bind its constants; what each constant means: see its function.
+def make_objective(network: Network, statistics: ClassStatistics, config: Config) -> Objective:
+    """Choose the loss of a configuration and bind its constants; their meaning: see each function.
 
     Errors: ValueError for an unknown name, and for robal on a network without the cosine head.
     """
+    smoothing = config.label_smoothing
     compute: Callable[..., tuple[Tensor, Terms]]
-    match name:
+    match config.objective:
         case "ce":
-            return Objective(("ce",), partial(cross_entropy, label_smoothing=label_smoothing))
+            return Objective(("ce",), partial(cross_entropy, label_smoothing=smoothing))
         case "bsl":
             compute = partial(
                 balanced_softmax,
                 statistics=statistics,
-                tail=tail,
-                tail_coefficient=tail_coefficient,
-                label_smoothing=label_smoothing,
+                tail=config.tail,
+                tail_coefficient=config.tail_coefficient,
+                label_smoothing=smoothing,
             )
             return Objective(("bsl", "tail"), compute, frozenset({"tail"}))
         case "trades":
-            return Objective(
-                ("ce", "kl"), partial(trades, beta=beta, label_smoothing=label_smoothing)
-            )
+            compute = partial(trades, beta=config.beta, label_smoothing=smoothing)
+            return Objective(("ce", "kl"), compute)
         case "mart":
-            return Objective(("bce", "kl"), partial(mart, beta=beta))
+            return Objective(("bce", "kl"), partial(mart, beta=config.beta))
         case "robal":
-            compute = _bound_robal(network, statistics, margin, margin_tau, prior_tau)
-            return Objective(("margin", "kl"), partial(compute, beta=beta))
+            return Objective(("margin", "kl"), _bound_robal(network, statistics, config))
         case "taet":
-            compute = partial(taet, second_stage=second_stage)
+            compute = partial(taet, second_stage=config.second_stage)
             return Objective(("ce", "equal"), compute, frozenset({"ce", "equal"}))
+    name = config.objective  # of a configuration that no command line made
     raise ValueError(f"--objective {name}: is unknown; give ce, bsl, trades, mart, robal or taet")
 
 
-def cross_entropy(
-    forward: Forward, part: Part, *, label_smoothing: float = 0.0
-) -> tuple[Tensor, Terms]:
+def cross_entropy(forward: Forward, part: Part, *, label_smoothing: float) -> tuple[Tensor, Terms]:
     """Compute CE(adv): plain adversarial training. Source: Madry et al., ICLR 2018."""
     _, logits = forward(part.adv)
     return logits, {"ce": _class_loss_term(logits, part, label_smoothing=label_smoothing)}
@@ -127,9 +112,9 @@ def balanced_softmax(
     part: Part,
     *,
     statistics: ClassStatistics,
-    tail: Literal["official", "pairwise", "none"] = "none",
-    tail_coefficient: float = 1.0,
-    label_smoothing: float = 0.0,
+    tail: Form | Literal["none"],
+    tail_coefficient: float,
+    label_smoothing: float,
 ) -> tuple[Tensor, Terms]:
     """Compute CE(adv + log n_c) and REAT's tail penalty on the features.
 
@@ -148,7 +133,7 @@ def balanced_softmax(
 
 
 def trades(
-    forward: Forward, part: Part, *, beta: float, label_smoothing: float = 0.0
+    forward: Forward, part: Part, *, beta: float, label_smoothing: float
 ) -> tuple[Tensor, Terms]:
     """Compute CE(clean) + beta KL(clean || adv), the gradient flowing into both.
 
@@ -218,13 +203,14 @@ def robal(
 
 
 def _bound_robal(
-    network: Network, statistics: ClassStatistics, margin: float, margin_tau: float, tau: float
-) -> Callable[..., tuple[Tensor, Terms]]:
+    network: Network, statistics: ClassStatistics, config: Config
+) -> Callable[[Forward, Part], tuple[Tensor, Terms]]:
     head = network.fc
     if not isinstance(head, CosineHead):
         raise ValueError("--objective robal: needs the cosine classifier; add --head cosine")
-    margins = robal_margins(statistics.counts, head.scale, margin, margin_tau)
-    return partial(robal, head=head, margins=margins, offsets=tau * log_prior(statistics))
+    margins = robal_margins(statistics.counts, head.scale, config.margin, config.margin_tau)
+    offsets = config.prior_tau * log_prior(statistics)
+    return partial(robal, head=head, margins=margins, offsets=offsets, beta=config.beta)
 
 
 def robal_margins(counts: Tensor, scale: Tensor, margin: float, margin_tau: float) -> Tensor:
