@@ -50,7 +50,8 @@ class Config:
     """Start a ResNet of timm with a 3x3 convolution and no pooling, for small images."""
 
     epochs: int = 80
-    """Passes over the training images; other epochs of a preset keep their shares of them."""
+    """Passes over the training images. With another number than the preset's, its milestones,
+    --attack-from, --awp-from and --second-stage move in proportion."""
     batch_size: int = 128
     """Images per step, over all devices together."""
     accumulate: int = 1
@@ -94,8 +95,8 @@ class Config:
     """How examples are made in training: pgd, one of two one-step attacks, or free, which takes the
     gradient of training itself."""
     attack_from: int = 0
-    """Epochs to finish before --attack makes the examples; those before take n-fgsm's, which cost
-    one step."""
+    """The first so many epochs train on examples of n-fgsm, which cost one step; those after on what
+    --attack says."""
     replays: int = 8
     """Updates on one batch with --attack free."""
     start: Literal["uniform", "normal", "none"] = "uniform"
@@ -142,7 +143,7 @@ class Config:
     awp: float = 0.0
     """Adversarial weight perturbation: its length over the norm of the weights; 0 has none."""
     awp_from: int = 0
-    """Epochs to finish before weights are perturbed; those cost nothing more."""
+    """The first so many epochs leave the weights as they are, at no extra cost."""
     tail: Literal["official", "pairwise", "none"] = "official"
     """Feature penalty on tail classes: as the official code has it, per pair, or none."""
     tail_coefficient: float = 1.0
@@ -160,7 +161,7 @@ class Config:
     """Threads or processes of a loader that reads files."""
 
     fused: bool = True
-    """Train with the fused step; --no-fused is the plain reference, to compare with."""
+    """Train with the fused step, the default; --no-fused is the plain reference to compare with."""
     precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     """Arithmetic of the network; auto is bf16 on a GPU that has it (A100, RTX 30 and later), else
     float32, as with --no-fused. On a CPU bf16 is that of the attack alone; it is the faster where
