@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from bench.official import Official, as_loaded
 from bench.records import Figure, record
+from bench.stopping import STOPPED, Stopped, stoppable
 from bench.timing import seconds
 from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
 from reat_fast.config import Config
@@ -39,7 +40,7 @@ CLASSES, SIZE = 10, 32
 EVALUATED = 500
 """Images per batch of our evaluation, as python -m reat_fast.evaluate has it."""
 PRECISIONS: tuple[Precision, ...] = ("bf16", "tf32", "float32")
-"""What our evaluation can search in, its default last; the official one takes TF32."""
+"""What our evaluation can search in, that of a CPU last; the official one takes TF32."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,27 @@ def main(arguments: Sequence[str]) -> int:
         f"PGD-20 on {len(sets.test):,} test images, on {device}"
     )
     command = shlex.join(["python", "-m", "bench.bench_epoch", *arguments])
-    ours = _ours(options, sets, config, device)
-    _report(ours, device, command if options.keep else None)
-    if official is not None:
-        theirs = _theirs(options, sets, official)
-        _report(theirs, device, command if options.keep else None)
-        for figure in ours:
-            if "with evaluation" in figure.what:
-                ratio = theirs[-1].value / figure.value
-                print(f"{theirs[-1].what} takes {ratio:.2f} times as long as {figure.what}")
-    return 0
+    report = partial(_report, device=device, command=command if options.keep else None)
+    ours: list[Figure] = []
+    theirs: list[Figure] = []
+    code = 0
+    try:
+        with stoppable():
+            for figures in _ours(options, sets, config, device):
+                report(figures)
+                ours += figures
+                # Right after the first evaluation, whose arithmetic is the default.
+                if official is not None and len(ours) > 1 and not theirs:
+                    theirs = _theirs(options, sets, official)
+                    report(theirs)
+    except Stopped:
+        print("stopped: what does not stand above is left out")
+        code = STOPPED
+    for figure in ours if theirs else ():
+        if "with evaluation" in figure.what:
+            ratio = theirs[-1].value / figure.value
+            print(f"{theirs[-1].what} takes {ratio:.2f} times as long as {figure.what}")
+    return code
 
 
 def _report(figures: list[Figure], device: torch.device, command: str | None) -> None:
@@ -130,8 +142,10 @@ def _made(options: Options) -> Sets:
     return Sets(counts, images(np.repeat(np.arange(CLASSES), counts)), images(test))
 
 
-def _ours(options: Options, sets: Sets, config: Config, device: torch.device) -> list[Figure]:
-    """Time our epochs, and evaluations whose attack searches in each arithmetic."""
+def _ours(
+    options: Options, sets: Sets, config: Config, device: torch.device
+) -> Iterator[list[Figure]]:
+    """Time our epochs, then evaluations whose attack searches in one arithmetic after another."""
     torch.manual_seed(0)
     model = create_model(options.model, CLASSES).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = TrainStep(model, make_optimizer(model, config), sets.counts, config)
@@ -147,16 +161,17 @@ def _ours(options: Options, sets: Sets, config: Config, device: torch.device) ->
     training = [
         seconds(partial(_epoch, taken, loader, number), device) for number in range(options.repeats)
     ]
-    figures = [_figure(options, "epoch: ours, training", training)]
+    yield [_figure(options, "epoch: ours, training", training)]
     for precision in PRECISIONS if device.type == "cuda" else PRECISIONS[-1:]:
         _evaluation(model, sets.test.evenly(EVALUATED), precision)
         evaluation = partial(_evaluation, model, sets.test, precision)
         tested = [seconds(evaluation, device) for _ in range(options.repeats)]
         name = f"evaluation in {precision}"
-        figures.append(_figure(options, f"epoch: ours, {name}", tested))
         both = [a + b for a, b in zip(training, tested, strict=True)]
-        figures.append(_figure(options, f"epoch: ours, with {name}", both))
-    return figures
+        yield [
+            _figure(options, f"epoch: ours, {name}", tested),
+            _figure(options, f"epoch: ours, with {name}", both),
+        ]
 
 
 def _shortened(batch: Batch, rest: int) -> Batch:

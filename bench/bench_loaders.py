@@ -231,16 +231,15 @@ def main(arguments: list[str]) -> int:
     device = choose_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()  # as a run does
-    figures: list[Figure] = []
+    command = shlex.join(["python", "-m", "bench.bench_loaders", *arguments])
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
             images, labels = _images(options, size)
             for jpeg in (False, True):
                 stored = store(images, labels, jpeg, Path(folder) / f"{size}{jpeg}")
-                figures += compare(stored, options, device)
-    if options.keep:
-        command = shlex.join(["python", "-m", "bench.bench_loaders", *arguments])
-        print(f"figures appended to {record(figures, device.type, command)}")
+                figures = compare(stored, options, device)
+                if options.keep:  # now, for the program may be ended before the next
+                    print(f"figures appended to {record(figures, device.type, command)}")
     return 0
 
 

@@ -19,6 +19,7 @@ Of the test tools it wants pytest, pytest-benchmark, pytest-timeout, pytest-xdis
 pillow. One that is missing costs what TOOLS says, and no more. Where no environment can be made,
 wheels on PYTHONPATH will do: all but pillow have pure Python ones, hypothesis (with
 sortedcontainers) up to 6.155; later ones are compiled for one version of Python, as pillow is.
+Rows name the commit; in a copy without .git, REAT_FAST_COMMIT has to say it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Outcome:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns 0 when every part that could run ended well, else 1."""
+    began = time.perf_counter()
     options = parse_flags(Options, list(arguments), "python -m bench.gpu")
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device was found: this suite measures nothing else")
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     outcomes: list[Outcome] = []
     try:
         with stoppable():
-            _run_all(options, missing, outcomes)
+            _run_all(options, missing, outcomes, began + 60 * options.minutes)
     except Stopped:
         _keep_rows(options.out)
         _print_table(outcomes)
@@ -97,8 +99,9 @@ def main(arguments: Sequence[str]) -> int:
     return int(any(outcome.ended != 0 and not outcome.lacks for outcome in outcomes))
 
 
-def _run_all(options: Options, missing: dict[str, str], outcomes: list[Outcome]) -> None:
-    ends = time.perf_counter() + 60 * options.minutes
+def _run_all(
+    options: Options, missing: dict[str, str], outcomes: list[Outcome], ends: float
+) -> None:
     machine = environment()
     before = _earlier(options.out)
     for part in parts(options):

@@ -95,8 +95,8 @@ class Config:
     """How examples are made in training: pgd, one of two one-step attacks, or free, which takes the
     gradient of training itself."""
     attack_from: int = 0
-    """The first so many epochs train on examples of n-fgsm, which cost one step; those after on what
-    --attack says."""
+    """The first so many epochs train on examples of n-fgsm, which cost one step; the others on
+    those of --attack."""
     replays: int = 8
     """Updates on one batch with --attack free."""
     start: Literal["uniform", "normal", "none"] = "uniform"

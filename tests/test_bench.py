@@ -268,6 +268,31 @@ def test_an_epoch_is_timed_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "epoch: ours, evaluation in float32" in capsys.readouterr().out
 
 
+def test_an_epoch_that_is_ended_keeps_what_was_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: list[str] = []
+
+    def keep(figures: list[Any], *_: object) -> str:
+        kept.extend(figure.what for figure in figures)
+        return "the file"
+
+    def end(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(bench_epoch, "record", keep)
+    monkeypatch.setattr(bench_epoch, "_evaluation", end)
+    small = ["--model", "resnet8", "--largest", "50", "--test-images", "5", "--batch-size", "32"]
+    arguments = [*small, "--steps", "1", "--repeats", "1", "--device", "cpu", "--keep"]
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        assert run_command(bench_epoch.main, arguments) == 128 + signal.SIGTERM
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    assert kept == ["epoch: ours, training"]
+    assert "stopped: what does not stand above" in capsys.readouterr().out
+
+
 def test_each_case_of_the_kernels_is_compiled_for_its_own_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -270,7 +270,7 @@ def test_tests_run_without_limits_where_the_package_for_them_is_missing(
     )
     assert "--timeout=120" not in arguments("tests")
     strict = set(pytestconfig.getini("addopts"))
-    assert set(gpu_parts.LENIENT.split()) == strict - {"--strict-config"}
+    assert set(gpu_parts.LENIENT.split()) == strict - {"--strict-config", "--strict-markers"}
     # One good file and one that cannot be imported, under this project's settings.
     (tmp_path / "test_good.py").write_text("def test_good(): pass\n")
     (tmp_path / "test_lost.py").write_text("import no_such_package\n")

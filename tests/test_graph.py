@@ -7,6 +7,7 @@ nothing, replaying runs the body on the static buffers. tests/test_gpu.py has th
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -345,9 +346,10 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.Mo
     before = torch.cuda.current_stream()
 
     def fails() -> None:
+        assert not gc.isenabled()  # what it frees would be freed in the graph's pool
         raise RuntimeError("cannot be captured")
 
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     with pytest.raises(RuntimeError, match="cannot be captured"):
         record(FakeGraph(), fails, torch.cuda.Stream())  # type: ignore[arg-type]
-    assert streams == [before]
+    assert streams == [before] and gc.isenabled()

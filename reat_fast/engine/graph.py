@@ -211,6 +211,7 @@ def warm_up(body: Callable[[], object], stream: torch.cuda.Stream) -> None:
                 body()
     finally:  # a body that failed has begun steps, which go on writing while they are undone
         torch.cuda.synchronize()
+    gc.collect()  # what nobody holds any more would keep its memory through the captures to come
 
 
 def can_capture(device: torch.device) -> bool:
@@ -247,13 +248,15 @@ def record(
     memory this one shares, recorded on the same stream.
     Errors: RuntimeError for a body that cannot be captured.
     """
-    gc.collect()  # a tensor freed during the capture would be freed in the graph's pool
-    before = torch.cuda.current_stream()
+    before, collects = torch.cuda.current_stream(), gc.isenabled()
+    gc.disable()  # a tensor freed during the capture would be freed in the graph's pool
     try:
         pool = None if beside is None else beside.pool()
         with torch.cuda.graph(graph, pool, stream, capture_error_mode=error_mode):
             outcome = body()
     finally:
+        if collects:
+            gc.enable()
         torch.cuda.set_stream(before)  # where ending a capture fails, it stays on its own stream
     before.wait_stream(stream)
     return outcome

@@ -203,5 +203,7 @@ def attacked(
     model is. bar: a progress bar in forward passes of one image. say: gets lines of what is known
     before a long search ends.
     """
-    with evaluating(model), allowed_tf32(precision != "float32"):
+    # Streams, and what Triton launches on, are those of the current device.
+    weight = next(model.parameters())
+    with evaluating(model), allowed_tf32(precision != "float32"), torch.cuda.device_of(weight):
         yield Victim(model, precision, bar, say)
