@@ -68,9 +68,18 @@ class ImageSet:
         return ImageSet(images, self.labels[indices])
 
     def evenly(self, count: int) -> ImageSet:
-        """Take at most `count` images, evenly spread over the set, which may be sorted by class."""
+        """Take at most `count` images, each class by its share, evenly spread, in their order.
+
+        Whatever the order of the set is: sorted by class, mixed, or class after class in turn.
+        """
         kept = min(count, len(self))
-        return self.take(np.arange(kept, dtype=np.int64) * len(self) // max(kept, 1))
+        by_class = np.argsort(self.labels, kind="stable")
+        return self.take(np.sort(by_class[spread(kept, len(self))]))
+
+
+def spread(count: int, length: int) -> Indices:
+    """Return `count` places, evenly spread over so many."""
+    return np.arange(count, dtype=np.int64) * length // max(count, 1)
 
 
 @dataclass(frozen=True, eq=False)

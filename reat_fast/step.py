@@ -131,7 +131,8 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         """Take one step on images [B, C, H, W] in [0, 1] with labels int64 [B]; may not sync.
 
-        start: noise like images, or None for what the attack draws, U(-eps, eps) in REAT.
+        start: noise like images, or None for what the attack draws, U(-eps, eps) in REAT; one-step
+        attacks begin within [0, 1] in any case.
         Returns images_adv [B, C, H, W], logits [B, K] before the update, the loss and its terms
         (scalars; bsl and tail in REAT), all detached. Leaves the model in train mode.
         Errors: ValueError for images that are not of the model's type and labels of another shape
@@ -140,7 +141,7 @@ class TrainStep:
         self._refuse_misfits(images, labels, start)
         scale = self.attack.noise_scale(labels, self.epoch)
         begin = self.plan.draw_start(images, scale) if start is None else images + start
-        return self._step(images, labels, begin, len(labels))
+        return self._step(images, labels, self.plan.settle_(begin), len(labels))
 
     def allocate(self, images: Tensor) -> None:
         """Make the state whose shape is that of images [B, C, H, W], where there is one."""

@@ -83,16 +83,16 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 def train(run: Run, stop: StopRequest | None = None) -> None:
     """Run what is left, saving as often as is affordable; see take_steps and Run.finish_epoch."""
     stop = stop or StopRequest()
-    clock = TrainingClock(run.steps_left)
+    clock = TrainingClock(run.work_left)
     quiet = run.config.quiet or not run.world.main
-    progress = Progress(run.steps_left, run.config.epochs, clock, quiet=quiet)
+    progress = Progress(run.config.epochs, clock, quiet=quiet)
     try:
         while run.epoch < run.config.epochs:
             try:
                 train_epoch(run, clock, progress, stop)
             except FloatingPointError as error:
                 progress.say(f"{error}; {roll_back(run, error)}")
-                progress.expect(run.steps_left)
+                progress.expect(run.work_left)
     finally:
         progress.close()
 
@@ -101,6 +101,7 @@ def train_epoch(run: Run, clock: TrainingClock, progress: Progress, stop: StopRe
     """Take the steps that are left of an epoch, evaluate where due, save where affordable."""
     epoch = run.epoch
     run.epoch_time.begin(clock)
+    clock.begin_epoch()
     take_steps(run, clock, progress, stop)
     lr = learning_rate(run.config, epoch + (run.batches - 1) / run.batches) * run.lr_scale
     evaluation = evaluate_epoch(run, clock, stop)
@@ -131,7 +132,7 @@ def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopReq
     Errors: Stopped, with everything saved, where the run was asked to end.
     """
     clock.resume()
-    batches = run.loader.epoch(run.epoch, run.batch)
+    batches, work = run.loader.epoch(run.epoch, run.batch), run.step_work
     while run.batch < run.batches:
         batch = next(batches)
         clock.waited()
@@ -142,7 +143,7 @@ def take_steps(run: Run, clock: TrainingClock, progress: Progress, stop: StopReq
         if clock.warm_up_seconds is None or progress.due():
             means = run.step.running_means()  # waits for the device: the clock is honest
             refuse_nonfinite(run)
-        clock.step(run.images_in(run.batch - 1))
+        clock.step(run.images_in(run.batch - 1), work)
         progress.step(run.epoch + 1, means if progress.due() else None)
         if stop.agreed(run.epoch * run.batches + run.batch):
             save(run, clock)

@@ -257,10 +257,15 @@ def test_robust_accuracy_is_that_of_the_reference_attack(image_set: ImageSet) ->
     assert abs(result["attacks"]["pgd5"]["overall"] - expected) <= 5
 
 
-def test_a_subset_is_spread_over_a_sorted_set() -> None:
+def test_a_subset_has_a_share_of_each_class_whatever_the_order_of_the_set() -> None:
     labels = np.repeat(np.arange(4), 10)
     image_set = ImageSet(np.zeros((40, 2, 2, 1), np.uint8), labels)
     assert image_set.evenly(8).labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    in_turn = ImageSet(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40) % 4)
+    assert in_turn.evenly(8).labels.tolist() == [0, 1, 2, 3] * 2
+    assert in_turn.evenly(8).images.ravel().tolist() == [0, 1, 2, 3, 20, 21, 22, 23]
+    uneven = ImageSet(np.zeros((40, 2, 2, 1), np.uint8), np.array([0, 1, 1, 1] * 10))
+    assert np.bincount(uneven.evenly(12).labels).tolist() == [3, 9]
     assert len(image_set.evenly(100)) == 40
     assert len(image_set.evenly(0)) == len(image_set.evenly(0).evenly(3)) == 0
 

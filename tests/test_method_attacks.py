@@ -32,6 +32,12 @@ from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics
 from reat_fast.networks.frozen import FrozenNetwork
 
 
+def test_a_network_without_statistics_has_none_to_keep() -> None:
+    network = nn.Linear(2, 2)  # a transformer has none either
+    with statistics_kept(network):  # type: ignore[arg-type]
+        network(torch.zeros(1, 2))
+
+
 def test_weights_move_by_gamma_of_their_norm_and_come_back() -> None:
     network = make_network()
     images, labels = make_images()

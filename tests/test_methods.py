@@ -134,13 +134,15 @@ def reference_step(
     scale = 0.001 if settings.get("start") == "normal" else EPS
     step_sizes = [r / EPS * settings.get("step_size", STEP) for r in radii]
     steps = settings.get("steps", 10)
+    start = clean + noise * scale / EPS
     if epoch < settings.get("attack_from", 0):  # N-FGSM, which is not brought back to the radius
-        scale, steps, step_sizes, radii = 2 * EPS, 1, radii, [math.inf] * len(radii)
+        start = (clean + noise * 2).clamp(0, 1)
+        steps, step_sizes, radii = 1, radii, [math.inf] * len(radii)
     adv = reference.attack(
         network,
         clean,
         labels,
-        clean + noise * scale / EPS,
+        start,
         loss=loss,
         radii=radii,
         step_sizes=step_sizes,

@@ -37,37 +37,58 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 
 def test_throughput_leaves_out_the_first_step_and_what_is_not_training() -> None:
     now = FakeClock()
-    clock = TrainingClock(total_steps=6, clock=now)
+    clock = TrainingClock(work=6, clock=now)
     now.seconds += 30
-    clock.step(100)
+    clock.step(100, 1)
     assert (clock.warm_up_seconds, clock.images_per_second, clock.seconds_left) == (30, 0, 0)
     for _ in range(2):
         now.seconds += 2
-        clock.step(100)
+        clock.step(100, 1)
     assert clock.images_per_second == pytest.approx(50)
     assert clock.seconds_left == pytest.approx(6)
     now.seconds += 1000  # an evaluation
     clock.resume()
     now.seconds += 2
-    clock.step(100)
+    clock.step(100, 1)
     assert clock.images_per_second == pytest.approx(50)
     assert clock.seconds_left == pytest.approx(4)
     assert clock.training_seconds == pytest.approx(6)
-    clock.expect(5)  # gone back
+    clock.work_left = 5  # gone back
     assert clock.seconds_left == pytest.approx(10)
     now.seconds += 3  # the host was ahead of the device, and waited for it
     clock.catch_up()
     assert clock.images_per_second == pytest.approx(300 / 9)
 
 
+def test_epochs_whose_steps_cost_more_have_their_own_throughput_and_share_of_the_time() -> None:
+    now = FakeClock()
+    clock = TrainingClock(work=10 * 5 + 10 * 23, clock=now)
+    clock.begin_epoch()
+    now.seconds += 30
+    clock.step(100, 5)
+    for _ in range(9):
+        now.seconds += 1
+        clock.step(100, 5)
+    assert clock.images_per_second == pytest.approx(100)
+    assert clock.seconds_left == pytest.approx(10 * 23 / 5)
+    clock.begin_epoch()
+    assert clock.images_per_second == 0
+    for _ in range(5):
+        now.seconds += 4
+        clock.step(100, 23)
+    assert clock.images_per_second == pytest.approx(25)
+    pace = (9 * 1 + 5 * 4) / (9 * 5 + 5 * 23)
+    assert clock.seconds_left == pytest.approx(5 * 23 * pace)
+
+
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     now = FakeClock()
     clock = TrainingClock(4, now)
-    progress = Progress(4, 2, clock, terminal=False, now=now)
+    progress = Progress(2, clock, terminal=False, now=now)
     means = {"loss": 1.25, "adv_accuracy": 40.0}
     for _ in range(2):
         now.seconds += 40
-        clock.step(64)
+        clock.step(64, 1)
         progress.step(1, means if progress.due() else None)
     progress.epoch(1, means, "  robust 30.0 %")
     progress.close()
@@ -81,16 +102,17 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
 def test_a_terminal_gets_a_bar_with_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
     now = FakeClock()
     clock = TrainingClock(2, now)
-    progress = Progress(2, 1, clock, terminal=True, now=now)
+    progress = Progress(1, clock, terminal=True, now=now)
     now.seconds += 1
-    clock.step(8)
+    clock.step(8, 1)
+    progress.step(1, None)
     now.seconds += 1
-    clock.step(8)
+    clock.step(8, 1)
     assert progress.due()
     progress.step(1, {"loss": 0.5, "adv_accuracy": 99.0})
     progress.close()
     shown = capsys.readouterr().err
-    assert "epoch 1/1" in shown
+    assert "epoch 1/1" in shown and "100 %" in shown
     assert "loss 0.5000  adv 99.0 %  8 images/s  left 0 s" in shown
 
 
@@ -121,10 +143,10 @@ def test_a_save_that_fails_is_not_taken_for_one() -> None:
 
 def test_saving_counts_neither_as_training_nor_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = FakeClock()
-    clock = TrainingClock(total_steps=3, clock=now)
+    clock = TrainingClock(work=3, clock=now)
     for seconds in (30, 2):
         now.seconds += seconds
-        clock.step(100)
+        clock.step(100, 1)
 
     class Saved:
         def save(self) -> None:
@@ -139,6 +161,6 @@ def test_saving_counts_neither_as_training_nor_as_waiting(monkeypatch: pytest.Mo
     now.seconds += 0.25
     clock.waited()
     now.seconds += 1
-    clock.step(100)
+    clock.step(100, 1)
     assert clock.training_seconds == pytest.approx(2 + 0.5 + 1.25)
     assert clock.waiting_seconds == pytest.approx(0.25)

@@ -140,14 +140,14 @@ def test_robustness_is_pgd20_or_else_what_was_attacked_last() -> None:
 
 def test_time_is_split_as_a_fake_clock_ran() -> None:
     now = [0.0]
-    clock = TrainingClock(total_steps=4, clock=lambda: now[0])
+    clock = TrainingClock(work=4, clock=lambda: now[0])
     rows: list[dict[str, float | None]] = []
     for steps, evaluation in (((3.0, 1.0), 0.5), ((1.0, 1.0), 2.0)):
         before, began = clock.training_seconds, now[0]
         clock.resume()
         for seconds in steps:
             now[0] += seconds
-            clock.step(10)
+            clock.step(10, 1)
         clock.catch_up()
         now[0] += evaluation
         rows.append(
@@ -182,6 +182,7 @@ def test_the_page_of_a_run_has_the_figures_and_their_conditions(run: Path) -> No
         "2 of 2 epochs, seed 0",
         "Left out with --no-model",
         "training images/s, 23\N{NO-BREAK SPACE}s in all",
+        "87",  # (8 * 95 + 8 * 79) / 16
     ):
         assert shown in page
     names = {path.stem for path in (run / "report").glob("*.png")}

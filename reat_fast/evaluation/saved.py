@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reat_fast.data import Dataset, ImageSet
+from reat_fast.data import Dataset, ImageSet, spread
 from reat_fast.evaluation.figures import parts, tail_by_share
 from reat_fast.evaluation.guards import UNKNOWN_COUNTS
 from reat_fast.sources.beton_folder import digest
@@ -47,7 +47,8 @@ def images_sha256(image_set: ImageSet) -> str:
     if isinstance(images, FileImages):
         hashed.update(repr([(path.name, path.stat().st_size) for path in images.paths]).encode())
     elif isinstance(images, LazyImages):
-        hashed.update(image_set.evenly(DECODED).images[:].tobytes())
+        rows = spread(min(DECODED, len(images)), len(images))
+        hashed.update(images[rows].tobytes())
     else:
         hashed.update(np.ascontiguousarray(images).data)
     return hashed.hexdigest()

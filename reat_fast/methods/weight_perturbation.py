@@ -70,5 +70,6 @@ def statistics_kept(network: Network) -> Iterator[None]:
     buffers = list(network.buffers())
     kept = [buffer.clone() for buffer in buffers]
     yield
-    with torch.no_grad():
-        torch._foreach_copy_(buffers, kept)
+    if buffers:  # a transformer has none
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, kept)

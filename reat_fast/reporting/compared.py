@@ -106,7 +106,7 @@ def _run_table(groups: Sequence[Group]) -> Table:
                 for name in attacks
                 for part in parts
             ]
-            speed = f"{run.timing[-1]['images_per_second']:,.0f}" if run.timing else "–"
+            speed = f"{run.images_per_second:,.0f}" if run.timing else "–"
             seconds = sum(time_split(run.timing).values())
             made = f"{run.device}, {str(run.environment.get('commit') or 'no commit')[:9]}"
             epochs = f"{len(run.metrics)}/{run.config.epochs}"

@@ -131,7 +131,7 @@ def time_chart(timing: Rows) -> Figure:
     seconds.set_title("seconds per epoch")
     speed.plot(*column(timing, "images_per_second"), color=INK, marker=_marker(timing))
     speed.set_ylim(0, 1.15 * max(column(timing, "images_per_second")[1]) or 1)
-    speed.set_title("training images per second, mean so far")
+    speed.set_title("training images per second")
     for axes in (seconds, speed):
         whole_numbers(axes.xaxis)
         axes.set_xlabel("epoch")

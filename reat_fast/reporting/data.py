@@ -72,6 +72,15 @@ class RunRecord:
         return None
 
     @property
+    def images_per_second(self) -> float:
+        """Images trained on per second, over all epochs; 0 where none was timed."""
+        rows = [
+            (row["images_per_second"] or 0.0, row["training_seconds"] or 0.0) for row in self.timing
+        ]
+        seconds = sum(taken for _, taken in rows)
+        return sum(speed * taken for speed, taken in rows) / seconds if seconds else 0.0
+
+    @property
     def device(self) -> str:
         """Name the device as people do: the GPU's name, or the CPU's model."""
         gpus = self.environment.get("gpus") or []

@@ -97,10 +97,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
         tiles.append(("Training AEs", _percent(run.metrics[-1]["adv_accuracy"]), "last epoch"))
     if run.timing:
         seconds = sum(time_split(run.timing).values())
-        speed = run.timing[-1]["images_per_second"] or 0.0
         spent = duration(seconds).replace(" ", "\N{NO-BREAK SPACE}")
         detail = f"training images/s, {spent} in all"
-        tiles.append(("Throughput", f"{speed:,.0f}", detail))
+        tiles.append(("Throughput", f"{run.images_per_second:,.0f}", detail))
     return tiles
 
 

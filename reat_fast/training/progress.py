@@ -20,23 +20,23 @@ READ_EVERY_SECONDS = 1.0
 class TrainingClock:
     """Measure throughput and the time left over the steps of a run.
 
-    total_steps: steps still to be taken. clock: seconds, monotonic; tests pass their own.
+    work: what the steps still to be taken cost together, in any unit: those of some epochs cost
+    more than those of others. clock: seconds, monotonic; tests pass their own.
     """
 
-    def __init__(self, total_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, work: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._total_steps = total_steps
         self._mark = clock()
-        self._steps = 0
-        self._timed_steps = 0
-        self._timed_images = 0
+        self._timed_work = 0.0
+        self._epoch_images, self._epoch_began = 0, 0.0
+        self.work_left = work
         self.training_seconds = 0.0
         self.waiting_seconds = 0.0
         self.warm_up_seconds: float | None = None
 
-    def expect(self, steps: int) -> None:
-        """Take so many steps for those that are left, as where a run has gone back."""
-        self._total_steps = self._steps + steps
+    def begin_epoch(self) -> None:
+        """Count the images of another epoch from here on."""
+        self._epoch_images, self._epoch_began = 0, self.training_seconds
 
     def resume(self) -> None:
         """Start counting again after something that is not training."""
@@ -47,37 +47,37 @@ class TrainingClock:
         if self.warm_up_seconds is not None:
             self.waiting_seconds += self._clock() - self._mark
 
-    def step(self, images: int) -> None:
+    def step(self, images: int, work: float) -> None:
         """Count one step of so many images."""
         now = self._clock()
         elapsed, self._mark = now - self._mark, now
-        self._steps += 1
+        self.work_left -= work
         if self.warm_up_seconds is None:
             self.warm_up_seconds = elapsed
             return
         self.training_seconds += elapsed
-        self._timed_steps += 1
-        self._timed_images += images
+        self._timed_work += work
+        self._epoch_images += images
 
     def catch_up(self) -> None:
         """Count what the device still had to do after the last step; call after a sync."""
         now = self._clock()
-        if self._timed_steps:
+        if self._timed_work:
             self.training_seconds += now - self._mark
         self._mark = now
 
     @property
     def images_per_second(self) -> float:
-        """Images trained on per second, without the first step; 0 before the second."""
-        return self._timed_images / self.training_seconds if self.training_seconds > 0 else 0.0
+        """Images trained on per second of this epoch, without the first step; 0 before the next."""
+        seconds = self.training_seconds - self._epoch_began
+        return self._epoch_images / seconds if seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float:
         """Seconds of training that are left at the pace so far; 0 before the second step."""
-        if not self._timed_steps:
+        if not self._timed_work:
             return 0.0
-        pace = self.training_seconds / self._timed_steps
-        return pace * (self._total_steps - self._steps)
+        return self.training_seconds / self._timed_work * self.work_left
 
 
 class EpochTime:
@@ -110,7 +110,6 @@ class Progress:
 
     def __init__(
         self,
-        total_steps: int,
         epochs: int,
         clock: TrainingClock,
         *,
@@ -126,7 +125,7 @@ class Progress:
         on_terminal = not quiet and (sys.stderr.isatty() if terminal is None else terminal)
         self._bar = (
             tqdm(
-                total=total_steps,
+                total=clock.work_left,
                 dynamic_ncols=True,
                 bar_format="{desc}{percentage:3.0f} %|{bar}|{postfix}",
             )
@@ -139,18 +138,18 @@ class Progress:
         waited = self._now() - self._read_at
         return waited >= (READ_EVERY_SECONDS if self._bar is not None else LINE_EVERY_SECONDS)
 
-    def expect(self, steps: int) -> None:
-        """Take so many steps for those that are left, on the clock and the bar."""
-        self.clock.expect(steps)
+    def expect(self, work: float) -> None:
+        """Take so much work for what is left, as where a run has gone back."""
+        self.clock.work_left = work
         if self._bar is not None:
-            self._bar.total = self._bar.n + steps
+            self._bar.total = self._bar.n + work
 
     def step(self, epoch: int, means: dict[str, float] | None) -> None:
         """Move on by one step; means as from TrainStep.running_means when it was due."""
         if means is not None:
             self._read_at = self._now()
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(self._bar.total - self._bar.n - self.clock.work_left)
             if means is not None:
                 self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
                 self._bar.set_postfix_str(self._summary(means), refresh=True)

@@ -19,6 +19,7 @@ from reat_fast.evaluation.figures import SELECTION
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
+from reat_fast.methods.work import work_of_training, work_per_image
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.storage import weights_file
 from reat_fast.storage.config_file import to_json
@@ -103,9 +104,17 @@ class Run:
         return self.device.type == "cuda" and self.config.fused and self.config.graph != "off"
 
     @property
-    def steps_left(self) -> int:
-        """Steps from where the run stands to its end."""
-        return (self.config.epochs - self.epoch) * self.batches - self.batch
+    def step_work(self) -> int:
+        """What a step of the running epoch costs: forward passes of an image, for each image."""
+        return work_per_image(self.config, self.epoch)
+
+    @property
+    def work_left(self) -> int:
+        """What the steps from where the run stands to its end cost."""
+        if self.epoch == self.config.epochs:
+            return 0
+        to_come = work_of_training(self.config, self.epoch)
+        return self.batches * to_come - self.batch * self.step_work
 
     def images_in(self, batch: int) -> int:
         """Return the images of batch number `batch` over all processes."""
