@@ -33,7 +33,7 @@ from reat_fast.networks.frozen import FrozenNetwork
 
 
 def test_a_network_without_statistics_has_none_to_keep() -> None:
-    network = nn.Linear(2, 2)  # a transformer has none either
+    network = torch.nn.Linear(2, 2)  # a transformer has none either
     with statistics_kept(network):  # type: ignore[arg-type]
         network(torch.zeros(1, 2))
 
