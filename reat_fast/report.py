@@ -18,9 +18,9 @@ from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.stopping import ended_by_sigterm
 from reat_fast.evaluation.saved import EVALUATION
 from reat_fast.reporting.compared import compared_report
-from reat_fast.reporting.data import RunRecord, read_run
 from reat_fast.reporting.pages import Report, run_report
 from reat_fast.reporting.probe import Probe, probe_run
+from reat_fast.reporting.run_record import RunRecord, read_run
 from reat_fast.reporting.style import write_png
 from reat_fast.reporting.tables import markdown
 from reat_fast.sources.formats import DataError

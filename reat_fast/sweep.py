@@ -30,11 +30,11 @@ from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
 from reat_fast.storage.whole_files import refuse_unwritable, write_text
+from reat_fast.training.sweep_lines import read_lines
 from reat_fast.training.sweep_programs import Programs
 from reat_fast.training.sweep_runs import (
     SweepRun,
     make_runs,
-    read_lines,
     refuse_autoattack_on_few_classes,
 )
 

@@ -151,7 +151,7 @@ def fuzz_by_coverage(name: str, cases: int, number: int, found: Path) -> None:
 
     with atheris.instrument_imports(include=["reat_fast"]):
         import reat_fast.data
-        import reat_fast.reporting.data
+        import reat_fast.reporting.run_record
         import reat_fast.sweep  # noqa: F401
     with tempfile.TemporaryDirectory() as place:
         corpus, folder = Path(place, "corpus"), Path(place, "files")

@@ -182,7 +182,8 @@ def _flags(path: Path, content: bytes) -> None:
 
 
 def _sweep(path: Path, content: bytes) -> None:
-    from reat_fast.training.sweep_runs import make_runs, read_lines
+    from reat_fast.training.sweep_lines import read_lines
+    from reat_fast.training.sweep_runs import make_runs
 
     lines = read_lines(path)
     data = path.parent / "data.npz"  # it is looked for, and read only by the runs
@@ -193,7 +194,7 @@ def _sweep(path: Path, content: bytes) -> None:
 
 
 def _record(path: Path, content: bytes) -> None:
-    from reat_fast.reporting.data import read_run
+    from reat_fast.reporting.run_record import read_run
 
     (path.parent / "config.json").write_bytes(seeds("config")["whole"])
     read_run(path.parent)

@@ -10,7 +10,7 @@ from typing import Any
 from reat_fast import train
 from reat_fast.cli.command import run_command
 from reat_fast.config import Config
-from reat_fast.reporting.data import PARTS
+from reat_fast.reporting.run_record import PARTS
 from reat_fast.storage.config_file import to_json
 
 EVIL = ["<script>document.title='executed'</script>", "$x$", "a|b", '" onload="x', "&amp;"]

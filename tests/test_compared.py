@@ -16,7 +16,7 @@ from reat_fast import report
 from reat_fast.cli.command import run_command
 from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.compared_pictures import class_keys
-from reat_fast.reporting.data import read_run
+from reat_fast.reporting.run_record import read_run
 
 
 def rewrite(file: Path, **values: Any) -> None:

@@ -30,10 +30,10 @@ from reat_fast.engine.distributed import (
     World,
     is_lost_peer,
     split,
-    synchronise_batchnorm_,
 )
 from reat_fast.engine.step_update import StepUpdate
 from reat_fast.engine.stopping import Stopped
+from reat_fast.engine.synced_batchnorm import synchronise_batchnorm_
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.trial import Images

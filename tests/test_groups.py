@@ -13,8 +13,8 @@ from made_run import COUNTS, made_run
 from reat_fast import report
 from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import run_command
-from reat_fast.reporting.data import read_run
 from reat_fast.reporting.groups import Group, group_runs
+from reat_fast.reporting.run_record import read_run
 from reat_fast.reporting.tables import paper_table
 
 

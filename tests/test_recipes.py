@@ -9,7 +9,7 @@ import pytest
 from reat_fast.config import PRESETS
 from reat_fast.methods.presets import METHOD_PRESETS
 from reat_fast.methods.work import work_of_training
-from reat_fast.training.sweep_runs import read_lines
+from reat_fast.training.sweep_lines import read_lines
 
 BENCH = Path(__file__).parent.parent / "bench"
 RECIPES = sorted(BENCH.glob("recipes*.txt"))

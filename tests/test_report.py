@@ -21,12 +21,11 @@ from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_weights
-from reat_fast.reporting import curves, pictures, probe_pictures
-from reat_fast.reporting import html as report_html
+from reat_fast.reporting import curves, markup, pictures, probe_pictures
 from reat_fast.reporting.compared_pictures import class_keys, class_means
-from reat_fast.reporting.data import PARTS, read_run
 from reat_fast.reporting.groups import group_runs
 from reat_fast.reporting.probe import choose_examples, principal_points, probe, probe_run
+from reat_fast.reporting.run_record import PARTS, read_run
 from reat_fast.reporting.style import (
     COLOURS,
     FEW,
@@ -266,7 +265,7 @@ def test_pictures_follow_the_theme_and_have_words(run: Path) -> None:
         assert light not in drawn
         if name in PART_COLOURS:
             assert f"var(--{name})" in drawn
-    page = report_html.page("title", "kicker", "lead", [], [])
+    page = markup.page("title", "kicker", "lead", [], [])
     for name, (light, dark) in COLOURS.items():
         assert f"--{name}: {light};" in page and f"--{name}: {dark};" in page
     assert "prefers-color-scheme: dark" in page and "@media print" in page

@@ -17,10 +17,10 @@ import pytest
 from made_run import EVIL, made_run
 
 from reat_fast.reporting.compared import compared_report
-from reat_fast.reporting.data import read_run
-from reat_fast.reporting.html import POLICY
+from reat_fast.reporting.markup import POLICY
 from reat_fast.reporting.pages import run_report
 from reat_fast.reporting.probe import Probe
+from reat_fast.reporting.run_record import read_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)

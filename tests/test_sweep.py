@@ -25,7 +25,8 @@ from reat_fast.sources import download
 from reat_fast.storage.config_file import from_json, to_json
 from reat_fast.training import sweep_programs, sweep_runs
 from reat_fast.training.run_folder import epochs_done
-from reat_fast.training.sweep_runs import make_runs, read_lines
+from reat_fast.training.sweep_lines import read_lines
+from reat_fast.training.sweep_runs import make_runs
 
 
 def write_run(folder: Path, clean: float, pgd20: float | None, **changes: Any) -> None:

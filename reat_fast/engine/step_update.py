@@ -13,12 +13,11 @@ from reat_fast.config import Config
 from reat_fast.engine.distributed import (
     SharedGradients,
     World,
-    running_statistics,
     split,
-    synchronise_batchnorm_,
 )
 from reat_fast.engine.epoch_sums import EpochSums
 from reat_fast.engine.precision import resolve_precision
+from reat_fast.engine.synced_batchnorm import running_statistics, synchronise_batchnorm_
 from reat_fast.kernels import triton_support
 from reat_fast.methods.objectives import Forward, Objective, Part
 from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics_kept

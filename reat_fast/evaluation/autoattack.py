@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from reat_fast.engine.precision import Precision
 from reat_fast.evaluation import apgd, batches, guards
 from reat_fast.evaluation.ball import Ball
 from reat_fast.evaluation.fab import fab
-from reat_fast.evaluation.search_state import SearchState
+from reat_fast.evaluation.search_state import SearchState, Standing, Within
 from reat_fast.evaluation.square import Reached, square
 from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.kernels import philox
@@ -37,41 +37,6 @@ FORMAT = 3
 
 Images = Callable[[Tensor], Tensor]
 """Give the images [B, C, H, W] in [0, 1] at rows, int64 [B] on the CPU, on the victim's device."""
-
-
-@dataclass
-class Standing:
-    """Which images stand, and how far the search is: what a broken-off search needs to go on."""
-
-    robust: Tensor  # bool [N]
-    run: int = 0
-    pending: Tensor | None = None  # int64, images that the current run has not seen
-    after: dict[str, int] = field(default_factory=dict)  # images that stand after each stage
-
-
-@dataclass(frozen=True)
-class Within:
-    """Where Square is within a batch."""
-
-    size: int  # images of the batch, the first of those that are pending
-    rows: Tensor  # int64 on the CPU: those of them that it began with, or went on with
-    reached: Reached
-
-    @property
-    def left(self) -> Tensor:
-        """Which images have not fallen yet, int64 on the CPU."""
-        return self.rows[self.reached.rows.cpu()]
-
-    def saved(self) -> dict[str, Any]:
-        """Return what a state keeps, on the CPU."""
-        reached = self.reached
-        tensors = {"left": self.left, "best": reached.best.cpu(), "margin": reached.margin.cpu()}
-        return {"size": self.size, "queries": reached.queries, **tensors}
-
-    @classmethod
-    def loaded(cls, size: int, queries: int, left: Tensor, best: Tensor, margin: Tensor) -> Within:
-        """Return what was saved."""
-        return cls(size, left, Reached(queries, torch.arange(len(left)), best, margin))
 
 
 def autoattack(
@@ -94,7 +59,7 @@ def autoattack(
     the model, a radius that is none, and for what guards.refuse finds; FloatingPointError for
     logits that are NaN or infinite.
     """
-    _refuse_misfits(model, images, labels, eps, norm, batch_size)
+    guards.refuse_misfits(model, images, labels, eps, norm, batch_size)
     guards.refuse(model, images[:batch_size], labels[:batch_size])
     with attacked(model, precision) as victim:
         search = AutoAttack(
@@ -107,38 +72,6 @@ def autoattack(
             norm=norm,
         )
         return search.run().robust.to(labels.device)
-
-
-def _refuse_misfits(
-    model: Network, images: Tensor, labels: Tensor, eps: float, norm: str, batch_size: int
-) -> None:
-    """Raise ValueError for what would fail within a search, or give figures of something else."""
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm: {norm!r}; give linf or l2")
-    if not 0 <= eps <= (1 if norm == "linf" else 1e4):
-        usual = "8 / 255" if norm == "linf" else "128 / 255"
-        raise ValueError(f"eps: {eps!r}; must be a radius on images in [0, 1], {usual} is usual")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size!r}; must be at least 1")
-    wanted = next(model.parameters()).dtype
-    if images.ndim != 4 or not len(images) or images.dtype != wanted:
-        given = f"{images.dtype} of shape {list(images.shape)}"
-        raise ValueError(f"images: {given}; give [N, C, H, W], one at least, as {wanted}")
-    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        given = f"{labels.dtype} of shape {list(labels.shape)}"
-        raise ValueError(f"labels: {given}; give int64, a class for each of {len(images)} images")
-    low, high = float(images.amin()), float(images.amax())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"images: pixels reach from {low:.3g} to {high:.3g}; give them in [0, 1]")
-
-
-def refuse_few_classes(classes: int) -> None:
-    """Raise ValueError for fewer than four classes, where the DLR loss is not defined."""
-    if classes < 4:
-        raise ValueError(
-            f"--attacks: AutoAttack's targeted loss needs 4 classes, the model has {classes}; "
-            "use pgd100 and cw100"
-        )
 
 
 class AutoAttack:
@@ -171,7 +104,7 @@ class AutoAttack:
         self.ball, self.seed, self.batch_size = Ball(norm, eps), seed, batch_size
         self.steps, self.queries = steps, queries
         classes = victim.true_logits(images(torch.arange(1))).shape[1]
-        refuse_few_classes(classes)
+        guards.refuse_few_classes(classes)
         ranks = range(1, min(MOST_TARGETS, classes - 1) + 1)
         self.runs = [
             ("clean", 0),

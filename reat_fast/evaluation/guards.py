@@ -56,6 +56,38 @@ def refuse_other_data(dataset: Dataset, spec: ModelSpec, weights: Path, flags: s
         )
 
 
+def refuse_misfits(
+    model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: str, batch_size: int
+) -> None:
+    """Raise ValueError for what would fail within a search, or give figures of something else."""
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm: {norm!r}; give linf or l2")
+    if not 0 <= eps <= (1 if norm == "linf" else 1e4):
+        usual = "8 / 255" if norm == "linf" else "128 / 255"
+        raise ValueError(f"eps: {eps!r}; must be a radius on images in [0, 1], {usual} is usual")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size!r}; must be at least 1")
+    wanted = next(model.parameters()).dtype
+    if images.ndim != 4 or not len(images) or images.dtype != wanted:
+        given = f"{images.dtype} of shape {list(images.shape)}"
+        raise ValueError(f"images: {given}; give [N, C, H, W], one at least, as {wanted}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        given = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(f"labels: {given}; give int64, a class for each of {len(images)} images")
+    low, high = float(images.amin()), float(images.amax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images: pixels reach from {low:.3g} to {high:.3g}; give them in [0, 1]")
+
+
+def refuse_few_classes(classes: int) -> None:
+    """Raise ValueError for fewer than four classes, where the DLR loss is not defined."""
+    if classes < 4:
+        raise ValueError(
+            f"--attacks: AutoAttack's targeted loss needs 4 classes, the model has {classes}; "
+            "use pgd100 and cw100"
+        )
+
+
 def refuse(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Refuse what would make every figure wrong, judged on a batch.
 

@@ -15,8 +15,8 @@ from reat_fast.engine.precision import Precision
 from reat_fast.engine.stopping import Stopped
 from reat_fast.evaluation import batches
 from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
-from reat_fast.evaluation.autoattack import refuse_few_classes
 from reat_fast.evaluation.captured import Ascents
+from reat_fast.evaluation.guards import refuse_few_classes
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.tally import Tally
 from reat_fast.evaluation.trial import Images, Settings, Trial, Watch

@@ -23,7 +23,7 @@ _BATCHNORMS = (
     "BatchNormAct2d",
     "SyncBatchNorm",
     "SyncBatchNormAct",
-    "SyncedBatchNorm",  # of reat_fast.engine.distributed
+    "SyncedBatchNorm",  # of reat_fast.engine.synced_batchnorm
 )
 
 

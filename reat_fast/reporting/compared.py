@@ -7,11 +7,11 @@ from itertools import pairwise
 
 from reat_fast.cli.terminal import duration
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
-from reat_fast.reporting import html as report_html
+from reat_fast.reporting import markup
 from reat_fast.reporting.compared_pictures import class_keys, compared_classes, compared_curves
-from reat_fast.reporting.data import RunRecord
 from reat_fast.reporting.groups import Group, group_runs
 from reat_fast.reporting.pages import THIRDS, Report
+from reat_fast.reporting.run_record import RunRecord
 from reat_fast.reporting.style import Picture
 from reat_fast.reporting.tables import (
     Table,
@@ -45,17 +45,17 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
     said = "".join(f"{line}. " for line in repeats)
     note = f"Accuracy in %. {labels}{SPREAD} {said}{conditions(runs)} {THIRDS}"
     if any(group.evaluated for group in groups):
-        accuracy = report_html.table(table, note, words=2 if len(groups) > 1 else 1)
+        accuracy = markup.table(table, note, words=2 if len(groups) > 1 else 1)
     else:
-        accuracy = report_html.note("None of the runs has an evaluation.json of its weights yet.")
+        accuracy = markup.note("None of the runs has an evaluation.json of its weights yet.")
     remarks = (*repeats, *left_out)
-    accuracy += "".join(report_html.note(f"{line}.") for line in remarks)
+    accuracy += "".join(markup.note(f"{line}.") for line in remarks)
     sections = {
-        "Accuracy": accuracy + report_html.pictures(per_class),
+        "Accuracy": accuracy + markup.pictures(per_class),
         "Differences": _differences(groups),
-        "Learning": report_html.pictures(learning),
-        "Runs": report_html.table(_run_table(groups), f"Each run. {conditions(runs)}", words=3)
-        + report_html.paragraph(
+        "Learning": markup.pictures(learning),
+        "Runs": markup.table(_run_table(groups), f"Each run. {conditions(runs)}", words=3)
+        + markup.paragraph(
             "Confusion, images and features under attack, settings and versions stand in the "
             "report of each run: python -m reat_fast.report RUN",
             muted=True,
@@ -63,7 +63,7 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
     }
     lead = f"{len(runs)} runs in {len(groups)} {'groups' if len(groups) > 1 else 'group'}. {SPREAD}"
     title = " · ".join(dict.fromkeys(f"{run.config.model} on {run.config.dataset}" for run in runs))
-    page = report_html.page(title, "reat_fast runs", lead, [], sections.items())
+    page = markup.page(title, "reat_fast runs", lead, [], sections.items())
     return Report(page, [*per_class, *learning], table, note, remarks)
 
 
@@ -88,7 +88,7 @@ def _differences(groups: Sequence[Group]) -> str:
         return ""
     rows: Table = [["setting", *(group.letter for group in groups)]]
     rows += [[name, *(group.differs[name] for group in groups)] for name in groups[0].differs]
-    return report_html.table(rows, "Settings in which the groups differ.", words=len(groups) + 1)
+    return markup.table(rows, "Settings in which the groups differ.", words=len(groups) + 1)
 
 
 def _run_table(groups: Sequence[Group]) -> Table:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from reat_fast.data import head_body_tail
 from reat_fast.reporting.curves import column
-from reat_fast.reporting.data import RunRecord
 from reat_fast.reporting.groups import Group
 from reat_fast.reporting.pictures import label_classes
+from reat_fast.reporting.run_record import RunRecord
 from reat_fast.reporting.style import (
     FEW,
     INK,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reat_fast.reporting.data import read_metrics
+from reat_fast.reporting.run_record import read_metrics
 from reat_fast.reporting.style import (
     FEW,
     INK,

@@ -9,7 +9,7 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.attacks import L2_EPS
-from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting.run_record import RunRecord
 from reat_fast.storage.config_file import LOCAL_FIELDS
 from reat_fast.training.trained_on import SPLIT_FIELDS, agree
 

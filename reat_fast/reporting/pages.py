@@ -11,11 +11,10 @@ from reat_fast.cli.terminal import duration
 from reat_fast.config import Config
 from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.evaluation.figures import SELECTION
-from reat_fast.reporting import curves, pictures, probe_pictures
-from reat_fast.reporting import html as report_html
-from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting import curves, markup, pictures, probe_pictures
 from reat_fast.reporting.groups import group_runs, setting_text
 from reat_fast.reporting.probe import Probe
+from reat_fast.reporting.run_record import RunRecord
 from reat_fast.reporting.style import FEW, Picture
 from reat_fast.reporting.tables import (
     Table,
@@ -57,15 +56,15 @@ def run_report(run: RunRecord, probe: Probe | None, missing: str = "") -> Report
         "Under attack": _probe_pictures(run, probe) if probe is not None else [],
         "Time": _time_pictures(run),
     }
-    shown = {heading: report_html.pictures(drawn) for heading, drawn in made.items()}
+    shown = {heading: markup.pictures(drawn) for heading, drawn in made.items()}
     table = paper_table(group_runs([run]))
     shown["Accuracy"] = _accuracy_tables(run, table) + shown["Accuracy"]
     if probe is None and missing:
-        shown["Under attack"] = report_html.note(missing)
+        shown["Under attack"] = markup.note(missing)
     if run.timing:
         shown["Time"] = _time_table(run) + shown["Time"]
     shown["Settings and machine"] = _settings(run)
-    page = report_html.page(run.name, "reat_fast run", _lead(run), _tiles(run), shown.items())
+    page = markup.page(run.name, "reat_fast run", _lead(run), _tiles(run), shown.items())
     drawn = [picture for group in made.values() for picture in group]
     return Report(page, drawn, table, f"Accuracy in %: {run.protocol}. {THIRDS}")
 
@@ -112,15 +111,15 @@ def _accuracy_tables(run: RunRecord, table: Table) -> str:
         why = "No evaluation.json: the run is still going on, or ended early."
         if run.outdated:
             why = "The weights were trained on since evaluation.json, which is left out."
-        return report_html.note(
+        return markup.note(
             f"{why} Evaluate it with: python -m reat_fast.evaluate {shlex.quote(str(run.folder))}"
         )
     caption = f"Accuracy in %: {run.protocol}. {THIRDS}"
-    warnings = "".join(report_html.note(str(line)) for line in run.evaluation.get("warnings", []))
+    warnings = "".join(markup.note(str(line)) for line in run.evaluation.get("warnings", []))
     return (
         warnings
-        + report_html.table(table, caption)
-        + report_html.table(
+        + markup.table(table, caption)
+        + markup.table(
             class_table(run),
             f"Accuracy in % and images per class; {run.protocol}.",
             words=2,
@@ -277,7 +276,7 @@ def _time_table(run: RunRecord) -> str:
     rows = [["", "time", "share"]]
     rows += [[name, _seconds(s), f"{100 * s / total:.1f} %"] for name, s in split.items()]
     rows.append(["all", _seconds(sum(split.values())), "100.0 %"])
-    return report_html.table(rows, f"Where the time went, on {run.device}.")
+    return markup.table(rows, f"Where the time went, on {run.device}.")
 
 
 def _seconds(seconds: float) -> str:
@@ -294,11 +293,11 @@ def _settings(run: RunRecord) -> str:
         rows.append([name, setting_text(name, value)])
         if value != default[name]:
             changed.append([name, setting_text(name, value), setting_text(name, default[name])])
-    machine = report_html.preformatted("Machine and versions", env.table(run.environment))
+    machine = markup.preformatted("Machine and versions", env.table(run.environment))
     return (
         '<div class="cards">'
-        + report_html.table(changed, "Settings that differ from the defaults.", words=3)
+        + markup.table(changed, "Settings that differ from the defaults.", words=3)
         + (machine if run.environment else "")
         + "</div>"
-        + report_html.table(rows, "All settings.", words=2, folded="All settings")
+        + markup.table(rows, "All settings.", words=2, folded="All settings")
     )

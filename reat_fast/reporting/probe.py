@@ -24,7 +24,7 @@ from reat_fast.evaluation.guards import refuse_other_data
 from reat_fast.kernels.prepare import prepare
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.frozen import FrozenNetwork
-from reat_fast.reporting.data import RunRecord
+from reat_fast.reporting.run_record import RunRecord
 
 STEPS = 20
 EXAMPLES_PER_PART = 3

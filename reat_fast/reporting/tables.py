@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from reat_fast.evaluation.figures import MAIN_ATTACK, largest_first
-from reat_fast.reporting.data import PARTS, TAIL80
 from reat_fast.reporting.groups import Group
+from reat_fast.reporting.run_record import PARTS, TAIL80
 from reat_fast.sources.longtail import head_body_tail
 
 Table = list[list[str]]

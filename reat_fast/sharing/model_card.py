@@ -12,7 +12,7 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.attacks import threat_text
-from reat_fast.reporting.data import PARTS
+from reat_fast.reporting.run_record import PARTS
 from reat_fast.reporting.tables import markdown, markdown_text, mean_text
 
 TAGS = ("adversarial-training", "adversarial-robustness", "long-tailed-recognition")
