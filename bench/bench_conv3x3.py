@@ -28,7 +28,7 @@ from bench.bench_masked_gradients import NO_WORSE
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.traced import Convolution, convolutions
-from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels import strided_conv as strided
@@ -78,9 +78,7 @@ class Options:
     """Append each figure to bench/results as it becomes known."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "size", "calls", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+        refuse_below(1, self, "batch_size", "size", "calls", "repeats")
 
 
 @dataclass(frozen=True)

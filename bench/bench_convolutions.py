@@ -22,7 +22,7 @@ from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.timing import matrix_rate, seconds
 from bench.traced import KINDS, Convolution, Kind, convolutions
-from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 
 LONGEST_NAME = 160
 
@@ -49,10 +49,10 @@ class Options:
     """Append each figure to bench/results as it becomes known."""
 
     def __post_init__(self) -> None:
-        least = [("shapes", self.shapes), ("calls", self.calls), ("repeats", self.repeats)]
-        for name, value in [*least, ("batch_sizes", min(self.batch_sizes, default=0))]:
-            if value is not None and value < 1:
-                raise ValueError(f"{flag(name)} {value}: must be at least 1")
+        refuse_below(1, self, "shapes", "calls", "repeats")
+        smallest = min(self.batch_sizes, default=0)
+        if smallest < 1:
+            raise ValueError(f"--batch-sizes {smallest}: must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from bench.official import Official, as_loaded
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.timing import seconds
-from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 from reat_fast.config import Config
 from reat_fast.data import ImageSet, longtail_counts
 from reat_fast.engine.graph import CapturedStep
@@ -67,10 +67,8 @@ class Options:
     """Append the figures to bench/results."""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "largest": 50, "test_images": 1, "repeats": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: must be at least {bound}")
+        refuse_below(1, self, "batch_size", "test_images", "repeats")
+        refuse_below(50, self, "largest")
 
 
 @dataclass(frozen=True)

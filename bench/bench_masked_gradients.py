@@ -27,7 +27,7 @@ from bench.bench_convolutions import timed_calls
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.traced import Convolution, convolutions
-from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.masked_sum import masked_sum
 
@@ -59,9 +59,7 @@ class Options:
     """Append each figure to bench/results as it becomes known."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "size", "plans", "calls", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+        refuse_below(1, self, "batch_size", "size", "plans", "calls", "repeats")
 
 
 @dataclass(frozen=True)

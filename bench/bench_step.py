@@ -27,7 +27,7 @@ from bench.ladder import RECORDED, RECORDED_AFTER, Labels, Ladder, Rung, Step, d
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stop, Stopped, stoppable
 from bench.timing import matrix_rate, seconds, timed
-from reat_fast.cli.command import choose_device, flag, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.models import create_model
@@ -66,9 +66,7 @@ class Options:
     """Append the figures to bench/results."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+        refuse_below(1, self, "batch_size", "size", "repeats")
 
 
 @dataclass

@@ -27,8 +27,8 @@ PROGRAMS = PROCESSORS // 2 + 1
 class Tile(NamedTuple):
     """What one program computes: pixels of whole rows times channels, by so many warps.
 
-    resident: by kernels.resident_conv, where weights stay; overlapped: a tile's end with the next
-    one's products.
+    resident: computed by kernels.resident_conv, whose weights stay in shared memory; overlapped:
+    there the next tile is multiplied while one is finished.
     """
 
     pixels: int

@@ -116,8 +116,8 @@ def load_model(run_or_checkpoint: str | Path, map_location: str | torch.device =
 
     run_or_checkpoint: the folder of a run (best.safetensors, else last.safetensors; the other way
     round in a run with --select last), an exported folder, one .safetensors file, or a
-    checkpoint-last.pt, of which the averaged weights count where it has them. Returns logits [B, K]
-    when called.
+    checkpoint-last.pt, whose averaged weights are taken where there are any. When called, the
+    module returns logits [B, K].
     Errors: CheckpointError naming the file; ValueError for a device that is not there.
     """
     model, _ = load_model_and_spec(Path(run_or_checkpoint), map_location)

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from reat_fast import checkpoint
-from reat_fast.cli.command import parse_flags, run_command
+from reat_fast.cli.command import parse_flags, refuse_below, run_command
 from reat_fast.cli.extras import import_extra
 from reat_fast.config import Config
 from reat_fast.engine.stopping import ended_by_sigterm
@@ -203,8 +203,7 @@ class Options:
     """Replace an earlier export."""
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"--image-size {self.image_size}: must be at least 1")
+        refuse_below(1, self, "image_size")
         if self.image_size is not None and self.image_size >= 2**31:
             raise ValueError(f"--image-size {self.image_size}: must be below 2^31")
         if self.push is not None and self.format != "hub":

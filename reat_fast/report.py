@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from reat_fast.checkpoint import WEIGHTS
-from reat_fast.cli.command import choose_device, parse_flags, run_command
+from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.stopping import ended_by_sigterm
@@ -53,8 +53,7 @@ class Options:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("RUN: name the folder of at least one run")
-        if self.images < 1:
-            raise ValueError(f"--images {self.images}: must be at least 1")
+        refuse_below(1, self, "images")
         if self.out is not None and self.out.suffix != ".html":
             raise ValueError(f"--out {self.out}: must end in .html")
 

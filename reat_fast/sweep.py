@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from reat_fast.cli.command import parse_flags, run_command
+from reat_fast.cli.command import parse_flags, refuse_below, run_command
 from reat_fast.cli.terminal import one_line
 from reat_fast.engine.precision import Precision
 from reat_fast.engine.stopping import exit_code
@@ -155,10 +155,7 @@ class Options:
                 raise ValueError(f"--seeds {seed}: must lie in [0, 2^63)")
         for name in self.attacks:
             Attack.from_name(name, 0.0, 0.0)
-        if self.subset is not None and self.subset < 1:
-            raise ValueError(f"--subset {self.subset}: must be at least 1")
-        if self.jobs < 1:
-            raise ValueError(f"--jobs {self.jobs}: must be at least 1")
+        refuse_below(1, self, "subset", "jobs")
 
     @property
     def all_attacks(self) -> list[str]:

@@ -75,6 +75,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def refuse_below(least: int, options: object, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is below the least; None is unset."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{flag(name)} {value}: must be at least {least}")
+
+
 def parse_flags(
     flags: type[Flags], arguments: list[str], program: str, default: Flags | None = None
 ) -> Flags:

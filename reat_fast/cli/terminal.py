@@ -1,4 +1,4 @@
-"""What a terminal gets: texts and errors fit for it, seconds as people say them, flags, an end."""
+"""What a terminal gets: one-line texts and errors, durations as people say them, closed outputs."""
 
 from __future__ import annotations
 

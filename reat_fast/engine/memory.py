@@ -1,4 +1,4 @@
-"""Memory of the process: what a step frees stays with it, how much it took, what damages it."""
+"""Memory of the process: keeping what steps free, the peak, sheltering from a fault of PyTorch."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from reat_fast.networks.architectures import Network
 USUAL = 500
 """On a CPU, and where no attack is asked for."""
 MOST = 4096
-"""More keep no GPU busier."""
+"""More images at once keep no GPU busier."""
 LEAST = 16
 PROBED = 256
 """Images whose gradient is taken to see how much memory one needs."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from reat_fast.cli.command import flag
+from reat_fast.cli.command import flag, refuse_below
 from reat_fast.cli.radius import Radius
 from reat_fast.config import Config
 from reat_fast.engine.precision import Precision
@@ -64,10 +64,7 @@ class Options:
     """Show no progress and no table, only warnings and errors."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "subset", "batch_size", "restarts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{flag(name)} {value}: must be at least 1")
+        refuse_below(1, self, "image_size", "subset", "batch_size", "restarts")
         for name in ("eps", "step_size"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -42,7 +42,7 @@ class Tally:
         )
 
     def result(self, train_counts: Sequence[int] | None = None) -> dict[str, Any]:
-        """Return what reat_fast.evaluate.evaluate does; train_counts: training images per class."""
+        """Return what measure.evaluate does; train_counts: training images per class."""
         samples, count = self.samples.tolist(), int(self.samples.sum())
         found = {
             name: figures(right.tolist(), samples, train_counts)

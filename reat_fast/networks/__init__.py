@@ -1,1 +1,1 @@
-"""The architectures, and the form of them that an attack sees."""
+"""The architectures, the folded form that an attack sees, the fused form of an update."""

@@ -51,21 +51,24 @@ class FrozenNetwork:
     network: any module from images to logits; it is read, never written. Calling the frozen one on
     images [B, C, H, W] in [0, 1] returns logits [B, K] that equal those of the network in eval mode
     up to rounding. dtype: that of all but BatchNorm; weights are folded in their own precision and
-    then rounded. form: what computes the gradient, see below; "cudnn" rewrites relu(conv(x) + y),
-    the sum optional, as one op with its own backward, the images padded to 8 channels; "triton" has
-    those that a kernel of ours takes computed by it (kernels.own_conv), "trial" by kernels that
-    have not shown to be faster, too: relu(bn(x + y)) among them, where BatchNorm comes before a
-    convolution;
-    "cpu" lets wide 3x3 convolutions multiply less, on CPUs where that is faster, and a strided one
-    of the images find their gradient faster.
+    then rounded. form: how logits and gradient are computed:
+
+    * eager: by PyTorch, layer by layer; compiled: by torch.compile, see input_gradient.
+    * cudnn: relu(conv(x) + y), the sum optional, is one op with its own backward, and images are
+      padded to 8 channels.
+    * triton: as cudnn, but by a kernel of ours where one takes the shape (kernels.own_conv).
+    * trial: as triton, and by kernels that have not shown to be faster; relu(bn(x + y)) is one op
+      where BatchNorm comes before a convolution.
+    * cpu: wide 3x3 convolutions take fewer multiplications, on CPUs where that is faster, and
+      images find their gradient through a strided convolution faster.
 
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
     a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
-    ones that "cpu" changed. images_dtype: what images are rounded to; the gradient of images given
-    in it is in it, too, and not made wide again.
-    input_gradient: with "compiled", forward and gradient in one torch.compile region: a function
-    of (images, labels, loss) that returns the gradient of the scalar loss(logits, labels) with
-    respect to the images; else None, for torch.autograd does it.
+    ones that "cpu" changed. images_dtype: what images are rounded to; images given in it have
+    their gradient in it.
+    input_gradient: with "compiled" forward and gradient in one region, a function of (images,
+    labels, loss) that returns the gradient of the scalar loss(logits, labels) by the images; else
+    None, as torch.autograd computes it.
     """
 
     def __init__(

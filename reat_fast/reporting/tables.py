@@ -24,7 +24,7 @@ MOST_CLASSES = 100
 
 
 def accuracy_table(evaluation: dict[str, Any]) -> str:
-    """Write the figures of reat_fast.evaluate.evaluate as a table: overall, thirds, classes.
+    """Write the figures of evaluation.measure.evaluate as a table: overall, thirds, classes.
 
     evaluation: what evaluate returns with class_names and, where known, train_counts [C]. More than
     MOST_CLASSES classes have no rows of their own.

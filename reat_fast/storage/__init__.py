@@ -1,1 +1,1 @@
-"""Files that are whole or not there, weights among them, and values from them as fields have."""
+"""Files that are whole or not there, weights among them, and typed values read from them."""
