@@ -158,7 +158,8 @@ def find_weights(path: Path) -> Path:
         for name in (*weights, EXPORTED, CHECKPOINT):
             if (path / name).is_file():
                 return path / name
-        raise CheckpointError(f"{path}: holds no weights ({', '.join(WEIGHTS)}, {CHECKPOINT})")
+        known = ", ".join((*WEIGHTS, EXPORTED, CHECKPOINT))
+        raise CheckpointError(f"{path}: holds no weights ({known})")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such run or checkpoint")
     if path.suffix not in (".safetensors", ".pt"):

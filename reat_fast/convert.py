@@ -82,6 +82,8 @@ class Options:
             f"--largest {self.largest}: must be at least 1": self.largest is None
             or self.largest >= 1,
             "--largest: needs --imbalance": self.imbalance is not None or self.largest is None,
+            "--split-seed: needs --imbalance": self.imbalance is not None or not self.split_seed,
+            "--quality: needs --field jpg": self.field == "jpg" or self.quality == 95,
         }
         for message, good in checks.items():
             if not good:

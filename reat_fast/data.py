@@ -133,10 +133,32 @@ def load_dataset(
     source = formats.checked(_read(name, place, image_size, skip_bad), own_names)
     train, test = ImageSet(*source.arrays[:2]), ImageSet(*source.arrays[2:])
     class_names = tuple(map(one_line, source.class_names or ()))  # which tables show
-    if own_names and len(class_names) != len(own_names):
-        found = f"has {len(class_names)} classes, {name} has {len(own_names)}"
-        raise DataError(f"--data {place}: {found}; give npz as the data set")
+    if own_names:
+        _refuse_another(name, place, class_names, train.images.shape[1:])
     return Dataset(name, train, test, class_names, source.notes)
+
+
+def _refuse_another(
+    name: str, place: Path, class_names: tuple[str, ...], shape: tuple[int, ...]
+) -> None:
+    """Raise DataError where what lies at a place is not the named set but another of one's own."""
+    own_names, own_shape = DATASETS[name], download.SHAPES[name]
+    found = ""
+    if len(class_names) != len(own_names):
+        found = f"has {len(class_names)} classes, {name} has {len(own_names)}"
+    elif shape != own_shape:
+        found = f"has images of {_sides(shape)}, {name} has {_sides(own_shape)}"
+    elif class_names != own_names:
+        pairs = zip(class_names, own_names, strict=True)
+        first, usual = next(pair for pair in pairs if pair[0] != pair[1])
+        found = f"has a class {first} where {name} has {usual}"
+    if found:
+        raise DataError(f"--data {place}: {found}; give --dataset npz")
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    height, width, channels = shape
+    return f"{height}x{width} in {'colour' if channels == 3 else 'grey'}"
 
 
 def load_run_data(

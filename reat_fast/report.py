@@ -54,6 +54,8 @@ class Options:
         if not self.runs:
             raise ValueError("RUN: name the folder of at least one run")
         refuse_below(1, self, "images")
+        if len(self.runs) > 1 and self.data is not None:
+            raise ValueError(f"--data {self.data}: of several runs none is attacked; leave it out")
         if self.out is not None and self.out.suffix != ".html":
             raise ValueError(f"--out {self.out}: must end in .html")
 

@@ -135,8 +135,9 @@ class TrainStep:
         attacks begin within [0, 1] in any case.
         Returns images_adv [B, C, H, W], logits [B, K] before the update, the loss and its terms
         (scalars; bsl and tail in REAT), all detached. Leaves the model in train mode.
-        Errors: ValueError for images that are not of the model's type and labels of another shape
-        or type; on a CPU for labels of no class, too, which would have to be waited for elsewhere.
+        Errors: ValueError for no images, images that are not of the model's type and labels of
+        another shape or type; on a CPU for labels of no class and pixels outside of [0, 1], too,
+        which would have to be waited for elsewhere.
         """
         self._refuse_misfits(images, labels, start)
         scale = self.attack.noise_scale(labels, self.epoch)
@@ -231,9 +232,19 @@ class TrainStep:
             )
         if start is not None and start.shape != images.shape:
             raise ValueError(f"start: {list(start.shape)}; give the shape of images, as noise has")
+        if not len(labels):
+            raise ValueError("images: there are none; give at least one")
+        if labels.device.type != "cpu":
+            return
         classes = len(self.statistics.counts)
-        if labels.device.type == "cpu" and not ({*labels.tolist()} <= {*range(classes)}):
+        if not ({*labels.tolist()} <= {*range(classes)}):
             raise ValueError(f"labels: must be numbers of classes, 0 to {classes - 1}")
+        low, high = float(images.min()), float(images.max())
+        if low < 0 or high > 1:  # NaN is counted, see EpochSums
+            raise ValueError(
+                f"images: pixels reach from {low:.3g} to {high:.3g}; give them in [0, 1], and "
+                "normalise in the network"
+            )
 
     def _step(
         self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int

@@ -70,7 +70,7 @@ def run_all(
                 codes[name] = end.value
                 _tell_end(heads[name], end.value, log, nothing_ran=code is None)
                 continue
-            told = "" if log is None else f" >> {log}"
+            told = "" if log is None else f" >> {shlex.quote(str(log))}"
             print(f"{heads[name]}: python -m {module} {shlex.join(arguments)}{told}", flush=True)
             on_any_gpu = by_name[name].line.config.device in ("auto", "cuda")
             programs.start(name, [sys.executable, "-m", module, *arguments], log, on_any_gpu)

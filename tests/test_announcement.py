@@ -121,6 +121,10 @@ def test_epochs_are_said_to_have_moved_where_they_have_and_act(
             "at --milestones 1 2 --schedule cosine --epochs 3",
             "--milestones 1 2: does nothing here; it goes with --schedule multistep",
         ),
+        (
+            "at --evaluation none --held-out 0.1",
+            "--evaluation none: nothing looks at the ",
+        ),
         ("at --imbalance-profile exp", "--imbalance 0.1: drawn from classes that have 60 to 20 "),
     ],
 )

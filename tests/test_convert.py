@@ -360,6 +360,8 @@ FLAGS = {
     "npz index": (["npz", "--to", "a.npz", "--split", "index"], "--split index: needs a folder"),
     "index": (["npz", "--to", "a", "--split", "index"], "--split index: needs --imbalance"),
     "largest": (["npz", "--to", "a", "--largest", "5"], "--largest: needs --imbalance"),
+    "seed": (["npz", "--to", "a", "--split-seed", "3"], "--split-seed: needs --imbalance"),
+    "no jpg": (["npz", "--to", "a", "--quality", "50"], "--quality: needs --field jpg"),
 }
 
 

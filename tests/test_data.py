@@ -354,7 +354,8 @@ def test_npz_is_read_with_class_names_where_they_fit(tmp_path: Path) -> None:
     assert dataset.class_names == ("0", "1", "2", "3") and dataset.num_classes == 4
     assert dataset.train.images.shape == (20, 6, 5, 3) and dataset.train.images.dtype == np.uint8
     assert dataset.test.labels.dtype == np.int64 and len(dataset.test) == 8
-    ten = save(tmp_path / "ten.npz", arrays(classes=10))
+    colour = np.zeros((20, 32, 32, 3), np.uint8)
+    ten = save(tmp_path / "ten.npz", arrays(20, 20, 10, x_train=colour, x_test=colour))
     assert load_dataset("cifar10", ten).class_names[9] == "truck"
     named = save(tmp_path / "named.npz", arrays(class_names=np.array(["a", "b", "c", "d"])))
     assert load_dataset("npz", named).class_names == ("a", "b", "c", "d")
@@ -362,9 +363,17 @@ def test_npz_is_read_with_class_names_where_they_fit(tmp_path: Path) -> None:
 
 def test_an_npz_of_other_classes_than_the_named_set_is_refused(tmp_path: Path) -> None:
     ten = save(tmp_path / "ten.npz", arrays(classes=10))
-    message = f"--data {ten}: has 10 classes, cifar100 has 100; give npz as the data set"
-    with pytest.raises(DataError, match=message):
-        load_dataset("cifar100", ten)
+    colour = np.zeros((20, 32, 32, 3), np.uint8)
+    own = {"class_names": np.array([*download.CLASS_NAMES["cifar10"][:9], "lorry"])}
+    named = save(tmp_path / "named.npz", arrays(20, 20, 10, x_train=colour, x_test=colour, **own))
+    for name, place, found in (
+        ("cifar100", ten, "has 10 classes, cifar100 has 100"),
+        ("cifar10", ten, "has images of 6x5 in colour, cifar10 has 32x32 in colour"),
+        ("fashion-mnist", ten, "has images of 6x5 in colour, fashion-mnist has 28x28 in grey"),
+        ("cifar10", named, "has a class lorry where cifar10 has truck"),
+    ):
+        with pytest.raises(DataError, match=f"^--data {place}: {found}; give --dataset npz$"):
+            load_dataset(name, place)
 
 
 def test_grey_images_and_columns_of_labels_are_accepted(tmp_path: Path) -> None:

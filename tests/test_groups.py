@@ -41,7 +41,7 @@ def test_runs_trained_on_other_images_stand_apart(tmp_path: Path) -> None:
     groups = grouped(a, a2, b)
     assert names(groups) == [["a0", "a1"], ["b"]]
     assert groups[0].label == "A: training images=760 (400 to 10 a class)"
-    assert groups[1].label == "B: training images=761 (400 to 11 a class)"
+    assert groups[1].label == "B (b): training images=761 (400 to 11 a class)"
     assert paper_table(groups)[2][2] == "40.50 ± 0.71"
 
 

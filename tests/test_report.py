@@ -74,12 +74,12 @@ def test_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path: Path) -> None
     folders += [made_run(tmp_path / "b", overall=30.0, tail="none", seed=0)]
     first, second = group_runs([read_run(folder) for folder in folders])
     assert [run.name for run in first.runs] == ["a0", "a1", "a2"]
-    assert first.label == "A: tail=official" and second.label == "B: tail=none"
+    assert first.label == "A: tail=official" and second.label == "B (b): tail=none"
     heading, *rows = paper_table([first, second])
     assert heading == ["group", "attack", *PARTS, "runs"]
     assert rows[0] == ["A: tail=official", "Clean", *["70.00 ± 0.00"] * 6, "3"]
     assert rows[1] == ["A: tail=official", "PGD-20", *["41.00 ± 1.00"] * 6, "3"]
-    assert rows[3] == ["B: tail=none", "PGD-20", *["30.00"] * 6, "1"]
+    assert rows[3] == ["B (b): tail=none", "PGD-20", *["30.00"] * 6, "1"]
 
 
 def test_runs_evaluated_under_other_conditions_stand_apart(tmp_path: Path) -> None:
@@ -459,6 +459,7 @@ def test_bad_input_is_one_line(
         ((), "RUN"),
         ((tmp_path / "absent",), "absent: holds no config.json; give the folder of a run"),
         ((run, run), "run: named more than once"),
+        ((run, tmp_path, "--data", run), "of several runs none is attacked; leave it out"),
         ((run, "--images", "0"), "--images 0: must be at least 1"),
         ((run, "--out", tmp_path / "report.txt"), "report.txt: must end in .html"),
         ((run, "--modell"), "--model"),
@@ -533,7 +534,14 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "together.html"
     assert command(*folders, "--out", out) == 0
     page = Tags(out.read_text("utf-8"))
-    for shown in ("3 runs in 2 groups", "41.00 ± 1.41", "A: lr=0.1", "B: lr=0.05", "s2", "other"):
+    for shown in (
+        "3 runs in 2 groups",
+        "41.00 ± 1.41",
+        "A: lr=0.1",
+        "B (other): lr=0.05",
+        "s2",
+        "other",
+    ):
         assert shown in page.text
     names = {path.stem for path in (tmp_path / "deep" / "together").glob("*.png")}
     curves = {"loss", "adv-accuracy", "eval-robust", "eval-robust-tail"}

@@ -10,6 +10,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,7 +232,7 @@ def test_cifar_faults_name_the_file(tmp_path: Path) -> None:
         ),
         "floats": (
             python3_batch(rows / 255, labels, "labels"),
-            "data_batch_3: .* f8, not of bytes",
+            "data_batch_3: .* f8, not of integers",
         ),
         "few labels": (
             python3_batch(rows, labels[1:], "labels"),
@@ -293,6 +294,30 @@ CALLED: list[str] = []
 def call(*arguments: object) -> dict[str, object]:
     CALLED.append("called")
     return {}
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("labels_as", [list, np.asarray, lambda labels: np.asarray(labels, ">i4")])
+def test_batches_that_were_saved_again_are_read(
+    tmp_path: Path, protocol: int, labels_as: Callable[[list[int]], Any]
+) -> None:
+    rows, labels = batch(5, 100)
+    numpys = [np.int64(label) for label in labels] if labels_as is list else labels_as(labels)
+    for data, fine in ((b"data", b"fine_labels"), ("data", "fine_labels")):
+        content = pickle.dumps({data: rows, fine: numpys}, protocol)
+        folder = write_folder(tmp_path, {"train": content, "test": content})
+        images, found, *_ = cifar.read_cifar(folder, 100).arrays
+        assert np.array_equal(images, as_images(rows)) and found.tolist() == labels
+
+
+def test_a_number_that_stands_for_bytes_takes_no_memory(tmp_path: Path) -> None:
+    content = pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "fine_labels": [0]}, 2)
+    pixels = pickle.dumps(bytes(3072).decode("latin1"), 2)[2:-3]  # as the pickle has them
+    assert pixels in content
+    huge = content.replace(pixels, b"\x8a\x05" + (2**38).to_bytes(5, "little"))
+    write_folder(tmp_path, {"train": huge, "test": huge})
+    with pytest.raises(DataError, match="train: cannot be read"):
+        cifar.read_cifar(tmp_path, 100)
 
 
 def build_on_a_class() -> bytes:

@@ -316,6 +316,14 @@ def test_labels_of_no_class_are_refused_before_anything_is_changed(
     model = make_model()
     step = TrainStep(model, make_optimizer(model, config), COUNTS, config)
     before = copy.deepcopy(model.state_dict())
+    images, labels = torch.rand(3, 3, 8, 8), torch.tensor([0, 4, 1])
+    for outside in (255 * images, images - 0.5):
+        with pytest.raises(
+            ValueError, match=r"^images: pixels reach from .*; give them in \[0, 1\]"
+        ):
+            step(outside, labels)
+    with pytest.raises(ValueError, match="^images: there are none"):
+        step(images[:0], labels[:0])
     with pytest.raises(ValueError, match="^labels: must be numbers of classes, 0 to 4$"):
         step(torch.rand(3, 3, 8, 8), torch.tensor([0, 4, wrong]))
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())

@@ -169,6 +169,7 @@ def test_what_a_resumed_run_refuses(
         (("--resume", run_dir, "--data", other), "the training images are not those"),
         (("--resume", run_dir, "--data", tmp_path / "inverted.npz"), "the training images are not"),
         (("--resume", tmp_path / "absent"), "absent: no such folder"),
+        (("--resume", run_dir / "checkpoint-last.pt"), f"is a file; give its folder, {run_dir}"),
         (("--resume", tmp_path), "checkpoint-last.pt: no such checkpoint"),
         (("reat", "--resume", run_dir), "a run keeps its preset"),
         (("--resume", run_dir, "--run-dir", tmp_path), f"the run stays in {run_dir}; leave it out"),

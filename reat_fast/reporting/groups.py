@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -44,15 +45,25 @@ class Group:
     runs: list[RunRecord]
 
     @property
+    def name(self) -> str:
+        """What its runs are called but for the seed or number at the end, "" for several names."""
+        names = {re.sub(r"-(seed)?\d+$", "", run.name) for run in self.runs}
+        return names.pop() if len(names) == 1 else ""
+
+    @property
     def label(self) -> str:
-        """Name the group in a table: its letter, and how it differs where it does."""
+        """Name the group below a table: its letter and name, and how it differs where it does."""
         settings = ", ".join(f"{name}={value}" for name, value in self.differs.items())
-        return f"{self.letter}: {settings}" if settings else self.letter
+        title = f"{self.letter} ({self.name})" if self.name else self.letter
+        return f"{title}: {settings}" if settings else title
 
     @property
     def short_label(self) -> str:
-        """Name the group in a picture, where there is little room."""
-        return self.label if len(self.label) <= 40 else self.letter
+        """Name the group in a table or picture, where there is little room."""
+        for title in (self.label, f"{self.letter} ({self.name})" if self.name else ""):
+            if title and len(title) <= 40:
+                return title
+        return self.letter
 
     @property
     def evaluated(self) -> list[RunRecord]:

@@ -97,6 +97,8 @@ def _binary_batch(content: bytes, path: Path, label_bytes: int) -> tuple[Array, 
 def _python_batch(content: bytes, path: Path, key: str) -> tuple[Array, Array]:
     with reading(path):
         batch = _RecordingUnpickler(io.BytesIO(content), encoding="latin1").load()
+        if isinstance(batch, dict):  # read as bytes and saved again, its keys are bytes
+            batch = {_text(name): value for name, value in batch.items()}
         if not isinstance(batch, dict) or not {"data", key} <= batch.keys():
             raise DataError(f"{path}: no CIFAR batch of 'data' and {key!r}; fetch it again")
         rows, labels = _as_array(batch["data"]), _as_array(batch[key])
@@ -129,7 +131,9 @@ class _RecordingUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> type[_Recorded]:
         match module, name:
-            case "numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct":
+            case "numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct" | "scalar":
+                return _Recorded
+            case "numpy.core.numeric" | "numpy._core.numeric", "_frombuffer":
                 return _Recorded
             case ("numpy", "ndarray" | "dtype") | ("_codecs", "encode"):  # encode: Python 3's bytes
                 return _Recorded
@@ -137,15 +141,47 @@ class _RecordingUnpickler(pickle._Unpickler):
 
 
 def _as_array(value: Any) -> Array:
-    """Return the recorded array of bytes, or the list of numbers, as an array."""
+    """Return a recorded array of integers, or a list of numbers, as an array."""
+    if isinstance(value, list):
+        return np.asarray([_number(one) for one in value])
     if not isinstance(value, _Recorded):
         return np.asarray(value)
-    _, shape, dtype, fortran, content = value.state
-    if dtype.arguments[0] != "u1":
-        raise ValueError(f"an array is of {dtype.arguments[0]}, not of bytes")
+    if len(value.arguments) == 4:  # as protocol 5 has it
+        content, dtype, shape, order = value.arguments
+        fortran = order == "F"
+    else:
+        _, shape, dtype, fortran, content = value.state
+    flat: Array = np.frombuffer(_bytes(content), _integers(dtype))
+    return flat.reshape(tuple(shape), order="F" if fortran else "C")
+
+
+def _number(value: Any) -> Any:
+    """Return a number, that of numpy's own integers, too."""
+    if not isinstance(value, _Recorded):
+        return value
+    dtype, content = value.arguments
+    (number,) = np.frombuffer(_bytes(content), _integers(dtype)).tolist()
+    return number
+
+
+def _integers(dtype: _Recorded) -> np.dtype[np.integer[Any]]:
+    kind, order = dtype.arguments[0], dtype.state[1]
+    if kind not in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8") or order not in "|<>=":
+        raise ValueError(f"an array is of {kind}, not of integers")
+    found: np.dtype[np.integer[Any]] = np.dtype(kind).newbyteorder(order)
+    return found
+
+
+def _bytes(content: Any) -> bytes:
+    """Return bytes, which a pickle of Python 3 in the manner of 2 asks to encode."""
     if isinstance(content, _Recorded):
         content = content.arguments[0]
-    if isinstance(content, str):
-        content = content.encode("latin1")
-    flat: Array = np.frombuffer(content, np.uint8)
-    return flat.reshape(tuple(shape), order="F" if fortran else "C")
+    content = content.encode("latin1") if isinstance(content, str) else content
+    if not isinstance(content, (bytes, bytearray)):  # a number would be taken for so many zeros
+        raise ValueError(f"refused: its pickle has {type(content).__name__} for bytes")
+    return bytes(content)
+
+
+def _text(name: Any) -> Any:
+    is_text = isinstance(name, (bytes, _Recorded))
+    return _bytes(name).decode("latin1") if is_text else name

@@ -46,6 +46,8 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
     "cifar100": tuple(_CIFAR100.split()),
     "fashion-mnist": tuple(_FASHION.split()),
 }
+SHAPES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion-mnist": (28, 28, 1)}
+"""Height, width and channels of their images."""
 FILES = {
     "cifar10": "cifar-10-python.tar.gz, cifar-10-batches-py or their binary versions",
     "cifar100": "cifar-100-python.tar.gz, cifar-100-python or their binary versions",

@@ -50,6 +50,12 @@ def _data(run: Run) -> Iterator[str]:
             f"{own.min():,} images themselves, so none gets more than {own.min():,}; "
             f"{AS_IS} takes all {own.sum():,} as they are"
         )
+    held_out = len(run.splits.held_out)
+    if held_out and config.evaluation != "held-out":
+        yield (
+            f"--evaluation {config.evaluation}: nothing looks at the {held_out:,} images that are "
+            "held out; --held-out 0 trains on them, too"
+        )
     yield from run.dataset.notes
 
 

@@ -70,6 +70,9 @@ def _folder_to_resume(config: Config, world: World) -> Path | None:
     if config.resume is not None:
         if str(config.resume) == "auto":
             return newest_run(Path("runs"))
+        if config.resume.is_file():
+            folder = shlex.quote(str(config.resume.parent))
+            raise CheckpointError(f"--resume {config.resume}: is a file; give its folder, {folder}")
         if not config.resume.is_dir():
             raise CheckpointError(f"--resume {config.resume}: no such folder")
         if never_began(config.resume):
