@@ -99,6 +99,18 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_what_is_not_known_after_the_first_step_is_not_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = FakeClock()
+    clock = TrainingClock(3, now)
+    progress = Progress(3, clock, terminal=False, now=now)
+    now.seconds += 9
+    clock.step(64, 1)
+    progress.epoch(1, {"loss": 1.25, "adv_accuracy": 40.0})
+    assert capsys.readouterr().out == "epoch 1/3  loss 1.2500  adv 40.0 %\n"
+
+
 def test_a_terminal_gets_a_bar_with_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
     now = FakeClock()
     clock = TrainingClock(2, now)

@@ -175,8 +175,9 @@ class Progress:
             self._bar.close()
 
     def _summary(self, means: dict[str, float]) -> str:
-        return (
-            f"loss {means['loss']:.4f}  adv {means['adv_accuracy']:.1f} %  "
-            f"{self.clock.images_per_second:.0f} images/s  "
-            f"left {duration(self.clock.seconds_left)}"
-        )
+        told = f"loss {means['loss']:.4f}  adv {means['adv_accuracy']:.1f} %"
+        if self.clock.images_per_second:  # unknown where the first step is the only one yet
+            told += f"  {self.clock.images_per_second:.0f} images/s"
+        if self.clock.training_seconds:
+            told += f"  left {duration(self.clock.seconds_left)}"
+        return told
