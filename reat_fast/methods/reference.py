@@ -204,9 +204,10 @@ def awp_step(
     proxy = copy.deepcopy(network)
     loss(proxy).backward()
     perturbations = []
-    for weight, other in zip(network.parameters(), proxy.parameters(), strict=True):
+    for (name, weight), other in zip(network.named_parameters(), proxy.parameters(), strict=True):
         gradient = other.grad
-        if gradient is None or weight.ndim < 2 or not gradient.any():
+        stays = weight.ndim < 2 or "weight" not in name
+        if gradient is None or stays or not gradient.any():
             perturbations.append(torch.zeros_like(weight))
         else:
             perturbations.append(gamma * weight.detach().norm() / gradient.norm() * gradient)

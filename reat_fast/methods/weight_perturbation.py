@@ -20,15 +20,19 @@ class WeightPerturbation:
     """Perturb the weights of a network in memory that stays, for steps that are captured.
 
     gamma: length of the movement over the norm of each tensor; the official code takes 0.01 for
-    plain adversarial training, 0.005 for TRADES. Tensors of one dimension (biases, BatchNorm) stay.
+    plain adversarial training, 0.005 for TRADES. As there, what has one dimension (biases,
+    BatchNorm) stays, and what is not called a weight (embeddings of places in a transformer).
     """
 
     def __init__(self, network: Network, gamma: float) -> None:
         if gamma <= 0:
             raise ValueError(f"--awp {gamma:g}: must be above 0; 0.005 and 0.01 are usual")
         self._gamma = gamma
-        parameters = list(network.parameters())
-        self._weights: list[Tensor] = [p for p in parameters if p.ndim > 1]
+        self._weights: list[Tensor] = [
+            tensor
+            for name, tensor in network.named_parameters()
+            if tensor.ndim > 1 and "weight" in name
+        ]
         self._moved = [torch.zeros_like(weight) for weight in self._weights]
 
     @contextmanager
