@@ -18,12 +18,12 @@ from reat_fast.networks.mask_links import link_masks
 from reat_fast.networks.pooling import fuse_poolings
 from reat_fast.networks.preactivation import Affine, fuse_preactivations
 from reat_fast.networks.tracing import (
-    adds_in_place,
     calls,
     drop_identities,
-    is_add,
     is_relu,
+    summands,
     trace,
+    writes_into_first,
 )
 
 CHANNELS = 8
@@ -112,14 +112,13 @@ def _summands(network: nn.Module, end: fx.Node) -> tuple[Any, fx.Node | None]:
     """
     if calls(network, end, _is_dense_conv):
         return end, None
-    if not is_add(end) or end.kwargs or len(end.args) != 2:
+    added = summands(end)
+    if added is None:
         return None, None
-    first, second = end.args
-    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
-        return None, None
+    first, second = added
     if calls(network, first, _is_dense_conv):
         return first, second
-    if not adds_in_place(end) and calls(network, second, _is_dense_conv):
+    if not writes_into_first(end) and calls(network, second, _is_dense_conv):
         return second, first
     return None, None
 

@@ -21,13 +21,13 @@ from reat_fast.kernels.own_conv import faster_on
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.tracing import (
-    adds_in_place,
     calls,
     drop_identities,
-    is_add,
     is_relu,
     is_traced_into,
+    summands,
     trace_training,
+    writes_into_first,
 )
 
 METHOD = "forward_features_logits"
@@ -120,7 +120,7 @@ def _fuse(
     """
     end, residual = norm, None
     added = _only_reader(norm, norms)
-    if alone and added is not None and is_add(added):
+    if alone and added is not None:
         residual = _other_summand(added, norm)
         end = norm if residual is None else added
     relu = _only_reader(end, norms)
@@ -128,7 +128,7 @@ def _fuse(
         relu = None
     name = f"fused_batchnorm_{len(norms)}"
     module: Any = network.get_submodule(str(norm.target))
-    norms[name] = FusedBatchNorm(module, relu is not None, adds_in_place(end), backend)
+    norms[name] = FusedBatchNorm(module, relu is not None, writes_into_first(end), backend)
     with graph.inserting_before(end):
         output = graph.call_module(name, norm.args if residual is None else (*norm.args, residual))
     (relu or end).replace_all_uses_with(output)
@@ -150,14 +150,13 @@ def _other_summand(added: fx.Node, norm: fx.Node) -> fx.Node | None:
 
     An output that is added into another tensor, in place, cannot: that tensor may be read later.
     """
-    if added.kwargs or len(added.args) != 2:
+    both = summands(added)
+    if both is None:
         return None
-    first, second = added.args
-    if first is second or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
-        return None
+    first, second = both
     if first is norm:
         return second
-    return None if adds_in_place(added) else first
+    return None if writes_into_first(added) else first
 
 
 def _targets(

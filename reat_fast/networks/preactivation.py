@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from reat_fast.kernels.affine_relu import affine_relu, affine_relu_linked
 from reat_fast.kernels.fused_conv import conv_relu
 from reat_fast.kernels.triton_support import Backend
-from reat_fast.networks.tracing import adds_in_place, calls, is_add, is_relu
+from reat_fast.networks.tracing import calls, is_relu, summands, writes_into_first
 
 # By name, as in folding.py; one with an activation inside is none of them.
 _BATCHNORMS = ("BatchNorm2d", "SyncBatchNorm", "SyncedBatchNorm")
@@ -122,11 +122,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _is_plain_sum(node: fx.Node) -> bool:
     """Say whether a node is u + v of two nodes, and writes into neither."""
-    if not is_add(node) or adds_in_place(node):
-        return False
-    if node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:
-        return False
-    return all(isinstance(summand, fx.Node) for summand in node.args)
+    return summands(node) is not None and not writes_into_first(node)
 
 
 def _only_reads(network: nn.Module, node: fx.Node) -> bool:

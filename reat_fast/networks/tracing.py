@@ -80,16 +80,21 @@ def is_relu(network: nn.Module, node: fx.Node) -> bool:
     return calls(network, node, lambda module: type(module) is nn.ReLU)
 
 
-def is_add(node: fx.Node) -> bool:
-    """Say whether a node is a sum, in place or not."""
-    if node.op == "call_method":
-        return node.target in ("add", "add_")
-    return node.op == "call_function" and node.target in _ADD_FUNCTIONS
+def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return what a node adds, in place or not; None for no sum, or not of two different nodes."""
+    called = node.op == "call_function" and node.target in _ADD_FUNCTIONS
+    is_add = called or (node.op == "call_method" and node.target in ("add", "add_"))
+    if not is_add or node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    if first is second or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return None
+    return first, second
 
 
-def adds_in_place(node: fx.Node) -> bool:
+def writes_into_first(node: fx.Node) -> bool:
     """Say whether a node is a sum that is written into its first summand."""
-    return is_add(node) and node.target in (operator.iadd, "add_")
+    return node.op != "call_module" and node.target in (operator.iadd, "add_")
 
 
 class _Proxy(fx.Proxy):
