@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from reat_fast import checkpoint
-from reat_fast.attack import ascend, cross_entropy, evaluating
 from reat_fast.data import ImageSet, head_body_tail, load_run_data
 from reat_fast.engine.precision import full_precision
-from reat_fast.evaluation.attacks import LINF_STEP
+from reat_fast.evaluation.attacks import LINF_STEP, Attack
 from reat_fast.evaluation.guards import refuse_other_data
-from reat_fast.kernels.prepare import prepare
+from reat_fast.evaluation.trial import Images
+from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
-from reat_fast.networks.frozen import FrozenNetwork
 from reat_fast.reporting.run_record import RunRecord
+from reat_fast.reporting.tables import attack_title
 
-STEPS = 20
+ATTACK = "pgd20"
 EXAMPLES_PER_PART = 3
 BATCH = 250
 
@@ -106,7 +106,7 @@ def probe(
 
     order [C]: class numbers from the largest to the smallest; left out, 0 is the largest.
     """
-    device = next(model.parameters()).device
+    device, title = next(model.parameters()).device, attack_title(ATTACK)
     tensors = _attack(model, image_set, eps=eps, step_size=step_size, seed=seed)
     clean, attacked, features, logits, attacked_features, attacked_logits = tensors
     ranks = np.argsort(np.arange(num_classes) if order is None else np.array(order))
@@ -124,7 +124,7 @@ def probe(
         clean=clean[shown].permute(0, 2, 3, 1).numpy(),
         attacked=attacked[shown].permute(0, 2, 3, 1).numpy(),
         eps=eps,
-        conditions=f"PGD-{STEPS}, {len(image_set):,} test images, {source}, {device.type}",
+        conditions=f"{title}, {len(image_set):,} test images, {source}, {device.type}",
     )
 
 
@@ -132,26 +132,14 @@ def _attack(
     model: Network, image_set: ImageSet, *, eps: float, step_size: float, seed: int
 ) -> list[Tensor]:
     """Return, on the CPU, clean and attacked images, then features and logits of each."""
-    device = next(model.parameters()).device
-    images = torch.from_numpy(np.ascontiguousarray(image_set.images)).to(device)
-    labels = torch.from_numpy(image_set.labels).to(device)
-    parts = []
-    with evaluating(model), full_precision():
-        frozen = FrozenNetwork(model)
-        for first in range(0, len(labels), BATCH):
-            rows = torch.arange(first, min(first + BATCH, len(labels)), device=device)
-            clean, start = prepare(images, rows, seed, 0, eps, padding=0, flip=False)
-            attacked = ascend(
-                frozen,
-                start,
-                clean,
-                labels[rows],
-                eps=eps,
-                step_size=step_size,
-                steps=STEPS,
-                loss=cross_entropy,
-            )
-            parts.append((clean, attacked, *_features(model, clean), *_features(model, attacked)))
+    pgd, labels, parts = Attack.from_name(ATTACK, eps, step_size), image_set.labels, []
+    with attacked(model) as victim, full_precision():
+        images = Images(image_set, victim, seed, eps)
+        for rows in torch.arange(len(labels)).split(BATCH):
+            clean, start = images(rows)
+            own = torch.from_numpy(labels[rows.numpy()]).to(clean.device)
+            adv = pgd.perturb(victim, clean, start, own, eps)
+            parts.append((clean, adv, *_features(model, clean), *_features(model, adv)))
     return [torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)]
 
 
