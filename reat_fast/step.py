@@ -38,7 +38,8 @@ class TrainStep:
     model: a network of reat_fast.models on its device; optimizer: any that updates its parameters
     (make_optimizer for one that can be captured); counts: training images per class. world: the
     processes that train together; each takes its share of every batch.
-    Errors: ValueError for counts that are not one whole number, 0 or more, a class of the model.
+    Errors: ValueError for counts that are not one whole number, 0 or more, a class of the model,
+    and for a network that is none of reat_fast.models and lacks what those have.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TrainStep:
         config: Config,
         world: World | None = None,
     ) -> None:
+        _refuse_other_networks(model)
         weight = next(model.parameters())
         device = weight.device
         counts = _checked(counts, model.fc.out_features)
@@ -290,6 +292,16 @@ class TrainStep:
         # No cache: casts kept from outside a capture would be stale in its replays.
         device, dtype = self.epoch.device.type, torch.bfloat16
         return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
+
+
+def _refuse_other_networks(model: object) -> None:
+    """Raise ValueError for a network of one's own that lacks what a step asks of it."""
+    last = getattr(model, "fc", None)
+    if not hasattr(last, "out_features") or not hasattr(model, "forward_features_logits"):
+        raise ValueError(
+            f"model: {type(model).__name__} needs forward_features_logits(images), which returns "
+            "features [B, D] beside logits [B, K], and its last linear layer as fc"
+        )
 
 
 def _checked(counts: Sequence[int], classes: int) -> list[int]:

@@ -308,6 +308,13 @@ def test_counts_that_are_not_one_number_a_class_are_refused(counts: list[int]) -
         TrainStep(model, make_optimizer(model, Config()), counts, Config())
 
 
+def test_a_network_that_lacks_what_a_step_asks_for_is_told_what_it_is() -> None:
+    network: Any = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    with pytest.raises(ValueError, match="^model: Sequential needs forward_features_logits"):
+        TrainStep(network, optimizer, [1] * 4, Config())
+
+
 @pytest.mark.parametrize("wrong", [-1, 5])
 @pytest.mark.parametrize("config", [Config(), Config(objective="mart", tail="none")])
 def test_labels_of_no_class_are_refused_before_anything_is_changed(
