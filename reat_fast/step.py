@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reat_fast.config import Config
+from reat_fast.engine import step_checks
 from reat_fast.engine.augment import apply_policy
 from reat_fast.engine.average import WeightAverage
 from reat_fast.engine.distributed import World
@@ -50,10 +51,10 @@ class TrainStep:
         config: Config,
         world: World | None = None,
     ) -> None:
-        _refuse_other_networks(model)
+        step_checks.refuse_other_networks(model)
         weight = next(model.parameters())
         device = weight.device
-        counts = _checked(counts, model.fc.out_features)
+        counts = step_checks.checked_counts(counts, model.fc.out_features)
         if device.type == "cpu":
             shelter_thin_convolutions_(model)
         self.model = model
@@ -141,7 +142,8 @@ class TrainStep:
         another shape or type; on a CPU for labels of no class and pixels outside of [0, 1], too,
         which would have to be waited for elsewhere.
         """
-        self._refuse_misfits(images, labels, start)
+        wanted, classes = next(self.model.parameters()).dtype, len(self.statistics.counts)
+        step_checks.refuse_misfits(images, labels, start, wanted, classes)
         scale = self.attack.noise_scale(labels, self.epoch)
         begin = self.plan.draw_start(images, scale) if start is None else images + start
         return self._step(images, labels, self.plan.settle_(begin), len(labels))
@@ -222,32 +224,6 @@ class TrainStep:
         self.attack.begin_epoch(epoch)
         self.update.begin_epoch(epoch)
 
-    def _refuse_misfits(self, images: Tensor, labels: Tensor, start: Tensor | None) -> None:
-        """Raise ValueError for what no step can be taken on; waits for no device."""
-        wanted = next(self.model.parameters()).dtype
-        if images.dtype != wanted:
-            raise ValueError(f"images: {images.dtype}; give {wanted} in [0, 1], bytes over 255")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            given = f"{labels.dtype} of shape {list(labels.shape)}"
-            raise ValueError(
-                f"labels: {given}; give int64, a class for each of {len(images)} images"
-            )
-        if start is not None and start.shape != images.shape:
-            raise ValueError(f"start: {list(start.shape)}; give the shape of images, as noise has")
-        if not len(labels):
-            raise ValueError("images: there are none; give at least one")
-        if labels.device.type != "cpu":
-            return
-        classes = len(self.statistics.counts)
-        if not ({*labels.tolist()} <= {*range(classes)}):
-            raise ValueError(f"labels: must be numbers of classes, 0 to {classes - 1}")
-        low, high = float(images.min()), float(images.max())
-        if low < 0 or high > 1:  # NaN is counted, see EpochSums
-            raise ValueError(
-                f"images: pixels reach from {low:.3g} to {high:.3g}; give them in [0, 1], and "
-                "normalise in the network"
-            )
-
     def _step(
         self, images: Tensor, labels: Tensor, adv_start: Tensor, total: int
     ) -> dict[str, Tensor]:
@@ -292,25 +268,3 @@ class TrainStep:
         # No cache: casts kept from outside a capture would be stale in its replays.
         device, dtype = self.epoch.device.type, torch.bfloat16
         return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
-
-
-def _refuse_other_networks(model: object) -> None:
-    """Raise ValueError for a network of one's own that lacks what a step asks of it."""
-    last = getattr(model, "fc", None)
-    if not hasattr(last, "out_features") or not hasattr(model, "forward_features_logits"):
-        raise ValueError(
-            f"model: {type(model).__name__} needs forward_features_logits(images), which returns "
-            "features [B, D] beside logits [B, K], and its last linear layer as fc"
-        )
-
-
-def _checked(counts: Sequence[int], classes: int) -> list[int]:
-    """Return training images per class as integers."""
-    sizes = torch.as_tensor(counts)
-    whole = not sizes.is_floating_point() and not sizes.is_complex()
-    if sizes.shape != (classes,) or not whole or int(sizes.min()) < 0:
-        raise ValueError(
-            f"counts: give a whole number of training images, 0 or more, for each of the {classes} "
-            f"classes of the model, got {str(sizes.tolist()):.80}"
-        )
-    return [int(size) for size in sizes]

@@ -1,0 +1,58 @@
+"""What a training step refuses of a program that calls it: networks, counts, images, labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def refuse_other_networks(model: object) -> None:
+    """Raise ValueError for a network of one's own that lacks what a step asks of it."""
+    last = getattr(model, "fc", None)
+    if not hasattr(last, "out_features") or not hasattr(model, "forward_features_logits"):
+        raise ValueError(
+            f"model: {type(model).__name__} needs forward_features_logits(images), which returns "
+            "features [B, D] beside logits [B, K], and its last linear layer as fc"
+        )
+
+
+def checked_counts(counts: Sequence[int], classes: int) -> list[int]:
+    """Return training images per class as integers; raises ValueError for what are none."""
+    sizes = torch.as_tensor(counts)
+    whole = not sizes.is_floating_point() and not sizes.is_complex()
+    if sizes.shape != (classes,) or not whole or int(sizes.min()) < 0:
+        raise ValueError(
+            f"counts: give a whole number of training images, 0 or more, for each of the {classes} "
+            f"classes of the model, got {str(sizes.tolist()):.80}"
+        )
+    return [int(size) for size in sizes]
+
+
+def refuse_misfits(
+    images: Tensor, labels: Tensor, start: Tensor | None, dtype: torch.dtype, classes: int
+) -> None:
+    """Raise ValueError for what no step can be taken on; waits for no device.
+
+    So values are looked at on a CPU alone. dtype, classes: those of the network.
+    """
+    if images.dtype != dtype:
+        raise ValueError(f"images: {images.dtype}; give {dtype} in [0, 1], bytes over 255")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        given = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(f"labels: {given}; give int64, a class for each of {len(images)} images")
+    if start is not None and start.shape != images.shape:
+        raise ValueError(f"start: {list(start.shape)}; give the shape of images, as noise has")
+    if not len(labels):
+        raise ValueError("images: there are none; give at least one")
+    if labels.device.type != "cpu":
+        return
+    if not ({*labels.tolist()} <= {*range(classes)}):
+        raise ValueError(f"labels: must be numbers of classes, 0 to {classes - 1}")
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:  # NaN is counted, see EpochSums
+        raise ValueError(
+            f"images: pixels reach from {low:.3g} to {high:.3g}; give them in [0, 1], and "
+            "normalise in the network"
+        )
