@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.bench_convolutions import timed_calls
-from bench.bench_masked_gradients import NO_WORSE
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
 from bench.traced import Convolution, convolutions
@@ -52,6 +51,10 @@ PAIR = (1, 1)
 """Stride and padding."""
 TWICE = (2, 2)
 Found = Tensor | tuple[Tensor, ...]
+
+
+NO_WORSE = 2.0
+"""How many times as far from float32 a result may be as the library's."""
 
 
 @dataclass(frozen=True)

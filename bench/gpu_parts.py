@@ -123,9 +123,6 @@ def _second_call(options: Options) -> Iterator[Part]:
 def _third_call(options: Options) -> Iterator[Part]:
     own = ["-m", "bench.bench_conv3x3", "--keep"]
     yield Part("conv3x3", own, 180, 80, 3)
-    masked = ["-m", "bench.bench_masked_gradients", "--plans", "4", "--seconds", "20", "--keep"]
-    lacks = "" if installed("cudnn") else "no nvidia-cudnn-frontend"
-    yield Part("masked", masked, 60, 30, 3, lacks)
     convolutions = ["-m", "bench.bench_convolutions", "--keep"]
     yield Part("convolutions", convolutions, 150, 80, 3)
     wide = ["--model", "wrn28_10", "--repeats", "3", "--seconds", "80", "--rungs", *WIDE]

@@ -107,14 +107,12 @@ def test_what_was_not_given_or_found_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_parts, "compute_sanitizer", lambda: None)
-    monkeypatch.setattr(gpu_parts, "installed", lambda name: name != "cudnn")
     lacking = {part.name: part.lacks for part in gpu.parts(gpu.Options(tmp_path)) if part.lacks}
     data, official = "no --data", "no --official"
     assert lacking == {
         "official step": official,
         **{f"{what}-{name}": data for name in TRAINED for what in ("train", "attack")},
         "official epoch": official,
-        "masked": "no nvidia-cudnn-frontend",
         "sanitizer": "no compute-sanitizer",
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -197,7 +195,7 @@ def test_every_part_is_asked_what_its_program_knows(tmp_path: Path) -> None:
             config = make_plan(part.arguments[2:]).config
             assert config.epochs == TRAINED[part.name.removeprefix("train-")]
             checked.append(part.name)
-    assert len(checked) == 21, checked
+    assert len(checked) == 20, checked
 
 
 def test_a_part_at_its_limit_may_write_what_it_has(
