@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_convolutions import timed_calls
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
+from bench.timing import timed_calls
 from bench.traced import Convolution, convolutions
 from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 from reat_fast.engine.precision import full_precision

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.records import Figure, record
 from bench.stopping import STOPPED, Stopped, stoppable
-from bench.timing import matrix_rate, seconds
+from bench.timing import matrix_rate, timed_calls
 from bench.traced import KINDS, Convolution, Kind, convolutions
 from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 
@@ -137,44 +137,6 @@ def _print_totals(total: dict[Kind, float], flops: float, peak: float) -> None:
     for name, kinds in sums.items():
         time = sum(total[kind] for kind in kinds)
         print(f"{name:57}{time * 1e6:9.1f}{'':8}{_rates(len(kinds) * flops, time, peak)}")
-
-
-def timed_calls(
-    call: Callable[[], object], device: torch.device, calls: int, repeats: int
-) -> list[float]:
-    """Return the seconds of a call, as often as it is repeated; warm-up comes before."""
-
-    def several() -> None:
-        for _ in range(calls):
-            call()
-
-    if device.type == "cpu":
-        call()
-        return [seconds(several, device) / calls for _ in range(repeats)]
-    graph = _captured(call, several)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    found = []
-    for _ in range(repeats + 2):  # the first replays bring the graph to the device
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / 1e3 / calls)
-    return found[2:]
-
-
-def _captured(call: Callable[[], object], several: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture several calls; cuDNN chooses its kernels in single ones before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        several()
-    return graph
 
 
 def kernel_name(call: Callable[[], object]) -> str:

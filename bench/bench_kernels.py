@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.records import Figure, record
+from bench.timing import device_seconds, recorded
 from reat_fast.engine.augment import _choices, _policy
 from reat_fast.kernels.affine_relu import affine_relu, affine_relu_linked
 from reat_fast.kernels.batchnorm import fused_batchnorm
@@ -244,7 +245,7 @@ def copy_bandwidth() -> float:
     """Bytes a second of a large copy, read and write counted, the best of several."""
     source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    seconds = [_seconds(lambda: target.copy_(source)) for _ in range(5)]
+    seconds = [device_seconds(lambda: target.copy_(source)) for _ in range(5)]
     return 2 * source.numel() / min(seconds)
 
 
@@ -262,11 +263,11 @@ def test_op(
 ) -> None:
     call, moved = case.make()
     body = _body(call, how)
-    graph = _captured(body)
+    graph = recorded(body)  # warm-up, compilation included, comes before and is not in the times
     seconds: list[float] = []
     benchmark.group = case.name
     benchmark.pedantic(
-        lambda: seconds.append(_seconds(graph.replay, CALLS)), rounds=ROUNDS, warmup_rounds=3
+        lambda: seconds.append(device_seconds(graph.replay, CALLS)), rounds=ROUNDS, warmup_rounds=3
     )
     moves = f"{moved / 1e6:.2f} MB at least, copies at {copy_bandwidth / 1e9:.0f} GB/s"
     figure = Figure.of(f"kernel: {case.name}, {how}", seconds[3:], "s", moves, "")
@@ -290,28 +291,3 @@ def _body(call: Callable[[Backend], object], how: str) -> Callable[[], object]:
         return compiled
     backend: Backend = "triton" if how == "triton" else "torch"
     return lambda: call(backend)
-
-
-def _captured(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture one call; warm-up, compilation included, comes before and is not in the times."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            body()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        body()
-    return graph
-
-
-def _seconds(call: Callable[[], object], calls: int = 1) -> float:
-    """Time calls by device events; returns seconds for one."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
