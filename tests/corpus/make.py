@@ -47,6 +47,12 @@ def data_files() -> dict[str, bytes]:
         "idx/refused-size": bytes([0, 0, 8, 3]) + b"\xff" * 12,
         "cifar-python/whole": batch,
         "cifar-python/whole-python3": python3_batch(ROWS, LABELS, "fine_labels"),
+        "cifar-python/whole-again": pickle.dumps(
+            {b"data": ROWS, b"fine_labels": [np.int64(label) for label in LABELS]}, 2
+        ),
+        "cifar-python/whole-arrays": pickle.dumps(
+            {"data": ROWS, "fine_labels": np.array(LABELS, ">i4")}, 5
+        ),
         "cifar-python/refused-call": b"cbuiltins\neval\n(S'1'\ntR.",
         "cifar-python/refused-memo": b"}r\xff\xff\xff\xff.",
         "cifar-binary/whole": b"".join(bytes([7, k]) + ROWS[k].tobytes() for k in LABELS),
