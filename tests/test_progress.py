@@ -128,6 +128,19 @@ def test_a_terminal_gets_a_bar_with_the_same_figures(capsys: pytest.CaptureFixtu
     assert "loss 0.5000  adv 99.0 %  8 images/s  left 0 s" in shown
 
 
+def test_the_bar_goes_by_what_steps_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    now = FakeClock()
+    clock = TrainingClock(5 + 23 + 2, now)
+    progress = Progress(1, clock, terminal=True, now=now)
+    for work in (5, 23):
+        now.seconds += 2
+        clock.step(8, work)
+        progress.step(1, {"loss": 0.5, "adv_accuracy": 99.0})
+    progress.close()
+    shown = capsys.readouterr().err
+    assert " 17 %" in shown and " 93 %" in shown  # 5 and 28 of 30
+
+
 def test_a_run_saves_so_often_that_saving_takes_a_twentieth_of_its_time() -> None:
     now = FakeClock()
     pace = SavePace(clock=now)

@@ -351,6 +351,21 @@ def test_a_saved_run_goes_on_with_all_of_its_position(data: Path, tmp_path: Path
     second.close()
 
 
+def test_the_work_that_is_left_is_that_of_the_steps_to_come(data: Path, tmp_path: Path) -> None:
+    arguments = ["at-bsl", *SMALL, "--data", str(data), "--steps", "10", "--epochs", "3"]
+    arguments += ["--attack-from", "2", "--run-dir", str(tmp_path / "run")]
+    planned = Run(make_plan(arguments))
+    steps, (cheap, dear) = planned.batches, (5, 23)  # forward passes an image: n-fgsm, ten steps
+    assert planned.work_left == steps * (2 * cheap + dear)
+    planned.epoch, planned.batch = 1, 2
+    assert planned.work_left == (steps - 2) * cheap + steps * dear
+    planned.epoch = 2
+    assert planned.work_left == (steps - 2) * dear
+    planned.epoch, planned.batch = 3, 0
+    assert planned.work_left == 0
+    planned.close()
+
+
 def test_the_time_since_the_last_save_is_that_of_all_processes(data: Path, tmp_path: Path) -> None:
     # Else those that write nothing would find it late and wait for their device at every step.
     arguments = ["reat", *SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run")]
