@@ -19,7 +19,10 @@ from reat_fast.methods.presets import METHOD_PRESETS
 
 @dataclass(frozen=True)
 class Config:
-    """Train an image classifier that is robust to adversarial examples on long-tailed data."""
+    """Train an image classifier that is robust to adversarial examples on long-tailed data.
+
+    Defaults are those of the preset that is named first, else of the one that a plain start takes.
+    """
 
     dataset: str = "cifar10"
     """cifar10, cifar100, fashion-mnist, npz, folder, list, tiny-imagenet or beton."""
