@@ -72,7 +72,12 @@ while not pathlib.Path({str(tmp_path / "go")!r}).exists(): time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_all_programs_are_told_to_stop_once_and_may_save(tmp_path: Path, number: int) -> None:
+def test_all_programs_are_told_to_stop_once_and_may_save(
+    tmp_path: Path, number: int, request: pytest.FixtureRequest
+) -> None:
+    if number == signal.SIGHUP:  # the tests themselves may run under nohup
+        outside = signal.signal(number, signal.SIG_DFL)
+        request.addfinalizer(lambda: signal.signal(number, outside))
     before = signal.getsignal(number)
 
     def stop() -> None:
