@@ -316,12 +316,17 @@ def test_a_number_that_stands_for_bytes_takes_no_memory(tmp_path: Path) -> None:
     assert pixels in content
     huge = content.replace(pixels, b"\x8a\x04" + (2**28).to_bytes(4, "little"))
     write_folder(tmp_path, {"train": huge, "test": huge})
+    assert refused_peak(tmp_path, "cannot be read .refused: its pickle has int for") < 10_000_000
+
+
+def refused_peak(folder: Path, message: str) -> int:
+    """Return the bytes that are taken at most until the batches in a folder are refused."""
     tracemalloc.start()
-    with pytest.raises(DataError, match="train: cannot be read .refused: its pickle has int for"):
-        cifar.read_cifar(tmp_path, 100)
+    with pytest.raises(DataError, match=f"train: {message}"):
+        cifar.read_cifar(folder, 100)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 10_000_000
+    return peak
 
 
 def build_on_a_class() -> bytes:
@@ -368,12 +373,8 @@ def test_odd_opcodes_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_damaged_memo_index_does_not_fill_the_memory(tmp_path: Path) -> None:
     content = b"}r" + (2**26).to_bytes(4, "little") + b"."
     write_folder(tmp_path, {"train": content, "test": content})
-    tracemalloc.start()
-    with pytest.raises(DataError, match="train: no CIFAR batch"):
-        cifar.read_cifar(tmp_path, 100)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 10_000_000  # pickle's own reader takes 16 bytes for each index below this one
+    # Pickle's own reader takes 16 bytes for each index below this one.
+    assert refused_peak(tmp_path, "no CIFAR batch") < 10_000_000
 
 
 @pytest.mark.parametrize("write", [python2_batch, python3_batch])
