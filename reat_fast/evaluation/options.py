@@ -46,7 +46,7 @@ class Options:
     skip_bad: bool = False
     """Leave out images that cannot be decoded, as a run with this flag does."""
     subset: int | None = None
-    """Evaluate on so many test images, evenly spread over the set; unset: on all."""
+    """Evaluate on so many test images, each class by its share; unset: on all."""
     train_counts: tuple[int, ...] | None = None
     """Training images per class, where the folder of the weights does not tell them."""
     batch_size: int | None = None
