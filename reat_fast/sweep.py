@@ -139,7 +139,7 @@ class Options:
     attacks: tuple[str, ...] = ()
     """Attacks to evaluate each finished run under, beside clean and pgd20: pgd100, cw20, aa, ..."""
     subset: int | None = None
-    """Make the table of so many test images, evenly spread over the set; unset: of all."""
+    """Make the table of so many test images, each class by its share; unset: of all."""
     precision: Precision | None = None
     """Arithmetic in which the attacks of the table search; unset: that of each run."""
     jobs: int = 1
