@@ -76,7 +76,7 @@ def own_forward(
     fits = (residual is None or dense(residual)) and _plain(geometry) == SAME
     if fits and conv3x3_runs_on(x, weight) and conv3x3_pays(x, len(weight)):
         return conv3x3(x, weight, bias, residual, tile=_tile(x, len(weight), backend)), None
-    fits = backend == "trial" and residual is None and _plain(geometry) == HALVED
+    fits = residual is None and _plain(geometry) == HALVED
     if fits and strided_conv_runs_on(x, weight):
         near = shortcut[0] if shortcut is not None and _is_shortcut(shortcut, weight) else None
         return strided_conv(x, weight, bias, near)

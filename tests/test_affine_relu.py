@@ -260,7 +260,7 @@ def with_statistics(model: nn.Module) -> None:
 
 @pytest.fixture
 def rewriting(monkeypatch: pytest.MonkeyPatch) -> Form:
-    """Return a form that rewrites as "trial" does, by PyTorch's operators on a CPU."""
+    """Return a form that rewrites as "triton" does, by PyTorch's operators on a CPU."""
     rewritten = partial(fuse_relus, preactivations=True)
     monkeypatch.setattr(
         frozen_module, "fuse_relus", lambda own, backend, preactivations: rewritten(own, backend)
@@ -336,13 +336,13 @@ def test_networks_are_rewritten_and_follow_their_weights_in_the_same_memory(
     assert isinstance(first, fx.Node) and named[str(first.target)] is frozen._affines[0].scale
 
 
-def test_trial_rewrites_and_other_forms_do_not(device: str) -> None:
+def test_triton_rewrites_and_other_forms_do_not(device: str) -> None:
     model = narrow("preact_resnet18", torch.float32).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.rand(2, 3, 16, 16, device=device)
-    triton, trial = (FrozenNetwork(model, torch.bfloat16, form) for form in ("triton", "trial"))  # type: ignore[arg-type]
-    assert nodes(triton) == [] and kinds(trial) == NETWORKS["preact_resnet18"]
+    cudnn, triton = (FrozenNetwork(model, torch.bfloat16, form) for form in ("cudnn", "triton"))  # type: ignore[arg-type]
+    assert nodes(cudnn) == [] and kinds(triton) == NETWORKS["preact_resnet18"]
     leaves = [images.clone().requires_grad_() for _ in range(3)]
-    logits = [network(x) for network, x in zip((triton, trial, model.eval()), leaves, strict=True)]
+    logits = [network(x) for network, x in zip((cudnn, triton, model.eval()), leaves, strict=True)]
     gradients = [
         torch.autograd.grad(y.float().square().sum(), x)[0]
         for y, x in zip(logits, leaves, strict=True)

@@ -216,7 +216,7 @@ def test_a_shortcut_is_computed_beside_it_or_by_the_library(
         gradient = torch.autograd.grad(found, x, [torch.ones_like(output) for output in found])
         return [tensor.detach() for tensor in (*found, *gradient)]
 
-    own, library = both(backend="trial"), both(backend="torch")
+    own, library = both(backend="triton"), both(backend="torch")
     assert (calls.all, calls.of_shortcuts) == (1, int(together))
     for found, wanted in zip(own, library, strict=True):
         assert torch.equal(found, wanted)
@@ -228,10 +228,10 @@ def test_one_without_a_shortcut_is_computed_alone(
     drawn = Drawn((2, 64, 64, 6, 8), torch.float16, device, integers=True)
     calls = Calls(monkeypatch, "strided_conv", 3)
     given = (drawn.x, drawn.weight, drawn.bias, None, (2, 2), (1, 1))
-    found = conv_relu(*given, backend="trial")
+    found = conv_relu(*given, backend="triton")
     assert torch.equal(found, conv_relu(*given)) and (calls.all, calls.of_shortcuts) == (1, 0)
     residual = torch.zeros_like(found)
-    conv_relu(*given[:3], residual, *given[4:], backend="trial")
+    conv_relu(*given[:3], residual, *given[4:], backend="triton")
     assert calls.all == 1
 
 
@@ -241,7 +241,7 @@ def test_a_network_has_its_halving_block_computed_by_two_kernels(
     case = Case(device)
     forward = Calls(monkeypatch, "strided_conv", 3)
     backward = Calls(monkeypatch, "strided_gradient", 4)
-    own = case.gradient(FrozenNetwork(case.model, torch.bfloat16, "trial"))
+    own = case.gradient(FrozenNetwork(case.model, torch.bfloat16, "triton"))
     assert (forward.all, forward.of_shortcuts) == (backward.all, backward.of_shortcuts) == (1, 1)
     exact, library = (
         case.gradient(FrozenNetwork(case.model, dtype, form))  # type: ignore[arg-type]

@@ -56,9 +56,9 @@ class FrozenNetwork:
     * eager: by PyTorch, layer by layer; compiled: by torch.compile, see input_gradient.
     * cudnn: relu(conv(x) + y), the sum optional, is one op with its own backward, and images are
       padded to 8 channels.
-    * triton: as cudnn, but by a kernel of ours where one takes the shape (kernels.own_conv).
-    * trial: as triton, and by kernels that have not shown to be faster; relu(bn(x + y)) is one op
-      where BatchNorm comes before a convolution.
+    * triton: as cudnn, but by a kernel of ours where one takes the shape (kernels.own_conv), and
+      relu(bn(x + y)) is one op where BatchNorm comes before a convolution.
+    * trial: as triton, with a kernel that has not shown to be faster.
     * cpu: wide 3x3 convolutions take fewer multiplications, on CPUs where that is faster, and
       images find their gradient through a strided convolution faster.
 
@@ -89,7 +89,7 @@ class FrozenNetwork:
         self._affines: list[Affine] = []
         if form in ("cudnn", "triton", "trial"):
             backend: Backend = "auto" if form == "cudnn" else form
-            fused = fuse_relus(own, backend, preactivations=form == "trial")
+            fused = fuse_relus(own, backend, preactivations=form != "cudnn")
             self._copy, self.fused, self._biases, self._affines = fused
         self.transformed: list[WinogradConv2d] = []
         if form == "cpu" and self.images_dtype.itemsize >= 4:  # the sums are too fine for bfloat16
