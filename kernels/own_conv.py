@@ -1,8 +1,8 @@
 """Which kernel of ours computes a convolution of the attack, if one does.
 
 Each takes some shapes, those that an H100 computes faster by it than by cuDNN and the pass behind
-it (docs/kernels.md). They are asked for by backend="triton"; "trial" adds those that
-have not shown to be. What none of them takes is the library's.
+it (docs/kernels.md). They are asked for by backend="triton"; "trial" adds one that has not shown to
+be. What none of them takes is the library's.
 """
 
 from __future__ import annotations

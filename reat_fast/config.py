@@ -116,7 +116,7 @@ class Config:
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
     attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "trial", "cpu"] = "auto"
     """How the attacked network computes: op by op, compiled, by fused cuDNN, by kernels of ours
-    where they take a convolution (triton, from Hopper on), with others that have not shown to be
+    where they take a convolution (triton, from Hopper on), with one that has not shown to be
     faster (trial), or in forms made for CPUs (cpu). auto is triton in bfloat16 on an H100 or H200,
     cudnn in bfloat16 on other GPUs, cpu in float32 on a CPU, and else eager."""
     update_form: Literal["auto", "eager", "fused", "compiled"] = "auto"

@@ -35,8 +35,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def fastest_form(dtype: torch.dtype, device: torch.device) -> Form:
     """Return the form that starts without compiling and is the fastest for a dtype on a device.
 
-    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.3, triton 10.5,
-    trial 10.8 (python -m bench.bench_step). docs/performance.md has those of a CPU and of compiled
+    On an H100, bfloat16, ResNet-18, whole captured step: eager 18.1 ms, cudnn 14.3, triton 10.5
+    (python -m bench.bench_step). docs/performance.md has those of now, of a CPU and of compiled
     forms.
     """
     low = dtype.itemsize < 4
