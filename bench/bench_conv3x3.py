@@ -32,7 +32,7 @@ from reat_fast.engine.precision import full_precision
 from reat_fast.kernels import conv3x3 as ours
 from reat_fast.kernels import strided_conv as strided
 from reat_fast.kernels.boxes import Tile, largest_tile, why_not
-from reat_fast.kernels.conv3x3 import OVERLAPPED, RESIDENT, TILES
+from reat_fast.kernels.conv3x3 import RESIDENT, TILES
 from reat_fast.kernels.fused_conv import Place, conv_relu, input_gradient
 from reat_fast.kernels.own_conv import HALVED, SHORTCUT, Beside
 from reat_fast.kernels.resident_conv import resident_conv_runs_on
@@ -45,7 +45,7 @@ from reat_fast.kernels.strided_gradient import (
 from reat_fast.networks.fused_relus import CHANNELS
 
 OTHERS = (Tile(128, 64, 8), Tile(256, 64, 8), Tile(128, 128, 8), Tile(64, 128, 4))
-CANDIDATES = (*TILES, RESIDENT, OVERLAPPED, *OTHERS)
+CANDIDATES = (*TILES, RESIDENT, *OTHERS)
 """Tiles that are tried: those that may be chosen, with other warps, and one of few pixels."""
 PAIR = (1, 1)
 """Stride and padding."""
@@ -70,7 +70,7 @@ class Options:
     shapes: int | None = None
     """Only so many shapes, from the first layer on; unset: all."""
     chosen: bool = False
-    """Only the tiles that attacks take, in their default and their trial form, in place of all."""
+    """Only the tiles that attacks take, in place of all."""
     calls: int = 10
     """Calls of which one time is the mean."""
     repeats: int = 5
@@ -201,8 +201,7 @@ class Case:
 
     def _tiles(self, read: Tensor, written: int) -> list[Tile]:
         if self._chosen:
-            tile = ours.choose_tile(read, written)
-            return [tile, OVERLAPPED] if tile == RESIDENT else [tile]
+            return [ours.choose_tile(read, written)]
         resident = resident_conv_runs_on(read, written)
         return [tile for tile in CANDIDATES if resident or not tile.resident]
 
@@ -320,7 +319,7 @@ def _both(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
 
 def _name(tile: Tile) -> str:
     if tile.resident:
-        return "overlapped" if tile.overlapped else "resident"
+        return "resident"
     return f"{tile.pixels}x{tile.channels}/{tile.warps}"
 
 

@@ -55,7 +55,7 @@ class Part:
 
 
 WIDE = (
-    *("captured, triton", "captured, triton, fused update", "captured, trial, fused update"),
+    *("captured, triton", "captured, triton, fused update"),
     *("captured, cudnn", "captured, eager", "baseline, eager"),
 )
 """Rungs of the ladder that WideResNet climbs too."""

@@ -33,7 +33,7 @@ Labels = Literal["uniform", "long-tailed"]
 Step = Callable[[], object]
 Returned = TypeVar("Returned")
 
-CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "triton", "trial")
+CAPTURED: tuple[Form, ...] = ("eager", "compiled", "cudnn", "triton")
 
 RECORDED: dict[str, Mode] = {
     "baseline, compiled": "reduce-overhead",
@@ -162,7 +162,7 @@ class Ladder:
         yield Rung("kernels", lambda: self._eager(Kind()))
         yield Rung("kernels, bf16", lambda: self._eager(replace(low, form="eager")), "bfloat16")
         for form in CAPTURED:
-            if form not in ("triton", "trial") or boxes.why_not(self._device) is None:
+            if form != "triton" or boxes.why_not(self._device) is None:
                 yield self._replayed(f"captured, {form}", replace(low, form=form))
         yield self._replayed("captured, tf32", Kind(precision="tf32"))
 
@@ -171,7 +171,7 @@ class Ladder:
         low, default = Kind(precision="bf16", form=form), f"captured, {form}"
         name = f"{default}, deterministic"
         yield Rung(name, lambda: _under(determinism, lambda: self._capture(name, low)), "bfloat16")
-        own: tuple[Form, ...] = ("triton", "trial") if boxes.why_not(self._device) is None else ()
+        own: tuple[Form, ...] = ("triton",) if boxes.why_not(self._device) is None else ()
         for one in dict.fromkeys((form, *own)):
             fused = replace(low, form=one, update_form="fused")
             yield self._replayed(f"captured, {one}, fused update", fused)

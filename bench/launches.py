@@ -137,7 +137,6 @@ def _convolutions() -> Iterator[Launch]:
         backward = partial(launch_resident_conv, maps, weight, None, maps, maps, maps)
         case = _name("resident_conv gradient", maps)
         yield case, partial(backward, gradient=True, programs=132)
-        yield f"{case} overlapped", partial(backward, gradient=True, overlapped=True, programs=132)
 
 
 def _steps() -> Iterator[Launch]:

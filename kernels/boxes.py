@@ -27,15 +27,13 @@ PROGRAMS = PROCESSORS // 2 + 1
 class Tile(NamedTuple):
     """What one program computes: pixels of whole rows times channels, by so many warps.
 
-    resident: computed by kernels.resident_conv, whose weights stay in shared memory; overlapped:
-    there the next tile is multiplied while one is finished.
+    resident: computed by kernels.resident_conv, whose weights stay in shared memory.
     """
 
     pixels: int
     channels: int
     warps: int
     resident: bool = False
-    overlapped: bool = False
 
 
 def why_not(device: torch.device) -> str | None:

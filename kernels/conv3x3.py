@@ -43,8 +43,6 @@ TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 128, 4), Tile(128, 64, 4
 LEAST_OF_USE = 0.8
 """Share of the products in all waves of programs, of which cuDNN's smaller tiles waste fewer."""
 RESIDENT = Tile(PIXELS, CHANNELS, 4, True)
-OVERLAPPED = RESIDENT._replace(overlapped=True)
-"""No faster where it was timed, in a whole step with strided_conv."""
 DEPTH = 64
 """Channels that are multiplied at a time: 128 bytes of 16 bits, the widest rows of a box."""
 STAGES = 4
@@ -221,7 +219,7 @@ def _launch(
     tile = tile or choose_tile(x, channels)
     if tile.resident:
         given = (x, weight, bias, added, relu, output)
-        launch_resident_conv(*given, gradient=gradient, overlapped=tile.overlapped)
+        launch_resident_conv(*given, gradient=gradient)
         return
     pixels, tile_channels, warps, *_ = tile
     sides = images, rows, width = tile_sides(x, pixels)

@@ -1,8 +1,8 @@
 """Which kernel of ours computes a convolution of the attack, if one does.
 
 Each takes some shapes, those that an H100 computes faster by it than by cuDNN and the pass behind
-it (docs/kernels.md). They are asked for by backend="triton"; "trial" adds one that has not shown to
-be. What none of them takes is the library's.
+it (docs/kernels.md). They are asked for by backend="triton"; what none of them takes is the
+library's.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reat_fast.kernels.boxes import Tile, dense, why_not
+from reat_fast.kernels.boxes import dense, why_not
 from reat_fast.kernels.conv3x3 import (
-    OVERLAPPED,
-    RESIDENT,
-    choose_tile,
     conv3x3,
     conv3x3_gradient,
     conv3x3_pays,
@@ -37,7 +34,6 @@ SAME = ((1, 1), (1, 1), (1, 1), 1)
 HALVED = ((2, 2), (1, 1), (1, 1), 1)
 SHORTCUT = ((2, 2), (0, 0), (1, 1), 1)
 
-OWN: tuple[Backend, ...] = ("triton", "trial")
 MEASURED = (9, 0)
 """The compute capability on which they were timed."""
 
@@ -70,12 +66,12 @@ def own_forward(
 
     The second is the shortcut's convolution of x, where the same kernel computes it.
     """
-    if backend not in OWN or not use_triton(backend, x) or not _alike(x.dtype, (bias, residual)):
+    if backend != "triton" or not use_triton(backend, x) or not _alike(x.dtype, (bias, residual)):
         return None
     stride, padding, dilation, groups = _plain(geometry)
     fits = (residual is None or dense(residual)) and _plain(geometry) == SAME
     if fits and conv3x3_runs_on(x, weight) and conv3x3_pays(x, len(weight)):
-        return conv3x3(x, weight, bias, residual, tile=_tile(x, len(weight), backend)), None
+        return conv3x3(x, weight, bias, residual), None
     fits = residual is None and _plain(geometry) == HALVED
     if fits and strided_conv_runs_on(x, weight):
         near = shortcut[0] if shortcut is not None and _is_shortcut(shortcut, weight) else None
@@ -100,7 +96,7 @@ def own_gradient(
 
     None where no kernel of ours is to compute it.
     """
-    if backend not in OWN or not use_triton(backend, masked):
+    if backend != "triton" or not use_triton(backend, masked):
         return None
     near = [tensor for tensor in (relu, other, *(beside or ())[:2]) if isinstance(tensor, Tensor)]
     if not _alike(masked.dtype, near) or not all(map(dense, near)):
@@ -110,18 +106,12 @@ def own_gradient(
     fits = _plain(geometry) == SAME and beside is None and not (filled and near)
     fits = fits and conv3x3_runs_on(masked, weight, gradient=True)
     if fits and conv3x3_pays(masked, channels):
-        tile = _tile(masked, channels, backend)
-        return conv3x3_gradient(masked, weight, relu, other, tile=tile)[:, : x.shape[1]]
+        return conv3x3_gradient(masked, weight, relu, other)[:, : x.shape[1]]
     fits = _plain(geometry) == HALVED and (beside is None or _is_shortcut(beside[1:], weight))
     if fits and strided_gradient_runs_on(masked, weight, x):
         shortcut = None if beside is None else (beside.grad, beside.weight)
         return strided_gradient(masked, weight, relu, other, shortcut)
     return None
-
-
-def _tile(x: Tensor, channels: int, backend: Backend) -> Tile:
-    tile = choose_tile(x, channels)
-    return OVERLAPPED if tile == RESIDENT and backend == "trial" else tile
 
 
 def _is_shortcut(shortcut: Shortcut, weight: Tensor) -> bool:

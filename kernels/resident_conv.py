@@ -48,14 +48,12 @@ def launch_resident_conv(
     output: Tensor,
     *,
     gradient: bool,
-    overlapped: bool = False,
     programs: int | None = None,
 ) -> None:
     """Fill output with what kernels.conv3x3 describes.
 
     x [B, 64, H, W], all else as there, with at most 64 channels in multiples of 8, W at most 64.
-    overlapped: multiply for the next tile while one is finished. programs: unset, one for each
-    processor of the GPU.
+    programs: unset, one for each processor of the GPU.
     """
     if programs is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -87,7 +85,6 @@ def launch_resident_conv(
         batch * bands,
         bands,
         GRADIENT=gradient,
-        OVERLAPPED=overlapped,
         INPUTS=inputs,
         OUTPUTS=len(weight),
         ROWS=rows,

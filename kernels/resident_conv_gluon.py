@@ -3,7 +3,7 @@
 Of a tile it fetches one box for each of the three shifts along a row, with the rows above and
 below; the three shifts across rows are the same box, read from its first, second or third row on.
 The next tile's boxes are on their way while this one's are multiplied; what is added at the end,
-and the mask, come in beside. OVERLAPPED multiplies for the next tile while this one is finished.
+and the mask, come in beside.
 """
 
 from __future__ import annotations
@@ -172,7 +172,6 @@ def _resident_conv_kernel(  # type: ignore[no-untyped-def]
     tiles,
     bands,
     GRADIENT: gl.constexpr,
-    OVERLAPPED: gl.constexpr,
     INPUTS: gl.constexpr,  # channels that the layer reads, and those it writes
     OUTPUTS: gl.constexpr,
     ROWS: gl.constexpr,
@@ -217,94 +216,34 @@ def _resident_conv_kernel(  # type: ignore[no-untyped-def]
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIXELS, 16]
     )
     phase = 0
-    if OVERLAPPED:
-        # Products of the next tile are made while this one is finished.
-        place = [first // bands, first % bands * ROWS, 0, 0]
+    for tile in range(first, tiles, gl.num_programs(0)):
+        later = tile + gl.num_programs(0)
+        place = [tile // bands, tile % bands * ROWS, 0, 0]
         _send_beside(
             *(added_desc, relu_desc, added_box, relu_box, ready.index(4), place),
             *(BESIDE, PIXELS * CHANNELS * 2),
         )
-        later = first + gl.num_programs(0)
         sums = gl.zeros((CHANNELS, PIXELS), dtype=gl.float32, layout=layout)
         for shift in gl.static_range(3):
             sums = _products(
-                *(sums, rows, weights, ready, shift, 0, flat),
+                *(sums, rows, weights, ready, shift, phase, flat),
                 *(GRADIENT, ROWS, PIXELS, CHANNELS),
             )
-        sums = warpgroup_mma_wait(num_outstanding=0, deps=(sums,))
-        for shift in gl.static_range(3):
-            _fetch(
-                *(box_desc, edge_desc, rows, ready, shift, later, tiles, bands),
-                *(GRADIENT, ROWS, WIDTH, CHANNELS),
-            )
-        last = first
-        for tile in range(later, tiles, gl.num_programs(0)):
-            after = tile + gl.num_programs(0)
-            others = gl.zeros((CHANNELS, PIXELS), dtype=gl.float32, layout=layout)
-            for shift in gl.static_range(2):
-                others = _products(
-                    *(others, rows, weights, ready, shift, phase ^ 1, flat),
-                    *(GRADIENT, ROWS, PIXELS, CHANNELS),
-                )
-            place = [last // bands, last % bands * ROWS, 0, 0]
-            _finish(
-                *(sums, bias_ptr, added_desc, relu_desc, added_box, relu_box, output_desc, made),
-                *(ready.index(4), phase, place, layout),
-                *(BESIDE, GRADIENT, OUTPUTS, PIXELS, CHANNELS),
-            )
-            place = [tile // bands, tile % bands * ROWS, 0, 0]
-            _send_beside(
-                *(added_desc, relu_desc, added_box, relu_box, ready.index(4), place),
-                *(BESIDE, PIXELS * CHANNELS * 2),
-            )
-            others = _products(
-                *(others, rows, weights, ready, 2, phase ^ 1, flat),
-                *(GRADIENT, ROWS, PIXELS, CHANNELS),
-            )
-            for shift in gl.static_range(3):
-                others = warpgroup_mma_wait(num_outstanding=6 - 3 * shift, deps=(others,))
+            if shift > 0:  # the products with the box before are done once three are left
+                sums = warpgroup_mma_wait(num_outstanding=3, deps=(sums,))
                 _fetch(
-                    *(box_desc, edge_desc, rows, ready, shift, after, tiles, bands),
+                    *(box_desc, edge_desc, rows, ready, shift - 1, later, tiles, bands),
                     *(GRADIENT, ROWS, WIDTH, CHANNELS),
                 )
-            sums = others
-            last = tile
-            phase ^= 1
-        place = [last // bands, last % bands * ROWS, 0, 0]
+        sums = warpgroup_mma_wait(num_outstanding=0, deps=(sums,))
+        _fetch(
+            *(box_desc, edge_desc, rows, ready, 2, later, tiles, bands),
+            *(GRADIENT, ROWS, WIDTH, CHANNELS),
+        )
         _finish(
             *(sums, bias_ptr, added_desc, relu_desc, added_box, relu_box, output_desc, made),
             *(ready.index(4), phase, place, layout),
             *(BESIDE, GRADIENT, OUTPUTS, PIXELS, CHANNELS),
         )
-    else:
-        for tile in range(first, tiles, gl.num_programs(0)):
-            later = tile + gl.num_programs(0)
-            place = [tile // bands, tile % bands * ROWS, 0, 0]
-            _send_beside(
-                *(added_desc, relu_desc, added_box, relu_box, ready.index(4), place),
-                *(BESIDE, PIXELS * CHANNELS * 2),
-            )
-            sums = gl.zeros((CHANNELS, PIXELS), dtype=gl.float32, layout=layout)
-            for shift in gl.static_range(3):
-                sums = _products(
-                    *(sums, rows, weights, ready, shift, phase, flat),
-                    *(GRADIENT, ROWS, PIXELS, CHANNELS),
-                )
-                if shift > 0:  # the products with the box before are done once three are left
-                    sums = warpgroup_mma_wait(num_outstanding=3, deps=(sums,))
-                    _fetch(
-                        *(box_desc, edge_desc, rows, ready, shift - 1, later, tiles, bands),
-                        *(GRADIENT, ROWS, WIDTH, CHANNELS),
-                    )
-            sums = warpgroup_mma_wait(num_outstanding=0, deps=(sums,))
-            _fetch(
-                *(box_desc, edge_desc, rows, ready, 2, later, tiles, bands),
-                *(GRADIENT, ROWS, WIDTH, CHANNELS),
-            )
-            _finish(
-                *(sums, bias_ptr, added_desc, relu_desc, added_box, relu_box, output_desc, made),
-                *(ready.index(4), phase, place, layout),
-                *(BESIDE, GRADIENT, OUTPUTS, PIXELS, CHANNELS),
-            )
-            phase ^= 1
+        phase ^= 1
     tma.store_wait(0)

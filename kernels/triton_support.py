@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton", "trial"]
+Backend = Literal["auto", "torch", "triton"]
 
 triton: Any
 tl: Any
@@ -89,17 +89,15 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     """Choose between the Triton kernel and the PyTorch form of an op.
 
     `auto` is Triton on tensors of the current CUDA device where it is installed, else PyTorch;
-    `triton` on a CPU tensor needs TRITON_INTERPRET=1; `trial` is that, with kernels that have
-    not shown to be faster. Raises ValueError for an unknown backend, and where no kernel can run.
+    `triton` on a CPU tensor needs TRITON_INTERPRET=1. Raises ValueError for an unknown backend, and
+    where no kernel can run.
     """
     if backend == "torch":
         return False
     if backend == "auto":
         return tensor.device.type == "cuda" and TRITON_INSTALLED and is_current(tensor.device)
-    if backend not in ("triton", "trial"):
-        raise ValueError(
-            f"backend={backend!r} is unknown: give 'auto', 'torch', 'triton' or 'trial'"
-        )
+    if backend != "triton":
+        raise ValueError(f"backend={backend!r} is unknown: give 'auto', 'torch' or 'triton'")
     if not TRITON_INSTALLED:
         raise ValueError(
             "backend='triton' needs Triton: pip install triton (Linux), or give backend='torch'"

@@ -114,11 +114,11 @@ class Config:
     """What the attack maximises; auto is ce where REAT's rbl cannot change an example."""
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm during the attack: running statistics, or the statistics of the attacked batch."""
-    attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "trial", "cpu"] = "auto"
+    attack_form: Literal["auto", "eager", "compiled", "cudnn", "triton", "cpu"] = "auto"
     """How the attacked network computes: op by op, compiled, by fused cuDNN, by kernels of ours
-    where they take a convolution (triton, from Hopper on), with one that has not shown to be
-    faster (trial), or in forms made for CPUs (cpu). auto is triton in bfloat16 on an H100 or H200,
-    cudnn in bfloat16 on other GPUs, cpu in float32 on a CPU, and else eager."""
+    where they take a convolution (triton, from Hopper on), or in forms made for CPUs (cpu). auto is
+    triton in bfloat16 on an H100 or H200, cudnn in bfloat16 on other GPUs, cpu in float32 on a CPU,
+    and else eager."""
     update_form: Literal["auto", "eager", "fused", "compiled"] = "auto"
     """How the update computes: op by op, with BatchNorm, the sum and the ReLU behind it in one op
     of ours (fused, on a GPU), or compiled, once for each size of a batch. auto is fused where

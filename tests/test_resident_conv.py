@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reat_fast.kernels import resident_conv, resident_conv_gluon
 from reat_fast.kernels.conv3x3 import (
-    OVERLAPPED,
     RESIDENT,
     choose_tile,
     conv3x3,
@@ -36,9 +34,7 @@ def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
     return stand_in
 
 
-def launched(
-    drawn: Drawn, gradient: bool, which: list[bool], programs: int, overlapped: bool = False
-) -> tuple[Any, Any]:
+def launched(drawn: Drawn, gradient: bool, which: list[bool], programs: int) -> tuple[Any, Any]:
     """Return what the kernel makes of some or all operands, and what is right in float64."""
     output = torch.empty_like(drawn.x if gradient else drawn.behind)
     first, second = which
@@ -50,33 +46,29 @@ def launched(
         bias, residual = drawn.bias if first else None, drawn.residual if second else None
         given = (drawn.x, drawn.weight, bias, residual, None, output)
         wanted = conv3x3_torch(*double(drawn.x, drawn.weight, bias, residual))  # type: ignore[arg-type]
-    resident_conv.launch_resident_conv(
-        *given, gradient=gradient, overlapped=overlapped, programs=programs
-    )
+    resident_conv.launch_resident_conv(*given, gradient=gradient, programs=programs)
     return output, wanted
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("programs", [1, 4])
 @pytest.mark.parametrize("which", [[True, True], [True, False], [False, True], [False, False]])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_sums_of_integers_are_exact_whenever_copies_come(
-    hopper: Hopper, gradient: bool, which: list[bool], programs: int, overlapped: bool
+    hopper: Hopper, gradient: bool, which: list[bool], programs: int
 ) -> None:
     drawn = Drawn((3, 64, 64, 7, 32), torch.float16, "cpu", integers=True)
-    found, wanted = launched(drawn, gradient, which, programs, overlapped)
+    found, wanted = launched(drawn, gradient, which, programs)
     assert torch.equal(found.double(), wanted)
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_of_images_is_covered(
-    hopper: Hopper, size: tuple[int, int, int], gradient: bool, overlapped: bool
+    hopper: Hopper, size: tuple[int, int, int], gradient: bool
 ) -> None:
     batch, height, width = size
     drawn = Drawn((batch, 64, 64, height, width), torch.bfloat16, "cpu", integers=True)
-    found, wanted = launched(drawn, gradient, [True, True], 2, overlapped)
+    found, wanted = launched(drawn, gradient, [True, True], 2)
     # Integers up to 256 are exact in bfloat16; sums of 576 random signs come to some 25.
     assert float(wanted.abs().max()) <= 256
     assert torch.equal(found.double(), wanted)
@@ -100,7 +92,6 @@ def test_nan_passes_and_negative_zero_is_masked(hopper: Hopper) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize(
     ("copies", "products", "broken"),
     [
@@ -112,7 +103,7 @@ def test_nan_passes_and_negative_zero_is_masked(hopper: Hopper) -> None:
     ],
 )
 def test_a_kernel_that_does_not_wait_is_found_out(
-    monkeypatch: pytest.MonkeyPatch, copies: str, products: str, broken: str, overlapped: bool
+    monkeypatch: pytest.MonkeyPatch, copies: str, products: str, broken: str
 ) -> None:
     hopper = Hopper(copies, products)
     if broken == "multiplied":
@@ -125,7 +116,7 @@ def test_a_kernel_that_does_not_wait_is_found_out(
     emulate(monkeypatch, resident_conv_gluon, hopper, KERNELS)
     drawn = Drawn((2, 64, 64, 8, 32), torch.float16, "cpu", integers=True)
     try:
-        found, wanted = launched(drawn, False, [True, True], 1, overlapped)
+        found, wanted = launched(drawn, False, [True, True], 1)
     except AssertionError:
         return
     assert not torch.equal(found.double(), wanted)
@@ -169,17 +160,17 @@ def test_on_a_gpu_it_is_exact_and_float64_rounded_once(
     size: tuple[int, int, int], inputs: int, dtype: torch.dtype
 ) -> None:
     batch, height, width = size
-    for integers, tile in itertools.product((True, False), (RESIDENT, OVERLAPPED)):
+    for integers in (True, False):
         drawn = Drawn((batch, inputs, 64, height, width), dtype, "cuda", integers=integers)
         results = []
         if inputs == 64:
             assert choose_tile(drawn.x, 64) == RESIDENT
             given: tuple[Tensor, ...] = (drawn.x, drawn.weight, drawn.bias, drawn.residual)
-            results.append((conv3x3(*given, tile=tile), conv3x3_torch(*double(*given))))  # type: ignore[arg-type]
+            results.append((conv3x3(*given), conv3x3_torch(*double(*given))))  # type: ignore[arg-type]
         assert choose_tile(drawn.behind, inputs) == RESIDENT
         given = (drawn.behind, drawn.weight, drawn.relu, drawn.other)
         wanted = conv3x3_gradient_torch(*double(*given))  # type: ignore[arg-type]
-        results.append((conv3x3_gradient(*given, tile=tile), wanted))
+        results.append((conv3x3_gradient(*given), wanted))
         # One rounding to the dtype of a sum of float32, of numbers that come to be about 1.
         rtol, atol = (0.0, 0.0) if integers else (torch.finfo(dtype).eps, 1e-5)
         for found, right in results:

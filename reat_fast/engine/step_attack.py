@@ -39,13 +39,13 @@ def resolve_form(config: Config, device: torch.device) -> Form:
     return fastest_form(torch.bfloat16 if low else torch.float32, device)
 
 
-def _require_own_kernels(form: Form, dtype: torch.dtype | None, device: torch.device) -> None:
+def _require_own_kernels(dtype: torch.dtype | None, device: torch.device) -> None:
     """Raise ValueError where no convolution would be computed by a kernel of ours."""
     reason = boxes.why_not(device)
     if reason is not None:
-        raise ValueError(f"--attack-form {form}: {reason}; leave it out")
+        raise ValueError(f"--attack-form triton: {reason}; leave it out")
     if dtype is None:
-        raise ValueError(f"--attack-form {form}: computes in bfloat16; give --precision bf16")
+        raise ValueError("--attack-form triton: computes in bfloat16; give --precision bf16")
 
 
 class StepAttack:
@@ -75,8 +75,8 @@ class StepAttack:
             low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
             if form == "compiled":
                 require_compiler("--attack-form compiled", device)
-            if form in ("triton", "trial"):
-                _require_own_kernels(form, low, device)
+            if form == "triton":
+                _require_own_kernels(low, device)
             if form == "cudnn" and device.type != "cuda":
                 raise ValueError("--attack-form cudnn: needs a CUDA device; leave it out")
             self.network = FrozenNetwork(model, low, form)

@@ -25,7 +25,7 @@ from reat_fast.networks.folding import Fold, fold_batchnorms_
 from reat_fast.networks.fused_relus import JoinedBias, fuse_relus
 from reat_fast.networks.preactivation import Affine, refresh_affines_
 
-Form = Literal["eager", "compiled", "cudnn", "triton", "trial", "cpu"]
+Form = Literal["eager", "compiled", "cudnn", "triton", "cpu"]
 # Takes any network and dtype; fastest_form has a faster one.
 DEFAULT_FORM: Form = "eager"
 
@@ -58,7 +58,6 @@ class FrozenNetwork:
       padded to 8 channels.
     * triton: as cudnn, but by a kernel of ours where one takes the shape (kernels.own_conv), and
       relu(bn(x + y)) is one op where BatchNorm comes before a convolution.
-    * trial: as triton, with a kernel that has not shown to be faster.
     * cpu: wide 3x3 convolutions take fewer multiplications, on CPUs where that is faster, and
       images find their gradient through a strided convolution faster.
 
@@ -87,7 +86,7 @@ class FrozenNetwork:
         self._copy, self.fused = own, 0
         self._biases: list[JoinedBias] = []
         self._affines: list[Affine] = []
-        if form in ("cudnn", "triton", "trial"):
+        if form in ("cudnn", "triton"):
             backend: Backend = "auto" if form == "cudnn" else form
             fused = fuse_relus(own, backend, preactivations=form != "cudnn")
             self._copy, self.fused, self._biases, self._affines = fused
