@@ -25,9 +25,9 @@ from bench.timing import seconds
 from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
 from reat_fast.config import Config
 from reat_fast.data import ImageSet, longtail_counts
-from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import Precision, use_precision
+from reat_fast.engine.replayed_step import ReplayedStep
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
@@ -149,10 +149,8 @@ def _ours(
     step = TrainStep(model, make_optimizer(model, config), sets.counts, config)
     order = EpochOrder(sets.train.labels, options.batch_size)
     loader = ResidentLoader(sets.train, order, device)
-    taken: TrainStep | CapturedStep = step
     first = next(loader.epoch(0))
-    if device.type == "cuda" and len(sets.train) >= options.batch_size:
-        taken = CapturedStep(step, first)
+    taken = ReplayedStep(step)
     short = _shortened(first, len(sets.train) % options.batch_size)
     for batch in (first, short, short):  # when it comes again it is recorded
         taken.train_on(batch)
@@ -178,7 +176,7 @@ def _shortened(batch: Batch, rest: int) -> Batch:
     return Batch(batch.images, batch.labels[:size], batch.indices[:size], batch.gather)
 
 
-def _epoch(step: TrainStep | CapturedStep, loader: ResidentLoader, epoch: int) -> None:
+def _epoch(step: ReplayedStep, loader: ResidentLoader, epoch: int) -> None:
     for batch in loader.epoch(epoch):
         step.train_on(batch)
 

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from reat_fast.attack import PGD, pgd
     from reat_fast.checkpoint import load_model
     from reat_fast.data import load_dataset, longtail_counts, longtail_indices
+    from reat_fast.engine.replayed_step import ReplayedStep
     from reat_fast.models import create_model, load_official
     from reat_fast.objective import balanced_softmax_loss, rbl_loss, rbl_weights, tail_penalty
     from reat_fast.step import TrainStep
 
 _HOMES = {
     "PGD": "attack",
+    "ReplayedStep": "engine.replayed_step",
     "TrainStep": "step",
     "balanced_softmax_loss": "objective",
     "create_model": "models",
@@ -54,6 +56,7 @@ _HOMES = {
 
 __all__ = [
     "PGD",
+    "ReplayedStep",
     "TrainStep",
     "balanced_softmax_loss",
     "create_model",

@@ -229,6 +229,15 @@ def test_copied_batches_go_through_the_buffer() -> None:
     assert torch.equal(found["images_adv"], expected["images_adv"])
 
 
+def test_a_step_that_another_follows_is_refused() -> None:
+    step = make_step(dataclasses.replace(CONFIG, attack_from=1))
+    replayed = CapturedStep(step, batches()[0])
+    assert not replayed.outdated
+    step.end_epoch()
+    with pytest.raises(ValueError, match="another step begins with this epoch"):
+        replayed.train_on(batches()[0])
+
+
 def test_what_a_graph_cannot_take_is_refused() -> None:
     whole = batches()[0]
     replayed = CapturedStep(make_step(), whole)

@@ -137,7 +137,7 @@ def test_the_training_loop_of_the_documents_runs(capsys: pytest.CaptureFixture[s
     names: dict[str, Any] = {}
     exec(code.replace('"resnet18"', '"resnet8"'), names)
     assert capsys.readouterr().out.count("'adv_accuracy'") == 2
-    assert names["outcome"]["images_adv"].shape == (8, 3, 32, 32)
+    assert names["outcome"]["images_adv"].shape == (8, 3, 32, 32)  # 40 images in batches of 16
     assert names["network"] is names["model"]
 
 

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from reat_fast import checkpoint, train
 from reat_fast.data import make_splits
+from reat_fast.engine import replayed_step
 from reat_fast.engine.distributed import World
 from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.replayed_step import ReplayedStep
 from reat_fast.engine.stopping import Stopped
 from reat_fast.loaders import Batch
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.models import refuse_other_size
 from reat_fast.step import TrainStep
-from reat_fast.training import run as training_run
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
 
@@ -130,8 +131,8 @@ def test_a_step_is_captured_again_in_the_epoch_that_takes_another(
         def close(self) -> None:
             self.closed += 1
 
-    monkeypatch.setattr(training_run, "CapturedStep", Recorded)
-    monkeypatch.setattr(Run, "captures", True)
+    monkeypatch.setattr(replayed_step, "CapturedStep", Recorded)
+    monkeypatch.setattr(ReplayedStep, "captures", True)
     given = [*flags.split(), "--epochs", 3, "--drop-last"]
     assert run("at", *SMALL, *given, "--data", data, "--run-dir", tmp_path / "run") == 0
     first, second = made

@@ -142,13 +142,13 @@ def _shown(value: object) -> str:
 
 
 def _step(run: Run) -> Iterator[str]:
-    how = "one CUDA graph" if run.captures else "eager"
+    how = "one CUDA graph" if run.replayed.captures else "eager"
     if run.config.fused and run.step.attack.network is not None:
         how += f", attack form {resolve_form(run.config, run.device)}"
     if run.step.update.form != "eager":
         how += f", {run.step.update.form} update"
     yield f"step: {_arithmetic(run)}, {how}; {run.loader_reason}"
-    if run.config.graph == "on" and not run.captures:
+    if run.config.graph == "on" and not run.replayed.captures:
         yield f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly"
 
 

@@ -6,14 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from reat_fast import checkpoint
 from reat_fast.data import Dataset, ImageSet, Splits, load_run_data
-from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import use_precision
 from reat_fast.engine.reference_step import ReferenceStep
+from reat_fast.engine.replayed_step import ReplayedStep
 from reat_fast.env import environment
 from reat_fast.evaluation.figures import SELECTION
 from reat_fast.loaders import Batch
@@ -55,6 +53,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, self.config)
         kind = TrainStep if self.config.fused else ReferenceStep
         self.step = kind(self.model, self.optimizer, self.splits.counts, self.config, self.world)
+        self.replayed = ReplayedStep(self.step)
         self._make_loader()
         self.epoch, self.batch = 0, 0
         """Where the next step is: epochs done, and batches of the running one."""
@@ -70,7 +69,6 @@ class Run:
         described = environment()
         self.code = {name: described[name] for name in ("reat_fast", "commit", "torch")}
         self.changed_code = ""
-        self._captured: CapturedStep | None = None
         self._lock: FolderLock | None = None
         self.log: MetricLog | None = None
         if plan.state is not None:
@@ -99,11 +97,6 @@ class Run:
         self.batches = min(len(self.order), config.limit_batches or len(self.order))
 
     @property
-    def captures(self) -> bool:
-        """Whether the step is replayed as a CUDA graph."""
-        return self.device.type == "cuda" and self.config.fused and self.config.graph != "off"
-
-    @property
     def step_work(self) -> int:
         """What a step of the running epoch costs: forward passes of an image, for each image."""
         return work_per_image(self.config, self.epoch)
@@ -126,30 +119,8 @@ class Run:
 
         Errors: ValueError where the step cannot be captured.
         """
-        total = self.images_in(self.batch)
-        if self._captured is not None and self._captured.outdated:
-            self._forget_capture()
-        if self.captures and self._captured is None and total == self.config.batch_size:
-            self._captured = self._capture(batch, total)
-        (self._captured or self.step).train_on(batch, total)
+        self.replayed.train_on(batch, self.images_in(self.batch))
         self.batch += 1
-
-    def _capture(self, batch: Batch, total: int) -> CapturedStep:
-        try:
-            return CapturedStep(self.step, batch, total)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"--graph {self.config.graph}: the step cannot be captured ({reason}); "
-                "go on with --graph off"
-            ) from error
-
-    def _forget_capture(self) -> None:
-        if self._captured is not None:
-            self._captured.close()
-            self._captured = None
 
     def limited(self, image_set: ImageSet) -> ImageSet:
         """Return what an evaluation looks at: all of a set without --limit-batches."""
@@ -195,7 +166,7 @@ class Run:
 
     def close(self) -> None:
         """Free the graph, the loader's processes and the folder."""
-        self._forget_capture()
+        self.replayed.forget()
         self.loader.close()
         if self.log is not None:
             self.log.close()
@@ -283,7 +254,7 @@ class Run:
                 f"--resume {self.folder}: the training images are not those the run was begun "
                 f"with; name the same data with --data{damaged}"
             )
-        self._forget_capture()  # loading moves momentum
+        self.replayed.forget()  # loading moves momentum
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.step.load_state_dict(state["step"])
