@@ -1,13 +1,15 @@
 """python -m bench.graph_launch: what launching the graph of a step costs the host, part by part.
 
 Kernels in a row cost a graph little to launch, however many they are; what stands between them may
-cost more. So graphs of small kernels are timed, with and without sums over many programs,
-each of which fills a counter in memory first, and then the parts of a training step: the replay of
-its graph, the copies before it, the checks before those. What its graph holds is counted.
+cost more. So graphs of small kernels are timed: with and without sums over many programs, each of
+which fills a counter in memory first, and without the flag that PyTorch makes its graphs with. Then
+the parts of a training step: the replay of its graph, the copies before it, the checks before
+those. What its graph holds is counted.
 """
 
 from __future__ import annotations
 
+import ctypes
 import shlex
 import sys
 from collections import Counter
@@ -90,6 +92,31 @@ def _small_graphs(device: torch.device) -> Iterator[tuple[str, Callable[[], obje
         warm_up(partial(body, kernels, sums), stream)
         record_graph(graph, partial(body, kernels, sums), stream)
         yield f"graph of {kernels:,} kernels" + f" and {sums} sums" * (sums > 0), graph.replay
+    kept, stream = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.Stream(device)
+    record_graph(kept, partial(body, KERNELS[-1], 0), stream)
+    yield f"graph of {KERNELS[-1]:,} kernels, made without flags", launch_without_flags(kept)
+
+
+def launch_without_flags(graph: torch.cuda.CUDAGraph) -> Callable[[], object]:
+    """Make what launches a graph whose template was kept, and return its launch.
+
+    PyTorch instantiates with cudaGraphInstantiateFlagAutoFreeOnLaunch, which is for graphs that
+    allocate. CUDA launches straight-line graphs in constant time; whether it does so with that flag
+    its documentation does not say.
+    """
+    runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")
+    executable = ctypes.c_void_p()
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+    def call(name: str, *given: object) -> None:
+        code = getattr(runtime, name)(*given)
+        if code:
+            raise RuntimeError(f"{name} failed with CUDA error {code}")
+
+    template = ctypes.c_void_p(graph.raw_cuda_graph())
+    call("cudaGraphInstantiate", ctypes.byref(executable), template, ctypes.c_ulonglong(0))
+    call("cudaGraphUpload", executable, stream)
+    return partial(call, "cudaGraphLaunch", executable, stream)
 
 
 def _step(name: str, device: torch.device) -> tuple[CapturedStep, Batch]:

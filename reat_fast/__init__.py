@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from reat_fast.checkpoint import load_model
     from reat_fast.data import load_dataset, longtail_counts, longtail_indices
     from reat_fast.engine.replayed_step import ReplayedStep
+    from reat_fast.evaluation.autoattack import autoattack
     from reat_fast.models import create_model, load_official
     from reat_fast.objective import balanced_softmax_loss, rbl_loss, rbl_weights, tail_penalty
     from reat_fast.step import TrainStep
@@ -41,6 +42,7 @@ _HOMES = {
     "PGD": "attack",
     "ReplayedStep": "engine.replayed_step",
     "TrainStep": "step",
+    "autoattack": "evaluation.autoattack",
     "balanced_softmax_loss": "objective",
     "create_model": "models",
     "load_dataset": "data",
@@ -58,6 +60,7 @@ __all__ = [
     "PGD",
     "ReplayedStep",
     "TrainStep",
+    "autoattack",
     "balanced_softmax_loss",
     "create_model",
     "load_dataset",

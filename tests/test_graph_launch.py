@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,32 @@ def test_what_a_graph_writes_to_lives_while_it_is_timed(
     monkeypatch.setattr(graph_launch, "host_seconds", timed)
     assert run_command(graph_launch.main, ["--rung", "captured, cudnn"]) == 0
     assert alive == [True] and "graph of x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failing", ["", "cudaGraphInstantiate", "cudaGraphLaunch"])
+def test_a_graph_is_made_without_flags_and_launched(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, list[Any]]] = []
+
+    class Runtime:
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            def call(*given: Any) -> int:
+                called.append((name, [getattr(one, "value", None) for one in given]))
+                return 700 * (name == failing)
+
+            return call
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(graph_launch.ctypes, "CDLL", {"libcudart.so.13": Runtime()}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    graph = SimpleNamespace(raw_cuda_graph=lambda: 5)
+    with pytest.raises(RuntimeError, match=f"{failing} .* 700") if failing else nullcontext():
+        graph_launch.launch_without_flags(graph)()  # type: ignore[arg-type]
+        assert [name for name, _ in called] == [
+            *("cudaGraphInstantiate", "cudaGraphUpload", "cudaGraphLaunch"),
+        ]
+        assert called[0][1][1:] == [5, 0] and called[2][1][1] == 7
 
 
 @pytest.mark.parametrize(
