@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,14 @@ from reat_fast.loaders import Batch
 from reat_fast.methods.cosine_head import use_cosine_head
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
+from reat_fast.step import TrainStep
+
+
+class Trains(Protocol):
+    """A step, launched or replayed."""
+
+    def train_on(self, batch: Batch) -> dict[str, Tensor]: ...
+
 
 COUNTS = [40, 24, 12, 7, 4]
 
@@ -42,3 +52,17 @@ def uint8_batch(gather: bool = True) -> Batch:
     labels = torch.arange(30) % 5
     rows = torch.tensor([3, 29, 4, 14, 9, 0, 7, 1])
     return Batch(images if gather else images[rows], labels[rows], rows, gather=gather)
+
+
+def assert_same_step(first: Trains, second: Trains, batch: Batch) -> None:
+    """Take a step of two on a batch, and hold their outcomes bit for bit."""
+    expected, found = first.train_on(batch), second.train_on(batch)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same_state(first: TrainStep, second: TrainStep) -> None:
+    """Hold everything that two steps change and read again bit for bit."""
+    for a, b in zip(first.state_tensors(), second.state_tensors(), strict=True):
+        assert torch.equal(a, b)

@@ -20,10 +20,10 @@ import pytest
 import torch
 from killed_run import SMALL
 from made_data import made_npz
+from made_step import COUNTS, assert_same_state, assert_same_step, make_model, uint8_batch
 from test_captured import EPS, attack, batch, labelled_images
 from test_captured import make_model as make_victim
 from test_resume import StopAfter
-from test_step import COUNTS, make_model, uint8_batch
 
 from reat_fast import train, verify
 from reat_fast.checkpoint import CHECKPOINT
@@ -90,17 +90,12 @@ def test_replays_equal_eager_steps(precision: str, gather: bool, reproducible: N
     for k in range(4):
         for step in (eager, captured):
             set_learning_rate(step.optimizer, 0.05 / (1 + k))
-        expected = eager.train_on(batch)
-        found = replayed.train_on(batch)
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (k, name)
+        assert_same_step(eager, replayed, batch)
         if k == 0:  # the first eager step makes workspaces that stay
             before = torch.cuda.memory_allocated()
         if k == 1:
             assert eager.end_epoch() == captured.end_epoch()
-    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
-        assert torch.equal(a, b)
-    del expected, found
+    assert_same_state(eager, captured)
     assert torch.cuda.memory_allocated() <= before + 2**20  # replays allocate nothing
     replayed.close()
 
@@ -114,15 +109,12 @@ def test_the_step_is_captured_again_from_the_epoch_that_takes_another(
     batch = on_gpu(uint8_batch())
     replayed = ReplayedStep(captured)
     for _ in range(2):
-        for k in range(3):
-            expected, found = eager.train_on(batch), replayed.train_on(batch)
-            for name, tensor in expected.items():
-                assert torch.equal(found[name], tensor), (k, name)
+        for _ in range(3):
+            assert_same_step(eager, replayed, batch)
         assert eager.end_epoch() == captured.end_epoch()
     replayed.forget()
     assert captured.kind != make_step(config).kind
-    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(eager, captured)
 
 
 @pytest.mark.parametrize("gather", [True, False])
@@ -137,14 +129,11 @@ def test_the_short_batch_of_an_epoch_is_replayed_too(gather: bool, reproducible:
         indices=whole.indices[:5],
     )
     replayed = CapturedStep(captured, whole)
-    for epoch in range(4):
+    for _ in range(4):
         for given in (whole, whole, short):
-            expected, found = eager.train_on(given), replayed.train_on(given)
-            for name, tensor in expected.items():
-                assert torch.equal(found[name], tensor), (epoch, name)
+            assert_same_step(eager, replayed, given)
         assert eager.end_epoch() == captured.end_epoch()
-    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(eager, captured)
     assert replayed._short is not None
     replayed.close()
 
@@ -164,11 +153,8 @@ def test_every_preset_replays_as_it_runs(preset: str, reproducible: None) -> Non
     batch = on_gpu(uint8_batch())
     replayed = CapturedStep(captured, batch)
     for _ in range(3):
-        expected, found = eager.train_on(batch), replayed.train_on(batch)
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), name
-    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
-        assert torch.equal(a, b)
+        assert_same_step(eager, replayed, batch)
+    assert_same_state(eager, captured)
     replayed.close()
 
 
@@ -183,11 +169,8 @@ def test_replays_of_another_form_of_the_update_equal_its_eager_calls(
     batch = on_gpu(uint8_batch())
     replayed = CapturedStep(captured, batch)
     for _ in range(3):
-        expected, found = eager.train_on(batch), replayed.train_on(batch)
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), name
-    for a, b in zip(eager.state_tensors(), captured.state_tensors(), strict=True):
-        assert torch.equal(a, b)
+        assert_same_step(eager, replayed, batch)
+    assert_same_state(eager, captured)
     replayed.close()
 
 
@@ -378,12 +361,9 @@ def test_the_step_of_a_training_replays_on_after_evaluations(
     given = on_gpu(uint8_batch())
     replayed = CapturedStep(replaying, given)
     for _ in range(3):
-        expected, found = eager.train_on(given), replayed.train_on(given)
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), name
+        assert_same_step(eager, replayed, given)
         evaluated("float32")
-    for a, b in zip(eager.state_tensors(), replaying.state_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(eager, replaying)
     assert len(captures) == 9
     replayed.close()
 

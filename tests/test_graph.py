@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import COUNTS, make_model, uint8_batch
+from made_step import COUNTS, assert_same_state, assert_same_step, make_model, uint8_batch
 
 from reat_fast.config import Config
 from reat_fast.engine import graph
@@ -127,13 +127,9 @@ def test_replays_equal_eager_steps_bit_for_bit_with_lr_and_epoch_changing() -> N
         for k, batch in enumerate(given):
             for step in (eager, captured):
                 set_learning_rate(step.optimizer, 0.05 / (1 + k + epoch))
-            expected = eager.train_on(batch)
-            found = replayed.train_on(batch)
-            for name, tensor in expected.items():
-                assert torch.equal(found[name], tensor), name
+            assert_same_step(eager, replayed, batch)
         assert eager.end_epoch() == captured.end_epoch()
-    for a, b in zip(states(eager), states(captured), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(eager, captured)
     # The short batch is launched in the first epoch and replayed from the second on.
     assert replays == [8, 8, *3 * [8, 8, 3]]
 
@@ -159,8 +155,7 @@ def test_a_short_batch_that_cannot_be_captured_is_launched_and_leaves_no_trace(
     for given in (short, whole, short):
         eager.train_on(given)
         replayed.train_on(given)
-    for a, b in zip(states(eager), states(captured), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(eager, captured)
     assert replays == [8]
     assert CountedGraph.alive == 1  # with it would go what the graph of whole batches counts on
 
@@ -217,8 +212,7 @@ def test_state_tensors_are_all_that_a_step_changes() -> None:
             target.copy_(source)
     first, second = (s.train_on(batches()[1]) for s in (step, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    for a, b in zip(states(step), states(other), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(step, other)
 
 
 def test_copied_batches_go_through_the_buffer() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_graph import COUNTS, batches, fake_cuda, make_model, replays, states
+from made_step import COUNTS, assert_same_state, assert_same_step, make_model
+from test_graph import batches, fake_cuda, replays
 
 import reat_fast
 from reat_fast.config import Config
@@ -39,13 +40,10 @@ def test_it_trains_as_launched_steps_do_whatever_begins_meanwhile(
     whole, second, short = batches()
     for _ in range(3):
         for batch in (short, whole, second):
-            expected, found = launched.train_on(batch), replayed.train_on(batch)
-            for name, tensor in expected.items():
-                assert torch.equal(found[name], tensor), name
+            assert_same_step(launched, replayed, batch)
         assert launched.end_epoch() == captured.end_epoch()
     replayed.forget()
-    for a, b in zip(states(launched), states(captured), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(launched, captured)
     assert replays.count(8) == 6  # every whole batch, that of the capture included
 
 
