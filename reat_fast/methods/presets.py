@@ -75,7 +75,7 @@ METHOD_PRESETS: dict[str, dict[str, object]] = {
     "awp": {**_CE, "epochs": 200, "milestones": (100, 150), "objective": "ce", "awp": 0.005},
     # This project: AT-BSL with averaged weights and AutoAugment, at its cost. Examples of one step,
     # then five, pay for four times the epochs; where the learning rate falls, and networks overfit,
-    # weights are perturbed. docs/recipes.md has the tables, and what did not help.
+    # weights are perturbed. docs/recipes.md has the tables, docs/experiments.md what did not help.
     "reat-plus": {
         **_AT_BSL,
         "ema": 0.999,
