@@ -20,6 +20,23 @@ from torch import Tensor
 from reat_fast.kernels.triton_support import Backend
 
 
+def refuse_shares(counts: Tensor | Sequence[float]) -> None:
+    """Raise ValueError for counts that are shares of a set, below 0 or NaN; waits for no device.
+
+    So values of a tensor are looked at on a CPU alone, and those of integers are trusted.
+    """
+    if isinstance(counts, Tensor):
+        if counts.device.type != "cpu" or not counts.is_floating_point():
+            return
+        counts = counts.flatten().tolist()
+    sizes = list(counts)
+    if not all(size >= 0 for size in sizes) or 0 < max(sizes, default=0) < 1:
+        raise ValueError(
+            f"counts: {str(sizes):.80}; give the number of training images of each class, "
+            "of which shares are to be multiplied by that of the set"
+        )
+
+
 def rbl_weights(
     counts: Tensor | Sequence[int],
     ae_counts: Tensor | Sequence[int],
@@ -31,9 +48,11 @@ def rbl_weights(
     `counts` [C] training samples of each class, less than 1 taken as 1; `ae_counts` [C] adversarial
     examples predicted as each class, 0 or more; both on one device. Returns float32 [C] of mean 1,
     computed in float64. A class never predicted weighs 1e5 before the weights are scaled. Every
-    `backend` runs the same operators. Raises ValueError for counts of another or unequal shape.
+    `backend` runs the same operators. Raises ValueError for counts of another or unequal shape, and
+    for shares in their place.
     Source: arXiv 2307.10205, function RBL of its published code.
     """
+    refuse_shares(counts)
     counts, ae_counts = torch.as_tensor(counts), torch.as_tensor(ae_counts)
     if counts.ndim != 1 or len(counts) == 0 or ae_counts.shape != counts.shape:
         raise ValueError(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reat_fast.kernels.class_weights import refuse_shares
 from reat_fast.kernels.tail_penalty_triton import (
     _anchors_kernel,
     _official_kernel,
@@ -214,9 +215,10 @@ def tail_penalty(
     training samples of each class, less than 1 taken as 1. Computed in float32. 0 where the batch
     holds no tail class; of three classes none is tail. `coefficient` scales either form: 1 is the
     published size of "official", 1 / D gives "pairwise" about that size. Only the features get a
-    gradient, and only once. Raises ValueError for arguments of another shape or dtype. Source:
-    arXiv 2307.10205 and its published code.
+    gradient, and only once. Raises ValueError for arguments of another shape or dtype, and for
+    shares in place of counts. Source: arXiv 2307.10205 and its published code.
     """
+    refuse_shares(counts)
     if not isinstance(counts, Tensor):
         counts = torch.tensor(counts, device=features.device)
     _check(features, labels, counts, form)

@@ -86,7 +86,8 @@ def use_winograd_(network: nn.Module, least_channels: int | None = None) -> list
     least = LEAST_CHANNELS if least_channels is None else least_channels
     changed = []
     for name, module in network.named_modules():
-        if type(module) is not nn.Conv2d or not _fits(module, least):
+        own = "weight" in module._parameters  # and not made anew by a hook at each call
+        if type(module) is not nn.Conv2d or not own or not _fits(module, least):
             continue
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError(f"{name}: its weights ask for a gradient, which this form has not")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Integral, Real
 from typing import Literal
 
@@ -78,7 +79,9 @@ def pgd(
     nonfinite: int64 device tensor to which the number of NaN and infinite gradient elements is
     added.
     Returns images within eps of the given ones and inside `clip`; the model's mode and its
-    gradients are left as they are. Nothing syncs, so images outside `clip` are not found; PGD does.
+    gradients are left as they are, so BatchNorm in train mode counts its statistics, which PGD
+    keeps it from. Nothing syncs, so images outside `clip` and labels below 0, which cross-entropy
+    leaves out, are not found; PGD does.
     Errors: ValueError for images that are not floating-point, labels of another number, a radius,
     step or number of steps below 0, another norm, and under torch.inference_mode, which knows no
     gradients.
@@ -132,12 +135,13 @@ def ascend(
 
 
 def _input_gradient(model: Classifier, images: Tensor, labels: Tensor, loss: AttackLoss) -> Tensor:
+    frozen = None if isinstance(model, nn.Module) else model  # whose names are its owner's
     own: Callable[[Tensor, Tensor, AttackLoss], Tensor] | None
-    own = getattr(model, "input_gradient", None)  # a compiled network has it in one piece
+    own = getattr(frozen, "input_gradient", None)  # a compiled network has it in one piece
     if own is not None:
         gradient: Tensor = own(images, labels, loss)
         return gradient
-    taken: torch.dtype = getattr(model, "images_dtype", images.dtype)
+    taken: torch.dtype = getattr(frozen, "images_dtype", images.dtype)
     images = images.detach()
     if taken.itemsize < images.dtype.itemsize:
         # The network would round them itself, and its gradient would be made wide again: a step
@@ -233,6 +237,22 @@ class PGD:
                 start=None if self.random_start else torch.zeros_like(images),
                 norm=self.norm,
             )
+
+
+def first_tensor(model: nn.Module) -> Tensor:
+    """Return a tensor that tells a model's device and type.
+
+    Errors: ValueError for what is no module, or one that holds none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: a {type(model).__name__}; give an nn.Module, pgd takes functions")
+    found = next(chain(model.parameters(), model.buffers()), None)
+    if found is None:
+        raise ValueError(
+            "model: has neither parameters nor buffers, which tell its device and type; "
+            "register a buffer"
+        )
+    return found
 
 
 @contextmanager

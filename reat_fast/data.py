@@ -53,10 +53,26 @@ class ImageSet:
     """Hold images, uint8 [N, H, W, C] with C 1 or 3, and labels, int64 [N].
 
     images: an array, or LazyImages, which decode what is indexed.
+    Errors: ValueError for others.
     """
 
     images: Images
     labels: Indices
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        arrays = [isinstance(getattr(one, "dtype", None), np.dtype) for one in (images, labels)]
+        if not all(arrays):
+            given = f"{type(images).__name__} and {type(labels).__name__}"
+            raise ValueError(f"images, labels: {given}; give numpy arrays")
+        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] not in (1, 3):
+            given = f"{images.dtype} of shape {list(images.shape)}"
+            raise ValueError(f"images: {given}; give uint8 [N, H, W, C], C 1 or 3")
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            given = f"{labels.dtype} of shape {list(labels.shape)}"
+            raise ValueError(
+                f"labels: {given}; give int64, a class for each of {len(images)} images"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reat_fast.kernels.class_loss import class_loss
-from reat_fast.kernels.class_weights import rbl_weights
+from reat_fast.kernels.class_weights import rbl_weights, refuse_shares
 from reat_fast.kernels.tail_penalty import tail_penalty
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.sources.longtail import by_falling_size
@@ -28,13 +28,18 @@ __all__ = [
 
 
 def rbl_loss(
-    logits: Tensor, labels: Tensor, weights: Tensor, *, backend: Backend = "auto"
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | Sequence[float],
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Average the cross-entropy with per-class weights: sum_b w_yb CE_b / sum_b w_yb.
 
     logits [B, C], labels int64 [B], weights float32 [C] (rbl_weights). Returns a scalar.
     Source: RBL of the official REAT code; method section of arXiv 2307.10205.
     """
+    weights = torch.as_tensor(weights, device=logits.device)
     return class_loss(logits, labels, weights=weights, backend=backend)
 
 
@@ -48,9 +53,13 @@ def balanced_softmax_loss(
     """Average the cross-entropy of logits + log(counts).
 
     logits [B, C], labels int64 [B], counts: training images per class [C], below 1 taken as 1.
-    Returns a scalar. Source: balanced softmax (Ren et al., NeurIPS 2020), as BSL of the official
+    Returns a scalar. Errors: ValueError for shares in place of counts, and for arguments of another
+    shape or type. Source: balanced softmax (Ren et al., NeurIPS 2020), as BSL of the official
     REAT code.
     """
+    refuse_shares(counts)
+    if len(counts) != logits.shape[-1]:
+        raise ValueError(f"counts: {len(counts)} of them; give one for each class of the logits")
     offsets = log_counts(torch.as_tensor(counts, device=logits.device), logits.dtype)
     return class_loss(logits, labels, offsets=offsets, backend=backend)
 
@@ -74,6 +83,7 @@ class ClassStatistics:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        refuse_shares(counts)
         self.counts = torch.tensor(counts, dtype=torch.int64, device=device)
         order = by_falling_size(counts)
         self._order = torch.tensor(order, device=device)

@@ -59,18 +59,17 @@ def plain_pgd(
     )
 
 
-class Narrow(nn.Module):
-    """A network that rounds its images to bfloat16 and says so, or does not."""
+class Narrow:
+    """Rounds its images to bfloat16, as a frozen network does, and says so, or does not."""
 
     def __init__(self, says: bool) -> None:
-        super().__init__()
         torch.manual_seed(0)
         self.weight = torch.randn(8, 3 * 32 * 32).bfloat16()
         self.taken: list[torch.dtype] = []
         if says:
             self.images_dtype = torch.bfloat16
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         self.taken.append(images.dtype)
         return F.linear(images.to(torch.bfloat16).flatten(1), self.weight)
 
@@ -351,3 +350,21 @@ def test_the_start_that_pgd_draws_fills_the_ball_of_its_norm(model: nn.Module) -
 def test_no_noise_has_no_direction_and_no_image_no_ball() -> None:
     assert torch.equal(of_length(torch.zeros(2, 3), 1.0), torch.zeros(2, 3))
     assert l2_noise(torch.zeros(0, 3, 4, 4), 1.0).shape == (0, 3, 4, 4)
+
+
+class HasNamesOfOurs(nn.Module):
+    """Has methods that frozen networks have, for something else."""
+
+    images_dtype = torch.float16
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :4]
+
+    def input_gradient(self, *given: Any) -> Tensor:
+        raise AssertionError("the owner's, for something else")
+
+
+def test_methods_of_a_network_are_its_owners_whatever_they_are_called() -> None:
+    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 3])
+    adv = pgd(HasNamesOfOurs(), images, labels, steps=2)
+    assert adv.dtype == torch.float32 and not torch.equal(adv, images)

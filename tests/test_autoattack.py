@@ -420,7 +420,7 @@ def test_the_function_returns_which_images_stand(
     ("changes", "named"),
     [
         ({"norm": "L2"}, "norm: 'L2'; give linf or l2"),
-        ({"eps": 8}, "eps: 8; must be a radius on images in .0, 1., 8 / 255 is usual"),
+        ({"eps": 8}, "eps: 8; must be one radius on images in .0, 1., 8 / 255 is usual"),
         ({"eps": -0.1}, "eps: -0.1; must be"),
         ({"eps": float("nan")}, "eps: nan; must be"),
         ({"eps": -1.0, "norm": "l2"}, "eps: -1.0; must be .* 128 / 255 is usual"),

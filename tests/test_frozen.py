@@ -315,6 +315,8 @@ class ScaledConv(nn.Conv2d):
 class BatchNormAct2d(nn.BatchNorm2d):
     """The layout of timm: an activation inside the BatchNorm."""
 
+    __module__ = "timm.layers.norm_act"
+
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.act = nn.ReLU(inplace=True)

@@ -14,6 +14,7 @@ from reat_fast.methods.objectives import Part, make_objective
 from reat_fast.objective import (
     ClassStatistics,
     balanced_softmax_loss,
+    rbl_loss,
     rbl_weights,
     tail_penalty,
 )
@@ -128,3 +129,31 @@ def test_counts_may_be_lists() -> None:
     logits = torch.rand(6, 4)
     found = balanced_softmax_loss(logits, labels, counts)
     assert torch.equal(found, balanced_softmax_loss(logits, labels, rows))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[0.5, 0.3, 0.2], torch.tensor([0.5, 0.3, 0.2]), [5, -1, 2], [5.0, float("nan"), 2.0]],
+)
+def test_shares_in_place_of_counts_are_refused(counts: Any) -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    for call in (
+        lambda: balanced_softmax_loss(logits, labels, counts),
+        lambda: rbl_weights(counts, [4, 4, 4]),
+        lambda: tail_penalty(logits, labels, counts),
+        lambda: ClassStatistics(counts, torch.device("cpu")),
+    ):
+        with pytest.raises(ValueError, match=r"^counts: .*give the number of training images"):
+            call()
+
+
+def test_counts_may_be_floats_and_weights_a_list() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    expected = balanced_softmax_loss(logits, labels, [50, 5, 1])
+    assert torch.equal(balanced_softmax_loss(logits, labels, torch.tensor([50.0, 5, 1])), expected)
+    weights = [0.5, 1.0, 2.0]
+    assert torch.equal(
+        rbl_loss(logits, labels, weights), rbl_loss(logits, labels, torch.tensor(weights))
+    )
+    with pytest.raises(ValueError, match="counts: 2 of them; give one for each class"):
+        balanced_softmax_loss(logits, labels, [50, 5])

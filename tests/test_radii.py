@@ -28,6 +28,8 @@ def test_class_radii_take_a_class_without_images_for_one_of_a_single_one() -> No
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="same size"):
         class_radius_factors([1, 0, 1], 0.3)
+    with pytest.raises(ValueError, match="same size"):
+        class_radius_factors(torch.tensor([5, 5]), 0.3)  # type: ignore[arg-type]
 
 
 def test_class_radii_grow_in_equal_steps_from_nothing() -> None:

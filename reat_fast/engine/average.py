@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.copies import copy_of
 
 PREFIX = "average."
 """Before the name of a tensor whose average a saved state holds."""
@@ -41,7 +40,7 @@ class WeightAverage:
 
     def network(self) -> Network:
         """Return a copy of the network with the averaged weights."""
-        averaged = copy.deepcopy(self._network)
+        averaged = copy_of(self._network)
         averaged.load_state_dict(dict(zip(self._names, self._average, strict=True)), strict=False)
         return averaged
 

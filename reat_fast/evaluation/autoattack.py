@@ -60,8 +60,9 @@ def autoattack(
     logits that are NaN or infinite.
     """
     guards.refuse_misfits(model, images, labels, eps, norm, batch_size)
-    guards.refuse(model, images[:batch_size], labels[:batch_size])
+    guards.refuse(model, images[:batch_size], labels)
     with attacked(model, precision) as victim:
+        victim.check(images[: guards.LOOKED_AT])
         search = AutoAttack(
             victim,
             lambda rows: images[rows.to(images.device)],

@@ -7,17 +7,20 @@ checks of AutoAttack and RobustBench (arXiv 2010.09670), section 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reat_fast.attack import cross_entropy, evaluating
+from reat_fast.attack import cross_entropy, evaluating, first_tensor
 from reat_fast.data import Dataset
 from reat_fast.evaluation.attacks import margin
 from reat_fast.storage.weights_file import ModelSpec
 
+LOOKED_AT = 16
+"""Images of a set by which a model is judged."""
 SQUARE_POINTS = 0.2
 """Square lowering the robust accuracy by more, in percentage points, is AutoAttack's own alarm."""
 
@@ -62,19 +65,19 @@ def refuse_misfits(
     """Raise ValueError for what would fail within a search, or give figures of something else."""
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm: {norm!r}; give linf or l2")
-    if not 0 <= eps <= (1 if norm == "linf" else 1e4):
+    if not isinstance(eps, Real) or not 0 <= eps <= (1 if norm == "linf" else 1e4):
         usual = "8 / 255" if norm == "linf" else "128 / 255"
-        raise ValueError(f"eps: {eps!r}; must be a radius on images in [0, 1], {usual} is usual")
+        raise ValueError(f"eps: {eps!r}; must be one radius on images in [0, 1], {usual} is usual")
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r}; must be at least 1")
-    wanted = next(model.parameters()).dtype
+    wanted = first_tensor(model).dtype
     if images.ndim != 4 or not len(images) or images.dtype != wanted:
         given = f"{images.dtype} of shape {list(images.shape)}"
         raise ValueError(f"images: {given}; give [N, C, H, W], one at least, as {wanted}")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         given = f"{labels.dtype} of shape {list(labels.shape)}"
         raise ValueError(f"labels: {given}; give int64, a class for each of {len(images)} images")
-    low, high = float(images.amin()), float(images.amax())
+    low, high = float(images.detach().amin()), float(images.detach().amax())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images: pixels reach from {low:.3g} to {high:.3g}; give them in [0, 1]")
 
@@ -93,9 +96,9 @@ def refuse(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 
     images [B, C, H, W], labels int64 [B]. Errors: GuardError for pixels outside [0, 1] or squeezed
     into a sliver of it, a module in train mode, logits that are NaN, infinite or probabilities, and
-    labels beyond the classes.
+    labels beyond the classes, of which there may be more than images.
     """
-    low, high = float(images.amin()), float(images.amax())
+    low, high = float(images.detach().amin()), float(images.detach().amax())
     if not (low >= 0 and high <= 1):
         raise GuardError(
             f"images: pixels reach from {low:.3g} to {high:.3g}, as bytes or normalised images do; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -13,15 +13,15 @@ from reat_fast.data import ImageSet
 from reat_fast.engine.distributed import World
 from reat_fast.engine.precision import Precision
 from reat_fast.engine.stopping import Stopped
-from reat_fast.evaluation import batches
+from reat_fast.evaluation import batches, guards
 from reat_fast.evaluation.attacks import AUTOATTACKS, PACKAGED, Attack
 from reat_fast.evaluation.captured import Ascents
-from reat_fast.evaluation.guards import refuse_few_classes
 from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.tally import Tally
 from reat_fast.evaluation.trial import Images, Settings, Trial, Watch
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.tracing import is_foreign
 
 
 def evaluate(
@@ -58,11 +58,13 @@ def evaluate(
     world: processes that share the images; each has to call this, and gets the figures of all.
     Returns {"samples": N, "per_class_samples": [C], "attacks": {name: figures}}; see figures. Of aa
     and l2aa also "after": the accuracy after each of its attacks.
-    Errors: ValueError for AutoAttack on fewer than four classes, before the first attack;
-    FloatingPointError for logits that are NaN or infinite.
+    Errors: ValueError for AutoAttack on fewer than four classes, arguments that fit neither each
+    other nor the images, and, of a network that is not of reat_fast.models, what guards.refuse
+    finds, all before the first attack; FloatingPointError for logits that are NaN or infinite.
     """
     world, own, stopped = world or World(), None, Stopped(128 + signal.SIGTERM)
     settings = Settings(eps, seed, restarts, precision, batch_size)
+    _refuse_misfits(settings, attacks, image_set, num_classes, train_counts)
     watch = Watch(state, progress, bar, say)
     try:
         own = share_tally(model, image_set, attacks, num_classes, settings, watch, world)
@@ -96,6 +98,10 @@ def share_tally(
         Ascents(victim, batches.even(len(labels), settings.batch_size)) as ascents,
     ):
         images = Images(image_set, victim, settings.seed, settings.eps, numbers)
+        if is_foreign(victim.model) and len(labels):
+            few, _ = images(torch.arange(min(len(labels), guards.LOOKED_AT)))
+            guards.refuse(victim.model, few, labels)
+            victim.check(few)
         trial = Trial(victim, images, labels, settings, watch, ascents)
         for attack in attacks:
             right, after = trial.run(attack)
@@ -106,10 +112,39 @@ def share_tally(
     return tally
 
 
+def _refuse_misfits(
+    settings: Settings,
+    attacks: Sequence[Attack],
+    image_set: ImageSet,
+    num_classes: int,
+    train_counts: Sequence[int] | None,
+) -> None:
+    """Raise ValueError for what would make figures of something else."""
+    names = [attack.name for attack in attacks]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"attacks: {', '.join(names)}; give each name once, others in another call"
+        )
+    if not 0 <= settings.eps <= 1:
+        raise ValueError(f"eps: {settings.eps!r}; must be a radius on images in [0, 1]")
+    if settings.precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise ValueError(f"precision: {settings.precision!r}; give one of {known}")
+    for name in ("restarts", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: {getattr(settings, name)}; must be at least 1")
+    if not len(image_set):
+        raise ValueError("image_set: there are no images; give at least one")
+    if int(image_set.labels.max()) >= num_classes or int(image_set.labels.min()) < 0:
+        raise ValueError(f"image_set: a label is none of the {num_classes} classes")
+    if train_counts is not None and len(train_counts) != num_classes:
+        raise ValueError(f"train_counts: give one number for each of the {num_classes} classes")
+
+
 def _refuse(image_set: ImageSet, attacks: Sequence[Attack], num_classes: int, world: World) -> None:
     """Raise ValueError for what an attack cannot do, before the first of them."""
     if any(attack.name in AUTOATTACKS for attack in attacks):
-        refuse_few_classes(num_classes)
+        guards.refuse_few_classes(num_classes)
         if len(image_set) < world.size:
             raise ValueError(
                 f"--attacks: AutoAttack needs an image for each of the {world.size} processes, "

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from reat_fast.attack import evaluating
+from reat_fast.attack import evaluating, first_tensor
 from reat_fast.engine.graph import can_capture
 from reat_fast.engine.precision import Precision, allowed_tf32, full_precision
 from reat_fast.evaluation.passes import RecordedPasses, Replays, filled_up
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.copies import copy_of
 from reat_fast.networks.frozen import FrozenNetwork, fastest_form
+from reat_fast.networks.tracing import is_foreign
 
 
 class Victim:
@@ -35,18 +36,31 @@ class Victim:
         bar: tqdm[Any] | None,
         say: Callable[[str], object],
     ) -> None:
-        weight = next(model.parameters())
+        weight = first_tensor(model)
         self.model = model
         self.precision, self.say = precision, say
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self._on_gpu = self.device.type == "cuda"
         self._source = _channels_last(model) if self._on_gpu else model
+        self._rewritten = True
         self._networks: dict[torch.dtype | None, FrozenNetwork] = {}
         self._frozen = self._network(torch.bfloat16 if precision == "bf16" else None)
         self._replays: Replays | None = None
         self._bar = tqdm(disable=True) if bar is None else bar
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+    def check(self, images: Tensor) -> None:
+        """Search with the model as it is where rewriting it changed more than rounding.
+
+        images [B, C, H, W]: a few. A network's own code may do what a trace does not see; an attack
+        on something else would leave images that the model does not get right.
+        """
+        if not is_foreign(self.model) or _alike(self.model, self._network(None), images):
+            return
+        self._rewritten = False
+        self._networks.clear()
+        self._frozen = self._network(torch.bfloat16 if self.precision == "bf16" else None)
 
     def __call__(self, images: Tensor) -> Tensor:
         self.count(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))
@@ -77,7 +91,7 @@ class Victim:
         with torch.enable_grad():
             logits = self(images)
             values = objective(logits)
-        (gradient,) = torch.autograd.grad(values.sum(), images)
+            (gradient,) = torch.autograd.grad(values.sum(), images)
         return logits.detach(), values.detach(), gradient
 
     @torch.no_grad()
@@ -159,9 +173,9 @@ class Victim:
     def _network(self, dtype: torch.dtype | None) -> FrozenNetwork:
         """Return the folded network in 16 bits, or, for None, as fine as the model; made once."""
         if dtype not in self._networks:
-            weight = next(self._source.parameters())
+            weight = first_tensor(self._source)
             form = fastest_form(dtype or weight.dtype, weight.device)
-            self._networks[dtype] = FrozenNetwork(self._source, dtype, form)
+            self._networks[dtype] = FrozenNetwork(self._source, dtype, form, self._rewritten)
         return self._networks[dtype]
 
     def expect(self, what: str, passes: int) -> None:
@@ -171,12 +185,36 @@ class Victim:
         self._bar.refresh()
 
 
+def _alike(model: nn.Module, frozen: FrozenNetwork, images: Tensor) -> bool:
+    """Say whether two networks give images the same logits and gradients, to rounding."""
+    both = []
+    with full_precision(), torch.enable_grad():
+        for network in (model, frozen):
+            leaf = images.detach().clone().requires_grad_()
+            try:
+                logits = network(leaf)
+            except (AttributeError, RuntimeError):
+                if network is model:
+                    raise
+                return False  # its own code reads what was rewritten
+            signs = (torch.arange(logits.numel(), device=logits.device) % 2 * 2 - 1).view_as(logits)
+            given = torch.zeros_like(leaf)
+            if logits.requires_grad:
+                (given,) = torch.autograd.grad((logits * signs).sum(), leaf)
+            both.append((logits.detach(), given))
+    (first, gradient), (second, other) = both
+    # Far above rounding: where a ReLU is at 0 but for rounding, its gradient comes or goes.
+    return bool((first - second).abs().max() <= 1e-3 * first.abs().max()) and bool(
+        (gradient - other).norm() <= 0.05 * gradient.norm()
+    )
+
+
 def _channels_last(model: Network) -> Network:
     """Copy a model, with its weights in the layout of the images.
 
     Others would be turned round again at every convolution.
     """
-    turned: Network = copy.deepcopy(model)
+    turned = copy_of(model)
     turned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return turned
 
@@ -202,8 +240,17 @@ def attacked(
     precision: arithmetic of the search; the verdict is float32, without TF32, or float64 where the
     model is. bar: a progress bar in forward passes of one image. say: gets lines of what is known
     before a long search ends.
+    Errors: ValueError for a model of fewer bits than float32, or that is no module with weights.
     """
-    # Streams, and what Triton launches on, are those of the current device.
-    weight = next(model.parameters())
-    with evaluating(model), allowed_tf32(precision != "float32"), torch.cuda.device_of(weight):
+    weight = first_tensor(model)
+    if weight.dtype.itemsize < 4:
+        raise ValueError(
+            f"model: {weight.dtype}; give it in float32, precision bf16 searches in bfloat16"
+        )
+    with (
+        evaluating(model),
+        allowed_tf32(precision != "float32"),
+        torch.inference_mode(False),  # which knows no gradients
+        torch.cuda.device_of(weight),  # whose streams, and what Triton launches on, are meant
+    ):
         yield Victim(model, precision, bar, say)

@@ -21,6 +21,7 @@ def class_radius_factors(counts: Sequence[int], alpha: float) -> Tensor:
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"--radius-alpha {alpha:g}: must lie in [0, 1]; RobustLT takes 0.3")
+    counts = [int(n) for n in counts]
     if len({max(n, 1) for n in counts}) == 1:
         raise ValueError("--radius class: all classes have the same size; give --radius same")
     sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)

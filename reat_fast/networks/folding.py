@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reat_fast.networks.tracing import calls, trace
+from reat_fast.networks.tracing import calls, is_one_of, trace
 
-# By name, as timm need not be there. Its subclasses compute what their PyTorch parents do, with
-# other padding or an activation behind; any other subclass may treat its weights in its own way.
+# timm's compute what their PyTorch parents do, with other padding or an activation behind; any
+# other subclass may treat its weights in its own way.
 _CONVS = ("Conv2d", "Conv2dSame")
 _BATCHNORMS = (
     "BatchNorm2d",
@@ -62,6 +62,7 @@ def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
     if graph is None:
         return []
     uses = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     folds = []
     for node in graph.nodes:
         source: Any = node.args[0] if node.args else None
@@ -71,16 +72,31 @@ def _find_folds(network: nn.Module) -> list[tuple[str, str]]:
             and len(source.users) == 1
             # A module in two places has one weight for both.
             and uses[source.target] == uses[node.target] == 1
+            and read.isdisjoint((source.target, node.target))
+            and _owns(network, source.target, node.target)
         ):
             folds.append((source.target, node.target))
     return folds
 
 
+def _owns(network: nn.Module, *names: str) -> bool:
+    """Say whether no other module goes on with the parameters of these."""
+    owners = Counter(
+        id(parameter) for module in network.modules() for parameter in module._parameters.values()
+    )
+    return all(
+        owners[id(parameter)] == 1
+        for name in names
+        for parameter in network.get_submodule(name)._parameters.values()
+        if parameter is not None
+    )
+
+
 def _is_plain_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and type(module).__name__ in _CONVS
+    return isinstance(module, nn.Conv2d) and is_one_of(module, _CONVS)
 
 
 def _is_plain_batchnorm(module: nn.Module) -> bool:
-    if not isinstance(module, _BatchNorm) or type(module).__name__ not in _BATCHNORMS:
+    if not isinstance(module, _BatchNorm) or not is_one_of(module, _BATCHNORMS):
         return False
     return module.affine and module.running_mean is not None

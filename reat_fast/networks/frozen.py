@@ -8,7 +8,6 @@ hence a captured step may refresh them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from reat_fast.attack import first_tensor
 from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.own_conv import faster_on
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_, winograd_pays
 from reat_fast.networks.compiling import compile_whole
+from reat_fast.networks.copies import copy_of
 from reat_fast.networks.folding import Fold, fold_batchnorms_
 from reat_fast.networks.fused_relus import JoinedBias, fuse_relus
 from reat_fast.networks.preactivation import Affine, refresh_affines_
@@ -61,6 +62,7 @@ class FrozenNetwork:
     * cpu: wide 3x3 convolutions take fewer multiplications, on CPUs where that is faster, and
       images find their gradient through a strided convolution faster.
 
+    rewritten: False leaves the network as it is, in eager form.
     unfolded: names of the BatchNorms that stay: those that do not follow a convolution, and all of
     a network that cannot be traced. fused: number of convolutions rewritten. transformed: wide
     ones that "cpu" changed. images_dtype: what images are rounded to; images given in it have
@@ -71,12 +73,17 @@ class FrozenNetwork:
     """
 
     def __init__(
-        self, network: nn.Module, dtype: torch.dtype | None = None, form: Form = DEFAULT_FORM
+        self,
+        network: nn.Module,
+        dtype: torch.dtype | None = None,
+        form: Form = DEFAULT_FORM,
+        rewritten: bool = True,
     ) -> None:
-        own = copy.deepcopy(network).eval().requires_grad_(False)
-        precision = next(network.parameters()).dtype
+        form = form if rewritten else "eager"
+        own = copy_of(network).eval().requires_grad_(False)
+        precision = first_tensor(network).dtype
         self.images_dtype = precision if dtype is None else dtype
-        self._folds = fold_batchnorms_(own, network)
+        self._folds = fold_batchnorms_(own, network) if rewritten else []
         batchnorms = {n: m for n, m in own.named_modules() if isinstance(m, _BatchNorm)}
         self.unfolded = list(batchnorms)
         own.to(self.images_dtype)

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from reat_fast.kernels.pooled_linear import FEW_CLASSES, pooled_linear
 from reat_fast.kernels.triton_support import Backend
-from reat_fast.networks.tracing import calls
+from reat_fast.networks.tracing import calls, is_one_of
 
 # With the kind of call, as a module may have any name.
 _MEANS: tuple[Any, ...] = (("call_method", "mean"), ("call_function", torch.mean))
@@ -72,8 +72,7 @@ def _is_average(module: nn.Module) -> bool:
 
 
 def _is_flat_average(module: Any) -> bool:
-    # By name, as timm need not be there.
-    if type(module).__name__ != "SelectAdaptivePool2d" or not _is_average(module.pool):
+    if not is_one_of(module, ("SelectAdaptivePool2d",)) or not _is_average(module.pool):
         return False
     return _flattens(module.flatten)
 

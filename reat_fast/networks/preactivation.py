@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from reat_fast.kernels.affine_relu import affine_relu, affine_relu_linked
 from reat_fast.kernels.fused_conv import conv_relu
 from reat_fast.kernels.triton_support import Backend
-from reat_fast.networks.tracing import calls, is_relu, summands, writes_into_first
+from reat_fast.networks.tracing import calls, is_one_of, is_relu, summands, writes_into_first
 
-# By name, as in folding.py; one with an activation inside is none of them.
+# One with an activation inside is none of them.
 _BATCHNORMS = ("BatchNorm2d", "SyncBatchNorm", "SyncedBatchNorm")
 _READERS: tuple[Any, ...] = (affine_relu, affine_relu_linked, conv_relu, F.conv2d)
 
@@ -115,7 +115,7 @@ def _register(norm: Any) -> Affine:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if not isinstance(module, _BatchNorm) or type(module).__name__ not in _BATCHNORMS:
+    if not isinstance(module, _BatchNorm) or not is_one_of(module, _BATCHNORMS):
         return False
     return module.affine and module.running_mean is not None and not module.training
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+HOMES = ("torch", "timm", "reat_fast")
 _RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
 _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
@@ -22,27 +23,28 @@ _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 def trace(network: nn.Module) -> fx.Graph | None:
     """Trace what a network in eval mode does with its convolutions and BatchNorms.
 
-    All that holds neither is one node. Returns None for a network that cannot be traced, as one
-    whose path depends on the values or the shape of the images.
+    All that holds neither is one node. What a replay of the graph could not do again is refused: a
+    random choice of the network's own code, a tensor it makes, a context such as no_grad or
+    autocast, an attribute it sets, a hook on what the graph holds. Returns None there, and for a
+    network that cannot be traced, as one whose path depends on the values or the shape of the
+    images.
     """
-    try:
-        return _Tracer().trace(network)
-    except Exception:  # the network's own code meets stand-ins for tensors: anything can come of it
-        return None
+    return _traced(network, "forward", training=False)
 
 
 def trace_training(network: nn.Module, method: str) -> fx.Graph | None:
-    """Trace a method of a network in train mode, whatever its modules' modes are now.
+    """Trace a method of a network in train mode, as trace does, whatever its modules' modes are."""
+    return _traced(network, method, training=True)
 
-    What a replay of the graph could not do again is refused: a random choice of the network's own
-    code, a tensor it makes, a context such as no_grad or autocast, an attribute it sets. Returns
-    None there, too.
-    """
+
+def _traced(network: nn.Module, method: str, training: bool) -> fx.Graph | None:
     inlined = [module for module in network.modules() if is_traced_into(module)]
+    if any(map(has_hooks, inlined)):
+        return None
     try:
-        with _no_random_numbers(), _in_train_mode(inlined):
-            return _TrainingTracer(method).trace(network)
-    except Exception:  # as above
+        with _no_random_numbers(), _in_mode(inlined, training):
+            return _Tracer(method).trace(network)
+    except Exception:  # the network's own code meets stand-ins for tensors: anything can come of it
         return None
 
 
@@ -54,10 +56,47 @@ def is_traced_into(module: nn.Module) -> bool:
 
 
 def calls(network: nn.Module, node: Any, kind: Callable[[nn.Module], bool]) -> bool:
-    """Say whether a node calls a module of a kind."""
+    """Say whether a node calls a module of a kind that computes what its class does."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return False
-    return kind(network.get_submodule(str(node.target)))
+    module = network.get_submodule(str(node.target))
+    return is_as_made(module) and kind(module)
+
+
+def is_as_made(module: nn.Module) -> bool:
+    """Say whether a module computes what its class does, on parameters of its own.
+
+    Not with hooks, as pruning and spectral norm have them, nor with a forward put on the object.
+    """
+    return not has_hooks(module) and not {"forward", "weight", "bias"} & vars(module).keys()
+
+
+def is_foreign(network: nn.Module) -> bool:
+    """Say whether a network is none of this package or timm as made, but may run code of others."""
+    return type(network).__module__.partition(".")[0] == "torch" or any(
+        type(module).__module__.partition(".")[0] not in HOMES or not is_as_made(module)
+        for module in network.modules()
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether a module calls others' hooks, which may change what it takes, gives or passes."""
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+    return any(not str(getattr(hook, "__module__", "")).startswith("reat_fast.") for hook in hooks)
+
+
+def is_one_of(module: nn.Module, names: Sequence[str]) -> bool:
+    """Say whether a module's class has one of these names in PyTorch, timm or this package.
+
+    By name, as timm need not be there.
+    """
+    kind = type(module)
+    return kind.__name__ in names and kind.__module__.partition(".")[0] in HOMES
 
 
 def drop_identities(network: nn.Module, graph: fx.Graph) -> list[nn.Module]:
@@ -117,8 +156,25 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what is written to a buffer is part of the graph
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.traced_func_name = method
+        self._context = _context()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self._context:
+            raise ValueError("a graph has no contexts")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            raise ValueError("a graph would keep this tensor for ever")
+        return super().create_arg(a)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return not is_traced_into(module)
@@ -136,25 +192,6 @@ class _Tracer(fx.Tracer):
             args = (kwargs[first.name], *args)
             kwargs = {name: value for name, value in kwargs.items() if name != first.name}
         return super().call_module(m, forward, args, kwargs)
-
-
-class _TrainingTracer(_Tracer):
-    proxy_buffer_attributes = True  # what is written to a buffer is part of the graph
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.traced_func_name = method
-        self._context = _context()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _context() != self._context:
-            raise ValueError("a graph has no contexts")
-        return super().create_node(*args, **kwargs)
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            raise ValueError("a graph would keep this tensor for ever")
-        return super().create_arg(a)
 
 
 def _context() -> tuple[bool, bool, int]:
@@ -187,15 +224,15 @@ def _random_states(devices: Iterable[int]) -> list[object]:
 
 
 @contextmanager
-def _in_train_mode(modules: list[nn.Module]) -> Iterator[None]:
-    """Set modules alone to train mode; raise ValueError where the block set anything else of them.
+def _in_mode(modules: list[nn.Module], training: bool) -> Iterator[None]:
+    """Set the mode of modules alone; raise ValueError where the block set anything else of them.
 
     Whatever it did set is taken back.
     """
     before = [dict(vars(module)) for module in modules]
     try:
         for module in modules:
-            module.training = True
+            module.training = training
         yield
         if not all(map(_same, map(vars, modules), before)):
             raise ValueError("a graph would not set this again")

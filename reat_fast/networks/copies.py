@@ -1,0 +1,26 @@
+"""A copy of a network that may hold tensors of a graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copy_of(network: Module) -> Module:
+    """Copy a network; tensors of a graph that it keeps, as its last features, are detached.
+
+    Errors: ValueError where it keeps them otherwise than as attributes.
+    """
+    held = (value for module in network.modules() for value in vars(module).values())
+    of_graph = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    try:
+        return copy.deepcopy(network, {id(value): value.detach() for value in of_graph})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model: {type(network).__name__} cannot be copied ({reason}); detach what it keeps"
+        ) from error
