@@ -274,7 +274,8 @@ def parse(
             raise ValueError(f"unknown preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
     program = f"python -m reat_fast.train [{'|'.join(PRESETS)}]"
     config = parse_flags(Config, rest, program, PRESETS[preset] if default is None else default)
-    named = {given.partition("=")[0].strip("-").replace("-", "_") for given in rest}
+    flags = [given[2:].partition("=")[0] for given in rest if given.startswith("--")]
+    named = {name.replace("-", "_") for name in flags}
     if config.imbalance_profile == "as-is" and "largest" not in named:
         config = replace(config, largest=None)  # a preset's, for the set that it is made for
     if default is None:

@@ -198,6 +198,13 @@ def test_a_set_taken_as_it_is_has_every_image_whatever_the_preset_says() -> None
         assert parse([*as_is, *largest], "reat")[1].largest == 30  # which the data then refuses
 
 
+def test_a_value_that_is_named_as_a_flag_is_no_flag() -> None:
+    shorter = parse(["reat", "--epochs", "40", "--data", "milestones"], "reat")[1]
+    assert shorter.milestones == (30, 37)
+    as_is = ["quickstart", "--imbalance-profile", "as-is", "--data", "largest"]
+    assert parse(as_is, "reat")[1].largest is None
+
+
 def test_what_changes_no_figure_may_be_another_on_resume() -> None:
     """A run that ends for want of memory in an evaluation can go on."""
     assert not [*changes(Config(), Config(eval_batch_size=50))]
