@@ -230,6 +230,11 @@ def _train_counts(options: Options, folder: Path, num_classes: int) -> list[int]
                 f"--train-counts: give one number of images for each of the {num_classes} classes, "
                 f"got {len(counts)}"
             )
+    elif counts is not None and (len(counts) != num_classes or min(counts) < 0):
+        raise ValueError(
+            f"{folder}: has {len(counts)} train_counts for the {num_classes} classes of the "
+            "network; restore its split.json (in an export config.json)"
+        )
     return counts
 
 

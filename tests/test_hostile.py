@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -449,6 +450,19 @@ def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "split.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"split\.json: damaged"):
         train_counts(tmp_path)
+
+
+@pytest.mark.parametrize("counts", [[9, 5, 2], [9, 5, 2, 1] * 2, [9, 5, 2, -1], []])
+def test_an_evaluation_refuses_a_folder_that_tells_of_other_classes_than_its_network_has(
+    whole: Path, tmp_path: Path, counts: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    split = json.loads((folder / "split.json").read_text())
+    (folder / "split.json").write_text(json.dumps(split | {"train_counts": counts}))
+    capsys.readouterr()
+    assert run_command(evaluate.main, [str(folder), "--attacks", "clean"]) == 2
+    told = f"{folder}: has {len(counts)} train_counts for the 4 classes of the network; restore"
+    assert told in only_line(capsys)
 
 
 @pytest.mark.parametrize(
