@@ -12,7 +12,6 @@ and the same command goes on where a sweep was stopped.
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -90,8 +89,6 @@ def _stages(run: SweepRun, attacks: Sequence[str]) -> Stages:
     """Train a run to its end and add the attacks that its figures lack."""
     code = 0
     if run.state != "finished":
-        if run.state == "new" and run.folder.exists():
-            shutil.rmtree(run.folder)  # ended before its first step, so nothing is lost
         code = yield "reat_fast.train", run.arguments
         code = 1 if code == 0 and run.state != "finished" else code
     if run.state == "finished" and (missing := run.missing(attacks)):

@@ -283,8 +283,27 @@ def test_what_would_be_lost_or_mixed_up_is_refused_before_the_first_run(
     (foreign / "best.safetensors").touch()
     assert command(presets, "--out", out) == 2
     assert "has weights but no checkpoint" in capsys.readouterr().err
+    (foreign / "best.safetensors").unlink()
+    assert command(presets, "--out", out) == 2
+    assert "other-seed0: holds files but no checkpoint" in capsys.readouterr().err
     assert (foreign / "thesis.tex").exists()
     assert trainer.commands == []
+
+
+def test_what_is_put_into_a_folder_that_waits_for_its_run_is_not_deleted(
+    presets: Path, tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = tmp_path / "out" / "short-seed0"
+    waiting.mkdir(parents=True)
+
+    def put(program: Sequence[str]) -> int:
+        if not trainer.commands:  # while another run trains
+            (waiting / "notes.txt").touch()
+        return trainer(program)
+
+    run_with(put, monkeypatch)
+    assert command(presets, "--out", waiting.parent) == 0
+    assert (waiting / "notes.txt").exists()
 
 
 def test_a_dry_run_lists_and_writes_nothing(

@@ -237,3 +237,5 @@ def _refuse_changes(run: SweepRun) -> None:
             f"{run.line.place}: {name} is {new}, but {run.folder} was begun with {old}; "
             "give the changed line another name"
         )
+    if run.state == "new" and not never_began(run.folder):
+        raise ValueError(f"{run.folder}: holds files but no checkpoint to go on from; move it away")
