@@ -444,7 +444,11 @@ def test_a_checkpoint_of_another_version_is_named(
 
 
 @pytest.mark.parametrize(
-    "content", [b"[" * 50_000, b"[]", b"{}", b'{"train_counts": 5}', b"\xff", b""]
+    "content",
+    [
+        *(b"[" * 50_000, b"[]", b"{}", b"\xff", b""),
+        *(b'{"train_counts": 5}', b'{"train_counts": [Infinity]}'),
+    ],
 )
 def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "split.json").write_bytes(content)

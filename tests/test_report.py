@@ -426,8 +426,12 @@ def test_only_few_classes_are_named(classes: int) -> None:
         ("config.json", '{"epochs": 2, '),
         ("config.json", '{"epochs": -1}'),
         ("env.json", "[]"),
+        ("env.json", '{"gpus": 3}'),
+        ("env.json", '{"gpus": {"name": "Made GPU"}}'),
+        ("env.json", '{"gpus": ["Made GPU"]}'),
         ("split.json", '{"class_names": ["a"]}'),
         ("split.json", '{"class_names": ["a"], "train_counts": [1, 2]}'),
+        ("split.json", '{"class_names": ["a"], "train_counts": [Infinity]}'),
         ("metrics.csv", "epoch,loss,adv_accuracy\n1,2.0\n"),
         ("metrics.csv", "epoch,loss,adv_accuracy,ae_counts\n1,2.0,many,1 2\n"),
         ("metrics.csv", "epoch,lr\n1,0.1\n"),
@@ -457,6 +461,48 @@ def test_percentages_and_lengths_of_an_evaluation_are_checked(run: Path) -> None
         rewrite(run / "evaluation.json", attacks=attacks)
         with pytest.raises(ValueError, match="evaluation.json: damaged"):
             read_run(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eps": "0.1"},
+        {"eps": -float("inf")},
+        {"step_size": "2/255"},
+        {"step_size": [2 / 255]},
+        {"l2_eps": 10**400},
+        {"samples": "1000"},
+        {"samples": float("inf")},
+        {"seed": []},
+        {"weights_epoch": [2]},
+        {"weights_epoch": None},
+        {"train_counts": [float("inf"), 4, 3, 2, 1]},
+        {"train_counts": ["5", 4, 3, 2, 1]},
+        {"per_class_samples": [5, 4, 3, 2]},
+        {"warnings": 3},
+    ],
+)
+def test_what_an_evaluation_tells_in_other_types_is_one_line(
+    run: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(run / "evaluation.json", **changes)
+    if "train_counts" in changes:
+        (run / "split.json").unlink()
+    assert command(run, "--no-model") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {run / 'evaluation.json'}: damaged") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_an_evaluation_of_other_classes_than_those_of_its_run_is_one_line(
+    run: Path, classes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = {"class_names": [*map(str, range(classes))], "train_counts": [4] * classes}
+    rewrite(run / "split.json", **split)
+    assert command(run, "--no-model") == 2
+    told = f"{run / 'evaluation.json'}: damaged or not of reat_fast (5 classes, split.json has"
+    error = capsys.readouterr().err
+    assert f"{told} {classes})" in error and error.count("\n") == 1
 
 
 def test_bad_input_is_one_line(

@@ -452,7 +452,8 @@ def test_a_damaged_evaluation_is_named(
 ) -> None:
     out = tmp_path / "out"
     assert command(presets, "--out", out) == 0
-    for text in ("[]", "[" * 100_000):
+    whole = json.loads((out / "reat-seed0" / "evaluation.json").read_text())
+    for text in ("[]", "[" * 100_000, json.dumps(whole | {"step_size": "2/255"})):
         (out / "reat-seed0" / "evaluation.json").write_text(text)
         assert command(presets, "--out", out, "--attacks", "aa") == 2
         assert "evaluation.json: damaged or not an evaluation" in capsys.readouterr().err

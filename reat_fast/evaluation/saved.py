@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from reat_fast.evaluation.guards import UNKNOWN_COUNTS
 from reat_fast.sources.beton_folder import digest
 from reat_fast.sources.lazy import FileImages, LazyImages
 from reat_fast.storage.json_object import read_object
+from reat_fast.storage.typed_fields import from_values
 from reat_fast.storage.whole_files import write_text
 
 EVALUATION = "evaluation.json"
@@ -29,6 +31,31 @@ CONDITIONS = (
     *("eps", "step_size", "l2_eps", "restarts", "precision", "seed"),
 )
 """What attacks in one file share; what a file of another version does not hold is not compared."""
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What an evaluation tells in numbers beside its figures, each of which a file may lack."""
+
+    eps: float = 0.0
+    step_size: float = 0.0
+    l2_eps: float = 0.0
+    samples: int = 0
+    seed: int = 0
+    weights_epoch: int = 0
+    train_counts: tuple[int, ...] | None = None
+    per_class_samples: tuple[int, ...] | None = None
+
+
+def refuse_other_types(evaluation: Mapping[str, Any]) -> None:
+    """Raise ValueError for radii, images and counts of a file that no evaluation can have."""
+    known = [field.name for field in fields(_Numbers)]
+    told = {name: evaluation[name] for name in known if name in evaluation}
+    lists = {name: tuple(value) for name, value in told.items() if isinstance(value, list)}
+    numbers = from_values(_Numbers, told | lists)
+    for name in ("eps", "step_size", "l2_eps"):
+        if not 0 <= getattr(numbers, name) <= 1e4:
+            raise ValueError(f"{name} cannot be {getattr(numbers, name)}")
 
 
 def weights_sha256(weights: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from reat_fast.config import Config
 from reat_fast.evaluation.attacks import threat_text
 from reat_fast.evaluation.figures import largest_first
-from reat_fast.evaluation.saved import of_these_weights
+from reat_fast.evaluation.saved import EVALUATION, of_these_weights, refuse_other_types
 from reat_fast.sources.longtail import by_falling_size
 from reat_fast.storage.config_file import from_json
 from reat_fast.storage.json_object import read_object
@@ -118,7 +118,7 @@ def read_run(folder: Path) -> RunRecord:
         class_names = [str(name) for name in split["class_names"]] if split else []
         if counts is not None and len(counts) != len(class_names):
             raise ValueError("as many counts as classes are needed")
-    evaluation = _read_evaluation(folder / "evaluation.json")
+    evaluation = _read_evaluation(folder / EVALUATION, len(class_names))
     if evaluation is not None:
         class_names = class_names or evaluation["class_names"]
         counts = counts or evaluation.get("train_counts")
@@ -131,7 +131,7 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         config=config,
-        environment=_read_json(folder / "env.json") or {},
+        environment=_read_environment(folder / "env.json"),
         class_names=[class_names[c] for c in order],
         counts=counts and [counts[c] for c in order],
         metrics=metrics,
@@ -149,7 +149,7 @@ def _reading(file: Path) -> Iterator[None]:
     """Turn whatever a damaged file raises into one line that names it."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         cure = "restore it" if file.name == "config.json" else "restore it, or move it away"
         raise ValueError(f"{file}: damaged or not of reat_fast ({reason}); {cure}") from error
@@ -162,17 +162,32 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         return read_object(file)
 
 
-def _read_evaluation(file: Path) -> dict[str, Any] | None:
+def _read_environment(file: Path) -> dict[str, Any]:
+    environment = _read_json(file) or {}
+    with _reading(file):
+        if not all(isinstance(gpu, dict) for gpu in environment.get("gpus") or ()):
+            raise ValueError("gpus are no objects")
+    return environment
+
+
+def _read_evaluation(file: Path, in_split: int) -> dict[str, Any] | None:
+    """Read an evaluation; in_split: the classes that split.json tells of, 0 where none does."""
     evaluation = _read_json(file)
     if evaluation is None:
         return None
     with _reading(file):
-        classes = len(evaluation["class_names"])
         evaluation["class_names"] = [str(name) for name in evaluation["class_names"]]
-        float(evaluation["eps"])
-        int(evaluation["samples"])
-        if len(evaluation.get("train_counts") or evaluation["class_names"]) != classes:
-            raise ValueError("as many train_counts as classes are needed")
+        classes = len(evaluation["class_names"])
+        if in_split not in (0, classes):
+            raise ValueError(f"{classes} classes, split.json has {in_split}")
+        if not {"eps", "samples"} <= evaluation.keys():
+            raise ValueError("no eps or no samples")
+        refuse_other_types(evaluation)
+        for name in ("train_counts", "per_class_samples"):
+            if len(evaluation.get(name) or evaluation["class_names"]) != classes:
+                raise ValueError(f"as many {name} as classes are needed")
+        if not isinstance(evaluation.get("warnings", []), list):
+            raise ValueError("warnings are no list")
         if not evaluation["attacks"]:
             raise ValueError("no attack")
         for name, figures in evaluation["attacks"].items():

@@ -170,7 +170,7 @@ def train_counts(run_dir: Path) -> list[int] | None:
         if counts is None and file != split:
             return None  # only an export has them there
         return [int(count) for count in counts]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:  # the last for Infinity
         raise CheckpointError(f"{file}: damaged, gives no train_counts ({error})") from None
 
 

@@ -16,7 +16,7 @@ from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.attacks import LINF_STEP
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.guards import refuse_few_classes
-from reat_fast.evaluation.saved import EVALUATION, of_these_weights
+from reat_fast.evaluation.saved import EVALUATION, of_these_weights, refuse_other_types
 from reat_fast.storage.config_file import changes, from_json
 from reat_fast.storage.json_object import read_object
 from reat_fast.training.run_folder import epochs_done, never_began, train_counts
@@ -139,6 +139,7 @@ def _read(file: Path) -> dict[str, Any]:
     """Read an evaluation, {} where there is none. Errors: ValueError for a damaged one."""
     try:
         evaluation = read_object(file)
+        refuse_other_types(evaluation)
         return {**evaluation, "attacks": dict(evaluation["attacks"])}
     except FileNotFoundError:
         return {}
