@@ -10,6 +10,7 @@ import pytest
 from made_data import made_images
 from made_run import SMALL, run
 
+from reat_fast import checkpoint
 from reat_fast.training import gauge
 from reat_fast.training.announcement import announce
 from reat_fast.training.plan import make_plan
@@ -74,6 +75,21 @@ def test_epochs_are_said_to_have_moved_where_they_have_and_act(
     said = "110 epochs in place of 100, so in proportion --milestones 82 99\n"
     shown = capsys.readouterr().out
     assert (said in shown) is ("--milestones" in shown) is told
+
+
+def test_a_run_of_a_preset_that_this_version_lacks_goes_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ["at", *SMALL, "--data", data, "--epochs", 1, "--beta", 3, "--run-dir", folder]
+    assert run(*arguments) == 0
+    state = checkpoint.load_checkpoint(folder / checkpoint.CHECKPOINT)
+    checkpoint.save_checkpoint(folder, {**state, "preset": "of-yesterday"})
+    capsys.readouterr()
+    assert run("--resume", folder) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("preset of-yesterday (resumed from ")
+    assert "--beta 3: does nothing here" in shown
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def _one_step(config: Config, attack: AttackName) -> str:
 
 def _schedule(run: Run) -> Iterator[str]:
     """Say what a run of another length comes to sooner or later, and what it never comes to."""
-    config, usual = run.config, PRESETS[run.plan.preset]
+    config = run.config
+    usual = PRESETS.get(run.plan.preset, Config())  # a run may be of a version that had another
     shares = in_proportion(usual, config.epochs)
     moved = [
         f"{flag(name)} {_shown(getattr(config, name))}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from reat_fast.config import Config, parse
+from reat_fast.config import PRESETS, Config, in_proportion
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ NEEDS = (
 
 def idle_fields(config: Config, preset: str) -> Iterator[tuple[str, str]]:
     """Yield each field that was changed from its preset and does nothing, and what it goes with."""
-    _, usual = parse(["--epochs", str(config.epochs)], preset)
+    usual = in_proportion(PRESETS.get(preset, Config()), config.epochs)
     for need in NEEDS:
         for name in need.fields:
             if getattr(config, name) != getattr(usual, name) and not need.met(config):
