@@ -31,11 +31,15 @@ CHECKPOINT = "checkpoint-last.pt"
 PREVIOUS = "checkpoint-previous.pt"
 WEIGHTS = ("best.safetensors", "last.safetensors")
 EXPORTED = "model.safetensors"
-POSITION = (
-    *("preset", "code", "config", "fingerprint", "epoch", "batch", "lr_scale", "optimizer", "step"),
-    *("metrics", "timing", "best"),
-)
-"""What a checkpoint holds beside its model where a run can go on from it."""
+POSITION: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("preset", "config", "fingerprint"), (str,)),
+    **dict.fromkeys(("epoch", "batch"), (int,)),
+    "lr_scale": (int, float),
+    **dict.fromkeys(("code", "optimizer", "step"), (dict,)),
+    **dict.fromkeys(("metrics", "timing"), (list,)),
+    "best": (dict, type(None)),
+}
+"""What a checkpoint holds beside its model where a run can go on from it, and of which types."""
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
@@ -82,6 +86,10 @@ def _load_position(path: Path) -> dict[str, Any]:
     missing = set(POSITION) - state.keys()
     if missing:
         raise CheckpointError(f"{path}: nothing to go on from, has no {', '.join(sorted(missing))}")
+    for name, kinds in POSITION.items():
+        if not isinstance(state[name], kinds):
+            found = type(state[name]).__name__
+            raise CheckpointError(f"{path}: nothing to go on from, {name} cannot be a {found}")
     return state
 
 
@@ -108,6 +116,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     weights = state.get("model") if isinstance(state, dict) and "model_spec" in state else None
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise CheckpointError(f"{path}: not a checkpoint of reat_fast")
+    if not all(isinstance(state.get(name, 0), int) for name in ("epoch", "batch")):
+        raise CheckpointError(f"{path}: not a checkpoint of reat_fast, its epoch is no number")
     return dict(state)
 
 
@@ -134,14 +144,14 @@ def load_model_and_spec(
         if (state.get("epoch"), state.get("batch")) == (0, 0):
             cure = f"let its run save again, or go on with --resume {shlex.quote(str(file.parent))}"
             raise CheckpointError(f"{file}: is of before the first step; {cure}")
-        spec, tensors = spec_of(state["model_spec"], file), state["model"] | _averages(state)
+        spec, tensors = spec_of(state["model_spec"], file), state["model"] | _averages(state, file)
     else:
         spec, tensors = read_weights(file)
     _check_sizes(spec, tensors, file)
     model = spec.build()
     try:
         model.load_state_dict(tensors)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{file}: weights do not fit {spec.name} ({reason})") from error
     try:
@@ -179,11 +189,14 @@ def _check_sizes(spec: ModelSpec, tensors: Mapping[str, Tensor], file: Path) -> 
         raise CheckpointError(f"{file}: weights do not fit {spec.name} as its header has it")
 
 
-def _averages(state: dict[str, Any]) -> dict[str, Any]:
+def _averages(state: dict[str, Any], file: Path) -> dict[str, Tensor]:
     """Return the averaged weights of a checkpoint, which are the ones that count, if it has any."""
     kept = state.get("step")
     named = kept.items() if isinstance(kept, dict) else ()
-    return {str(n).removeprefix(PREFIX): t for n, t in named if str(n).startswith(PREFIX)}
+    found = {str(n).removeprefix(PREFIX): t for n, t in named if str(n).startswith(PREFIX)}
+    if not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise CheckpointError(f"{file}: not a checkpoint of reat_fast, averages are no tensors")
+    return found
 
 
 def _selects_last(run_dir: Path) -> bool:

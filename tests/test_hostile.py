@@ -409,6 +409,16 @@ def test_one_changed_bit_of_a_packed_archive_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "header",
+    ["[]", "3", "null", '"text"', "{", '{"num_classes": %s}' % ("9" * 5000), "[" * 50_000],
+)
+def test_weights_with_a_header_that_is_no_object_are_named(tmp_path: Path, header: str) -> None:
+    save_file(SPEC.build().state_dict(), tmp_path / "model.safetensors", {"reat_fast": header})
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged reat_fast header"):
+        checkpoint.load_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("num_classes", 10**9),
@@ -420,6 +430,7 @@ def test_one_changed_bit_of_a_packed_archive_is_noticed(tmp_path: Path) -> None:
         ("name", "resnet9"),
         ("width", True),
         ("class_names", 5),
+        ("head", "unknown"),
     ],
 )
 def test_weights_with_a_header_that_lies_are_refused_before_a_network_is_built(
@@ -441,6 +452,46 @@ def test_a_checkpoint_of_another_version_is_named(
     torch.save(state, tmp_path / CHECKPOINT)
     assert run("--resume", tmp_path) == 2
     assert f"{CHECKPOINT}: nothing to go on from, has no {field}" in only_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": {"average.fc.weight": "text"}},
+        {"epoch": torch.zeros(2)},
+        {"batch": torch.zeros(2)},
+        {"epoch": "x"},
+        {"model": {3: torch.zeros(2)}},
+        {"model_spec": []},
+    ],
+)
+def test_a_checkpoint_with_values_of_other_types_is_named(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    state = {"model": SPEC.build().state_dict(), "model_spec": asdict(SPEC), "epoch": 0, "batch": 1}
+    checkpoint.save_checkpoint(tmp_path, state)
+    checkpoint.load_model(tmp_path)
+    checkpoint.save_checkpoint(tmp_path, state | changes)
+    with pytest.raises(CheckpointError, match=CHECKPOINT):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"preset": ["reat"]}, {"config": 3}, {"epoch": "x"}, {"code": []}, {"lr_scale": "x"}),
+        *({"metrics": 3}, {"metrics": [3, 3, 3]}, {"timing": []}, {"best": 3}, {"spent": 3}),
+        *({"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}),
+        *({"step": {}}, {"step": []}, {"model": {}}, {"model": {3: torch.zeros(2)}}),
+    ],
+)
+def test_a_run_is_not_gone_on_with_from_values_of_other_types(
+    whole: Path, tmp_path: Path, changes: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(checkpoint.load_checkpoint(whole / CHECKPOINT) | changes, tmp_path / CHECKPOINT)
+    capsys.readouterr()
+    assert run("--resume", tmp_path) == 2
+    assert only_line(capsys).startswith(f"error: {tmp_path / CHECKPOINT}: ")
 
 
 @pytest.mark.parametrize(

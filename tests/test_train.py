@@ -346,7 +346,8 @@ def test_a_saved_run_goes_on_with_all_of_its_position(data: Path, tmp_path: Path
         setattr(first, name, value)
     first.folder.mkdir()
     first.save()
-    second.load_state(checkpoint.load_checkpoint(first.folder / checkpoint.CHECKPOINT))
+    file = first.folder / checkpoint.CHECKPOINT
+    second.load_state(checkpoint.load_checkpoint(file), file)
     assert {name: getattr(second, name) for name in position} == position
     first.close()
     second.close()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +38,7 @@ class ModelSpec:
     width: int | None
     stem_stride: int | None
     class_names: tuple[str, ...]
-    head: str = "linear"
+    head: Literal["linear", "cosine"] = "linear"
     small_stem: bool = False
 
     def build(self) -> Network:
@@ -89,8 +89,10 @@ def read_weights(file: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         raise CheckpointError(f"{file}: has no reat_fast header, so the network is unknown")
     try:
         values = json.loads(metadata["reat_fast"])
+        if not isinstance(values, dict):
+            raise ValueError("no object of fields")
         digest = values.pop("sha256", None)
-    except (json.JSONDecodeError, RecursionError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:  # the first for very long numbers, too
         raise CheckpointError(f"{file}: damaged reat_fast header ({error})") from error
     if digest is not None and digest != _digest(tensors):
         raise CheckpointError(f"{file}: damaged, its weights are not those that were saved")

@@ -85,7 +85,7 @@ def roll_back(run: Run, fault: FloatingPointError) -> str:
         given_up = f", at {run.lr_scale:g} of the learning rate" if run.lr_scale < 1 else ""
         raise FloatingPointError(f"{fault}{given_up}: lower --lr in a new run") from fault
     state, file = checkpoint.load_newest_checkpoint(run.folder)
-    run.load_state(state)
+    run.load_state(state, file)
     run.lr_scale = halved
     return f"back to {file} with the learning rate times {halved:g}"
 

@@ -31,6 +31,8 @@ class Plan:
     run_dir: Path
     state: dict[str, Any] | None
     """The checkpoint to go on from, or None for a new run."""
+    source: Path | None
+    """The file that it was read from."""
     world: World = World()
 
 
@@ -42,7 +44,7 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
     found = "a CUDA device was found" if cuda else "no CUDA device was found"
     named = bool(arguments) and not arguments[0].startswith("-")
     reason = "as asked" if named else f"no preset was named and {found}"
-    resume, state = _folder_to_resume(config, world), None
+    resume, state, source = _folder_to_resume(config, world), None, None
     if resume is not None and named and config.resume is not None:
         raise ValueError(f"--resume {config.resume}: a run keeps its preset; leave out {preset}")
     if config.resume is not None and config.run_dir not in (None, resume):
@@ -62,7 +64,7 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
     check_logs(config.log)
     device = choose_own_device(config.device, world)
     run_dir = resume or _new_run_dir(config, preset, world)
-    return Plan(preset, reason, config, device, run_dir, state, world)
+    return Plan(preset, reason, config, device, run_dir, state, source, world)
 
 
 def _folder_to_resume(config: Config, world: World) -> Path | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reat_fast import checkpoint
+from reat_fast.cli.command import is_out_of_memory
 from reat_fast.data import Dataset, ImageSet, Splits, load_run_data
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.precision import use_precision
@@ -71,8 +72,8 @@ class Run:
         self.changed_code = ""
         self._lock: FolderLock | None = None
         self.log: MetricLog | None = None
-        if plan.state is not None:
-            self.load_state(plan.state)
+        if plan.state is not None and plan.source is not None:
+            self.load_state(plan.state, plan.source)
 
     def _make_loader(self) -> None:
         config, train = self.config, self.splits.train
@@ -241,10 +242,11 @@ class Run:
         }
         checkpoint.save_checkpoint(self.folder, state)
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], source: Path) -> None:
         """Take up a saved position.
 
-        Errors: CheckpointError for one of other training images.
+        Errors: CheckpointError for one of other training images, and for one that holds something
+        else than a position of this run, naming the file that it is from.
         """
         same_images = state.get("images", self.images) == self.images  # older runs lack it
         if state["fingerprint"] != self.splits.fingerprint or not same_images:
@@ -255,15 +257,31 @@ class Run:
                 f"with; name the same data with --data{damaged}"
             )
         self.replayed.forget()  # loading moves momentum
+        try:
+            self._take_up(state)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{source}: cannot be taken up ({reason}); go on with the version of reat_fast "
+                "that wrote it, or begin a new run"
+            ) from error
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.step.load_state_dict(state["step"])
+        for rows in zip(state["metrics"], state["timing"], strict=True):
+            if not all(isinstance(row, dict) for row in rows):
+                raise TypeError("a row of metrics or timing is no dict")
         changes = ((n, state["code"].get(n), now) for n, now in self.code.items())
         self.changed_code = ", ".join(f"{n} {b} -> {now}" for n, b, now in changes if b != now)
         for name in ("epoch", "batch", "lr_scale", "metrics", "timing", "best"):
             setattr(self, name, state[name])
         self._unsaved_best = None
-        self.epoch_time = EpochTime(state.get("spent"))  # which older runs did not save
+        spent = state.get("spent")  # which older runs did not save
+        self.epoch_time = EpochTime(dict(spent) if spent else None)
 
 
 def load_splits(plan: Plan) -> tuple[Dataset, Splits]:
