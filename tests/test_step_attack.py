@@ -40,9 +40,18 @@ def test_the_magnitude_of_a_policy_acts() -> None:
     assert float((most - none).abs().max()) > 2 * Config().eps
 
 
-def test_a_form_of_gpus_is_refused_on_a_cpu() -> None:
-    config = Config(attack_form="cudnn")
-    with pytest.raises(ValueError, match="--attack-form cudnn: needs a CUDA device; leave it out"):
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (Config(attack_form="cudnn"), "cudnn: needs a CUDA device; leave it out"),
+        (
+            Config(attack_form="cpu", precision="bf16"),
+            "cpu: computes in float32; give --precision float32",
+        ),
+    ],
+)
+def test_a_form_that_would_not_act_is_refused(config: Config, told: str) -> None:
+    with pytest.raises(ValueError, match=f"--attack-form {told}"):
         TrainStep(model := make_model(), make_optimizer(model, config), COUNTS, config)
 
 

@@ -79,6 +79,8 @@ class StepAttack:
                 _require_own_kernels(low, device)
             if form == "cudnn" and device.type != "cuda":
                 raise ValueError("--attack-form cudnn: needs a CUDA device; leave it out")
+            if form == "cpu" and low is not None:
+                raise ValueError("--attack-form cpu: computes in float32; give --precision float32")
             self.network = FrozenNetwork(model, low, form)
         self._radii: ClassRadii | None = None
         if config.radius == "class":
