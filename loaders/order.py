@@ -41,13 +41,12 @@ class EpochOrder:
         drop_last: bool = False,
         rank: int = 0,
         world: int = 1,
-        device: torch.device | None = None,
     ) -> None:
         known = torch.as_tensor(labels, device="cpu")
         _check(len(known), batch_size, sampler, drop_last, rank, world)
         self.batch_size, self.sampler, self.seed, self.epochs = batch_size, sampler, seed, epochs
         self.drop_last, self.rank, self.world = drop_last, rank, world
-        self.device = torch.device("cpu") if device is None else device
+        self.device = torch.device("cpu")
         self._counts = torch.bincount(known)  # [C]
         self._by_class = torch.argsort(known, stable=True)  # [N], positions, class by class
 

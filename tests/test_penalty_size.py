@@ -10,7 +10,8 @@ from torch import Tensor
 
 from reat_fast import reference
 from reat_fast.attack import pgd
-from reat_fast.methods.penalty_size import Form, tail_gradient_share
+from reat_fast.kernels.tail_penalty import Form
+from reat_fast.methods.penalty_size import tail_gradient_share
 from reat_fast.models import create_model
 from reat_fast.networks.architectures import Network
 from reat_fast.objective import ClassStatistics

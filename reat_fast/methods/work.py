@@ -14,14 +14,13 @@ def work_of_training(config: Config, begin: int = 0) -> int:
     return sum(work_per_image(config, epoch) for epoch in range(begin, config.epochs))
 
 
-def work_per_image(config: Config, epoch: int | None = None) -> int:
-    """Return the forward passes that one image costs in an epoch, counted from 0; unset: the last.
+def work_per_image(config: Config, epoch: int) -> int:
+    """Return the forward passes that one image costs in an epoch, counted from 0.
 
     tests/test_work.py holds it to the multiplications of real steps.
     """
     if config.attack == "free":
         return UPDATE * config.replays
-    epoch = config.epochs - 1 if epoch is None else epoch
     name = config.attack if epoch >= config.attack_from else EARLY_ATTACK
     steps = plan_attack(name, eps=0.0, step_size=0.0, steps=config.steps).steps
     attack = WITH_GRADIENT * steps + FORWARD * (config.attack_loss == "kl")
