@@ -29,7 +29,8 @@ from reat_fast.storage.weights_file import save_weights as save_weights
 
 CHECKPOINT = "checkpoint-last.pt"
 PREVIOUS = "checkpoint-previous.pt"
-WEIGHTS = ("best.safetensors", "last.safetensors")
+BEST, LAST = "best.safetensors", "last.safetensors"
+WEIGHTS = (BEST, LAST)
 EXPORTED = "model.safetensors"
 POSITION: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("preset", "config", "fingerprint"), (str,)),

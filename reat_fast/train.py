@@ -16,6 +16,7 @@ from reat_fast.cli.terminal import READER_GONE, duration, reader_has_gone
 from reat_fast.engine.distributed import FailedElsewhere, World
 from reat_fast.engine.memory import peak_memory
 from reat_fast.engine.stopping import Stopped, StopRequest
+from reat_fast.evaluation.saved import EVALUATION
 from reat_fast.reporting.tables import accuracy_table
 from reat_fast.training import gauge, selection
 from reat_fast.training.announcement import announce
@@ -205,7 +206,7 @@ def test(run: Run, stop: StopRequest) -> None:
     print(
         f"{result['weights']} (epoch {result['weights_epoch']}) on {result['samples']:,} of "
         f"{len(run.splits.test):,} test images, eps {fraction_text(result['eps'])}; peak memory "
-        f"{peak_memory(run.device) / 2**30:.1f} GiB; figures in {run.folder / 'evaluation.json'}, "
+        f"{peak_memory(run.device) / 2**30:.1f} GiB; figures in {run.folder / EVALUATION}, "
         f"pictures in {run.folder / 'accuracy.png'} and {run.folder / 'learning.png'}"
     )
     share = None if run.config.quiet else gauge.penalty_share(run)

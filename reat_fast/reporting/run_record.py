@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reat_fast.checkpoint import LAST
 from reat_fast.config import Config
 from reat_fast.evaluation.attacks import threat_text
 from reat_fast.evaluation.figures import largest_first
@@ -66,7 +67,7 @@ class RunRecord:
         evaluation = self.evaluation or {}
         if "weights_epoch" in evaluation:
             return int(evaluation["weights_epoch"])
-        of_last = evaluation.get("weights") == "last.safetensors"
+        of_last = evaluation.get("weights") == LAST
         if of_last and "weights_sha256" in evaluation and len(self.metrics) == self.config.epochs:
             return self.config.epochs  # of a run under way they can be some epochs old
         return None

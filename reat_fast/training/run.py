@@ -215,9 +215,9 @@ class Run:
                 return
             if self.epoch or self.batch:
                 network = self.step.evaluated_network()
-                weights_file.save_weights(self.folder / "last.safetensors", network, self.spec)
+                weights_file.save_weights(self.folder / checkpoint.LAST, network, self.spec)
             if self._unsaved_best is not None:
-                weights_file.write_weights(self.folder / "best.safetensors", self._unsaved_best)
+                weights_file.write_weights(self.folder / checkpoint.BEST, self._unsaved_best)
                 self._unsaved_best = None
             self._save_checkpoint()
 

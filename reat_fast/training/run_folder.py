@@ -21,6 +21,7 @@ from reat_fast.storage.config_file import from_json, to_json
 from reat_fast.storage.json_object import read_object
 from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.storage.whole_files import write_text
+from reat_fast.training.logs import WANDB_ID
 
 DESCRIPTION = ("config.json", "env.json", "split.json")
 """What describe_run writes; the first checkpoint follows it."""
@@ -120,7 +121,7 @@ def never_began(folder: Path) -> bool:
 
 def _is_of_a_log(file: Path) -> bool:
     """Say whether a log of --log, which opens before the first checkpoint, has left this."""
-    return file.name in ("wandb", "wandb-id.txt") or file.name.startswith("events.out.tfevents")
+    return file.name in ("wandb", WANDB_ID) or file.name.startswith("events.out.tfevents")
 
 
 def epochs_done(folder: Path) -> int | None:

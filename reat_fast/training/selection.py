@@ -114,7 +114,7 @@ def test(run: Run, tick: Tick | None = None) -> dict[str, Any]:
     """
     config, folder = run.config, run.folder
     best = config.select == "best" and run.best is not None
-    weights = folder / ("best.safetensors" if best else "last.safetensors")
+    weights = folder / (checkpoint.BEST if best else checkpoint.LAST)
     images = run.limited(run.splits.test)
     known = images_sha256(images) if run.world.main else ""
     began = time.perf_counter()
