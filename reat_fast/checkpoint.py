@@ -122,6 +122,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def glance(run_dir: Path) -> dict[str, Any]:
+    """Return the newest checkpoint of a run for its plain values alone, {} where there is none.
+
+    Mapped, so that tensors are not read, wherever they were: a GPU may be in use or missing.
+    """
+    try:
+        state = torch.load(run_dir / CHECKPOINT, "cpu", mmap=True, weights_only=True)
+        return dict(state)
+    except Exception:  # torch.load has no base class for what a damaged file raises
+        return {}
+
+
 def load_model(run_or_checkpoint: str | Path, map_location: str | torch.device = "cpu") -> Network:
     """Load a trained classifier: an eval-mode module on images [B, C, H, W] in [0, 1].
 

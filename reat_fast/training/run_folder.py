@@ -11,9 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from reat_fast.checkpoint import CHECKPOINT, PREVIOUS
+from reat_fast.checkpoint import CHECKPOINT, PREVIOUS, glance
 from reat_fast.config import Config
 from reat_fast.data import Dataset, Splits
 from reat_fast.env import environment
@@ -126,12 +124,8 @@ def _is_of_a_log(file: Path) -> bool:
 
 def epochs_done(folder: Path) -> int | None:
     """Return how many epochs the checkpoint of a run has behind it, None where none is whole."""
-    try:
-        # Mapped, so that tensors are not read, wherever they were: a GPU may be in use or missing.
-        state = torch.load(folder / CHECKPOINT, "cpu", mmap=True, weights_only=True)
-        return int(state["epoch"])
-    except Exception:  # torch.load has no base class for what a damaged file raises
-        return None
+    epoch = glance(folder).get("epoch")
+    return epoch if isinstance(epoch, int) else None
 
 
 def describe_run(

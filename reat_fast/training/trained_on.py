@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from reat_fast.checkpoint import CHECKPOINT
+from reat_fast.checkpoint import glance
 from reat_fast.config import Config
 from reat_fast.data import DataError, Dataset, Splits, load_run_data, make_splits
 from reat_fast.evaluation.saved import images_sha256
@@ -101,16 +100,10 @@ def digests_of_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         split = {}
     if "images_sha256" not in split:  # older runs have it in their checkpoint alone
-        split = {**_digests_of_checkpoint(folder / CHECKPOINT), **split}
+        state = glance(folder)
+        kept = {"fingerprint": state.get("fingerprint"), "images_sha256": state.get("images")}
+        split = {**kept, **split}
     return _known(split)
-
-
-def _digests_of_checkpoint(file: Path) -> dict[str, object]:
-    try:
-        state = torch.load(file, "cpu", mmap=True, weights_only=True)
-        return {"fingerprint": state.get("fingerprint"), "images_sha256": state.get("images")}
-    except Exception:  # torch.load has no base class for what a damaged file raises
-        return {}
 
 
 def _known(told: Mapping[str, Any]) -> dict[str, Any]:
