@@ -38,10 +38,6 @@ class Loader(Protocol):
 
     order: EpochOrder
 
-    def __len__(self) -> int:
-        """Return the batches of an epoch, the same number on every rank."""
-        ...
-
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch from batch `first` on; the iterator may be abandoned.
 

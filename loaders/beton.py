@@ -65,9 +65,6 @@ class BetonLoader:
         self._ffcv: Any = _ffcv_loader(beton, self._rows, order.share, workers)
         self._ffcv.traversal_order = self._given
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, from batch `first` on, without reading those before."""
         return to_device(self._decoded(list(self.order.batches(epoch, first))), self.device)

@@ -47,9 +47,6 @@ class DaliLoader:
         self._begun = 0  # epochs, of which only the last can be read on
         self._pipe: Any = _pipeline(self._feed, order.share, threads, device)
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, from batch `first` on."""
         if self._pipe is None:

@@ -22,9 +22,6 @@ class FreshDraws:
         # A copy would wait there for the step before.
         self._there = loader.order.to(device)
 
-    def __len__(self) -> int:
-        return len(self._loader)
-
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, from batch `first` on."""
         batches = self._loader.epoch(epoch, first)

@@ -30,9 +30,6 @@ class ResidentLoader:
         self.labels = torch.from_numpy(image_set.labels).to(device)
         self.order = order.to(device)
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, from batch `first` on."""
         shown = self.order.indices(epoch)

@@ -58,9 +58,6 @@ class WorkersLoader:
             generator=torch.Generator(),  # or each epoch would draw from the global one
         )
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, from batch `first` on."""
         return to_device(self._read(epoch, first), self.device)

@@ -74,7 +74,7 @@ def test_an_abandoned_epoch_leaves_nothing_for_the_next(tmp_path: Path) -> None:
     images = FileImages(write(tmp_path, ".png"), SIZE)
     loader = load(images, batch_size=2)
     whole = decoded(loader.epoch(0))
-    for taken in range(len(loader)):
+    for taken in range(len(loader.order)):
         iterator = loader.epoch(0)
         for _ in range(taken):
             next(iterator)
