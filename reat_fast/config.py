@@ -37,9 +37,10 @@ class Config:
     imbalance_profile: Literal["exp", "step", "as-is"] = "exp"
     """How class sizes fall off: exponentially, in one step after half of the classes, or as-is."""
     largest: int | None = None
-    """Images of the largest class. Left out: all that a balanced class has."""
+    """Images of the largest class. Unset: as many as a class has, of uneven ones the smallest."""
     held_out: float = 0.05
-    """Share of each training class kept for choosing the best epoch (0 trains on everything)."""
+    """Share of each training class kept for choosing the best epoch, at least an image of each; 0
+    trains on everything."""
     split_seed: int = 0
     """Seed of the long-tailed subset; 0 is the subset that the official code draws."""
 
@@ -146,7 +147,7 @@ class Config:
     awp: float = 0.0
     """Adversarial weight perturbation: its length over the norm of the weights; 0 has none."""
     awp_from: int = 0
-    """The first so many epochs leave the weights as they are, at no extra cost."""
+    """Weights are perturbed after so many epochs; those before cost no more than without --awp."""
     tail: Literal["official", "pairwise", "none"] = "official"
     """Feature penalty on tail classes: as the official code has it, per pair, or none."""
     tail_coefficient: float = 1.0
@@ -159,12 +160,14 @@ class Config:
     policy_magnitude: int = 8
     """Magnitude of RandAugment, 0 to 30."""
     loader: Literal["auto", "resident", "ffcv", "dali", "workers"] = "auto"
-    """What brings images to the device; all give the same. auto: resident where they fit."""
+    """What brings images to the device, the same images where they are stored raw and at their
+    size. auto: resident where they fit."""
     workers: int = 2
     """Threads or processes of a loader that reads files."""
 
     fused: bool = True
-    """Train with the fused step, the default; --no-fused is the plain reference to compare with."""
+    """Train with the fused step, the default; --no-fused is the plain reference of REAT and of
+    balanced softmax, to compare with."""
     precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     """Arithmetic of the network; auto is bf16 on a GPU that has it (A100, RTX 30 and later), else
     float32, as with --no-fused. On a CPU bf16 is that of the attack alone; it is the faster where
@@ -185,7 +188,8 @@ class Config:
     images, where it is a fifth once the learning rate has fallen and the best epoch is sought."""
     select: Literal["best", "last"] = "best"
     """Which weights are evaluated on the test set at the end: last, or best, those of the largest
-    robust accuracy on the held-out images since the learning rate fell to half its peak or less."""
+    robust accuracy on the held-out images since the learning rate fell to half its peak or less,
+    or with --evaluation official on the test set, of all epochs."""
     eval_batch_size: int = 500
     """Images per batch of an evaluation."""
 

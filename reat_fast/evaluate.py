@@ -128,6 +128,11 @@ def _evaluate_run(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = _config(folder)
     conditions = _conditions(options, config, device)
+    if config == Config() and spec.num_classes != 10 and not (options.dataset or options.data):
+        raise ValueError(
+            f"{weights}: was trained on {spec.num_classes} classes, of which data is not known; "
+            "give --dataset and --data"
+        )
     dataset = load_run_data(
         config, options.dataset, options.data, options.image_size, options.skip_bad
     )
@@ -186,6 +191,8 @@ def _conditions(options: Options, config: Config, device: torch.device) -> dict[
     """Return what the options say of the attacks, and the run where they are silent."""
     eps = config.eps if options.eps is None else options.eps
     precision = options.precision or resolve_precision(config, device)
+    if precision == "tf32" and device.type == "cpu":
+        raise ValueError("--precision tf32: a CPU has none; give --precision float32")
     if precision == "bf16":
         refuse_missing_bfloat16(device)
     return {

@@ -404,6 +404,10 @@ BAD = {
     "negative labels": ({"y_train": np.arange(20) % 4 - 1}, r"y_train: labels .*got -1\.\.2"),
     "unknown test label": ({"y_test": np.full(8, 4)}, r"y_test: labels must be in 0\.\.3, got 4"),
     "huge label": ({"y_train": np.full(20, 2**62)}, "y_train: class 0 has no image"),
+    "first is 1": (
+        {name: np.arange(n) % 4 + 1 for name, n in (("y_train", 20), ("y_test", 8))},
+        "y_train: labels run from 1 to 4, .* take 1 ",
+    ),
     "class gap": ({"y_train": np.arange(20) % 2 * 3}, "y_train: class 1 has no image"),
     "named gap": ({"class_names": np.array(list("abcde"))}, r"y_train: class 4 \(e\) has no image"),
     "empty test": ({"x_test": np.zeros((0, 6, 5, 3), np.uint8), "y_test": []}, "x_test: images"),

@@ -589,10 +589,16 @@ def test_bad_input_is_one_line(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = made_npz(tmp_path / "wide.npz", classes=6)
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes((run_dir / "last.safetensors").read_bytes())
     grey = made_npz(tmp_path / "grey.npz", classes=5, channels=1)
     for arguments, named in [
         ((run_dir, "--attacks", "aaa"), "unknown attack 'aaa'; attacks are clean, fgsm"),
         ((tmp_path / "absent",), "absent: no such run"),
+        (
+            (lone,),
+            "lone.safetensors: was trained on 5 classes, of which data is not known",
+        ),
         ((run_dir, "--data", wide), "--dataset/--data: npz has 6 classes"),
         ((run_dir, "--data", grey), "--dataset/--data: npz has 1 channels"),
         ((run_dir, "--eps", "2"), "--eps 2.0: not in [0, 1]"),

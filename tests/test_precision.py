@@ -21,6 +21,7 @@ from reat_fast.evaluate import Options, _conditions
         ("auto", True, "cpu", "float32"),
         ("auto", False, "cuda", "float32"),
         ("tf32", True, "cuda", "tf32"),
+        ("tf32", True, "cpu", "float32"),
         ("bf16", True, "cpu", "bf16"),
     ],
 )
@@ -58,7 +59,7 @@ def flags_as_found() -> Iterator[None]:
 
 def test_full_precision_gives_the_flags_back(flags_as_found: None) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    use_precision(Config(precision="tf32"), torch.device("cpu"))
+    use_precision(Config(precision="tf32"), torch.device("cuda"))
     assert cudnn.allow_tf32 and matmul.allow_tf32
     with pytest.raises(KeyError), full_precision():
         assert not cudnn.allow_tf32 and not matmul.allow_tf32

@@ -231,8 +231,18 @@ def test_the_reference_step_refuses_what_it_cannot_do() -> None:
     ]
     for changes in refused:
         config = dataclasses.replace(Config(), **changes)
-        with pytest.raises(ValueError, match="--no-fused"):
+        with pytest.raises(ValueError, match="^--no-fused: the reference is .*; give --"):
             ReferenceStep(model, make_optimizer(model, config), COUNTS, config)
+
+
+def test_all_that_the_reference_cannot_do_is_named_at_once() -> None:
+    model = make_model()
+    for preset, flags in (
+        ("at-bsl", "--start uniform"),
+        ("trades", "--objective bsl --start uniform --attack-loss auto"),
+    ):
+        with pytest.raises(ValueError, match=f"give {flags}$"):
+            ReferenceStep(model, make_optimizer(model, Config()), COUNTS, PRESETS[preset])
 
 
 def test_state_survives_a_round_trip() -> None:

@@ -16,7 +16,7 @@ from made_data import made_images, made_npz
 from made_run import SMALL, rows, run
 from torch import Tensor, nn
 
-from reat_fast import checkpoint, train
+from reat_fast import checkpoint, evaluate, train
 from reat_fast.data import make_splits
 from reat_fast.engine import replayed_step
 from reat_fast.engine.distributed import World
@@ -309,6 +309,20 @@ def test_a_quiet_run_prints_the_table_alone(
     shown = capsys.readouterr()
     assert shown.out.lstrip().startswith("accuracy in %") and "epoch 1/1" not in shown.out
     assert shown.err == ""
+    # Quiet was the command, not the run.
+    assert not make_plan(["--resume", str(tmp_path / "run")]).config.quiet
+
+
+def test_tf32_that_a_cpu_has_not_is_said_and_not_recorded(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["reat", *SMALL, "--data", data, "--epochs", 1, "--precision", "tf32"]
+    assert run(*arguments, "--run-dir", run_dir) == 0
+    assert "--precision tf32: a CPU has none, so" in capsys.readouterr().out
+    assert json.loads((run_dir / "evaluation.json").read_text())["precision"] == "float32"
+    with pytest.raises(ValueError, match="^--precision tf32: a CPU has none; give"):
+        evaluate.main([str(run_dir), "--precision", "tf32"])
 
 
 def test_profile_says_how_long_the_step_waited_for_data(
@@ -328,7 +342,10 @@ def test_a_last_batch_that_batchnorm_cannot_take_is_explained(
     assert run(*arguments, "--run-dir", tmp_path / "run") == 2  # 62 images, 1x1 in the last layer
     error = capsys.readouterr().err
     assert "--batch-size 61: a batch of 1 image leaves BatchNorm one value" in error
-    assert error.count("\n") == 1
+    assert "add --drop-last" in error and error.count("\n") == 1
+    more = ["--batch-size", 60, "--accumulate", 2, "--run-dir", tmp_path / "parts"]
+    assert run(*arguments, *more) == 2
+    assert "--batch-size 60 --accumulate 2: a batch of 1 image" in capsys.readouterr().err
 
 
 def test_a_short_last_batch_is_left_out_where_asked(data: Path, tmp_path: Path) -> None:

@@ -21,7 +21,11 @@ from reat_fast.step import TrainStep, make_optimizer
 
 COUNTS = [40, 24, 12, 7, 4]
 FLAGS = {f"--attack {attack}": Config(attack=attack) for attack in ("fgsm-rs", "n-fgsm", "free")}  # type: ignore[arg-type]
-CASES = {name: config for name, config in PRESETS.items() if name != "quickstart"} | FLAGS
+BOTH = {
+    f"{name} free": dataclasses.replace(PRESETS[name], attack="free", attack_loss="auto")
+    for name in ("trades", "mart")
+}
+CASES = {name: config for name, config in PRESETS.items() if name != "quickstart"} | FLAGS | BOTH
 
 
 class Flops(TorchDispatchMode):

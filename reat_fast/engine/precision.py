@@ -18,7 +18,7 @@ BFLOAT16_CAPABILITY = (8, 0)
 
 
 def resolve_precision(config: Config, device: torch.device) -> Precision:
-    """Say in which arithmetic the network trains: float32, tf32 or bf16.
+    """Say in which arithmetic the network trains: float32, tf32, which a CPU has not, or bf16.
 
     Errors: ValueError for bf16 on a GPU that has none.
     """
@@ -27,6 +27,8 @@ def resolve_precision(config: Config, device: torch.device) -> Precision:
         return "bf16" if quick else "float32"
     if config.precision == "bf16":
         refuse_missing_bfloat16(device)
+    if config.precision == "tf32" and device.type == "cpu":
+        return "float32"
     return config.precision
 
 

@@ -19,6 +19,8 @@ UNKNOWN = (
     *("attack", "attack_from", "start", "radius", "head", "awp", "policy"),
 )
 """Fields that the reference takes at their default only."""
+ATTACK = {"attack_batchnorm": ("eval",), "attack_loss": ("auto", "ce", "rbl")}
+"""Those in which its attack may differ, since these give the same examples."""
 
 
 class ReferenceStep(TrainStep):
@@ -32,17 +34,13 @@ class ReferenceStep(TrainStep):
         config: Config,
         world: World | None = None,
     ) -> None:
-        if config.attack_batchnorm != "eval" or config.attack_loss not in ("auto", "rbl"):
+        only = {field: (getattr(Config(), field),) for field in UNKNOWN} | ATTACK
+        misfits = [field for field, known in only.items() if getattr(config, field) not in known]
+        if misfits:
+            flags = " ".join(f"{flag(field)} {only[field][0]}" for field in misfits)
             raise ValueError(
-                "--no-fused: the reference has REAT's own attack only; "
-                "give --attack-loss auto and --attack-batchnorm eval"
+                f"--no-fused: the reference is that of REAT and of balanced softmax; give {flags}"
             )
-        for field in UNKNOWN:
-            only = getattr(Config(), field)
-            if getattr(config, field) != only:
-                raise ValueError(
-                    f"--no-fused: the reference knows {flag(field)} {only} alone; give it"
-                )
         if world is not None and world.size > 1:
             raise ValueError("--no-fused: the reference runs in one process; leave out torchrun")
         super().__init__(model, optimizer, counts, config, world)

@@ -18,7 +18,7 @@ from reat_fast.evaluation.figures import STANDARD_ATTACKS
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a trained classifier on the full balanced test set."""
+    """Evaluate a trained classifier on the test set of its data."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, a .safetensors file or a checkpoint-last.pt."""

@@ -19,11 +19,11 @@ def work_per_image(config: Config, epoch: int) -> int:
 
     tests/test_work.py holds it to the multiplications of real steps.
     """
+    batches = 2 if config.objective in ("trades", "mart", "robal") else 1  # clean images too
     if config.attack == "free":
-        return UPDATE * config.replays
+        return UPDATE * batches * config.replays
     name = config.attack if epoch >= config.attack_from else EARLY_ATTACK
     steps = plan_attack(name, eps=0.0, step_size=0.0, steps=config.steps).steps
     attack = WITH_GRADIENT * steps + FORWARD * (config.attack_loss == "kl")
-    batches = 2 if config.objective in ("trades", "mart", "robal") else 1  # clean images too
     gradients = 2 if config.awp and epoch >= config.awp_from else 1
     return attack + UPDATE * batches * gradients

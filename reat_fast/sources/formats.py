@@ -135,6 +135,11 @@ def checked(source: Source, usual_names: tuple[str, ...] = ()) -> Source:
             found = f"got {labels.min()}..{labels.max()}"
             raise DataError(f"{labels_name}: labels must be in 0..{num_classes - 1}, {found}")
     if len(present) < num_classes:
+        if class_names is None and 1 == present[0] == num_classes - len(present):
+            raise DataError(
+                f"{source.names[1]}: labels run from 1 to {present[-1]}, where the first class is 0; "
+                "take 1 off all, those of the test too"
+            )
         empty = int(np.setdiff1d(np.arange(len(present) + 1), present)[0])
         title = f" ({class_names[empty]})" if class_names else ""
         raise DataError(f"{source.names[1]}: class {empty}{title} has no image; add some")

@@ -149,6 +149,8 @@ def _step(run: Run) -> Iterator[str]:
     if run.step.update.form != "eager":
         how += f", {run.step.update.form} update"
     yield f"step: {_arithmetic(run)}, {how}; {run.loader_reason}"
+    if run.config.precision == "tf32" and run.device.type == "cpu":
+        yield "--precision tf32: a CPU has none, so the network computes in float32"
     if run.config.graph == "on" and not run.replayed.captures:
         yield f"--graph on: {run.device} has no CUDA graphs, so steps run eagerly"
 

@@ -99,9 +99,11 @@ def explained_faults(run: Run) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        given = f"--batch-size {config.batch_size}"
+        given += f" --accumulate {config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
-            f"--batch-size {config.batch_size}: a batch of 1 image leaves BatchNorm one value per "
-            "channel; choose another size"
+            f"{given}: a batch of 1 image leaves BatchNorm one value per channel; add --drop-last, "
+            "or choose other numbers"
         ) from error
     except OSError as error:
         if not run.world.main or run.log is None or run.folder.is_dir():

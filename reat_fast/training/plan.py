@@ -51,7 +51,7 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         raise ValueError(f"--run-dir {config.run_dir}: the run stays in {resume}; leave it out")
     if resume is not None:
         state, source = checkpoint.load_newest_checkpoint(resume)
-        saved = from_json(state["config"], str(source))
+        saved = replace(from_json(state["config"], str(source)), quiet=False)  # of one command
         preset, reason = state["preset"], f"resumed from {source}"
         flags = arguments[1:] if named else arguments
         _, config = parse(flags, preset, default=saved)
