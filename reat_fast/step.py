@@ -34,7 +34,7 @@ __all__ = ["TrainStep", "load_optimizer", "make_optimizer"]
 
 
 class TrainStep:
-    """Take fused steps of REAT on a model.
+    """Take training steps of a method on a model, by the fused form.
 
     model: a network of reat_fast.models on its device; optimizer: any that updates its parameters
     (make_optimizer for one that can be captured); counts: training images per class. world: the
@@ -67,6 +67,7 @@ class TrainStep:
         self.objective = make_objective(model, self.statistics, config)
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.sums = EpochSums(self.objective.terms, device)
+        self._dtype = weight.dtype
         self._low = resolve_precision(config, device) == "bf16"
         self._free: FreePerturbation | None = None
         self.attack = StepAttack(model, self.statistics, counts, config, self._autocast)
@@ -127,6 +128,7 @@ class TrainStep:
             flip=config.augment,
             noise=self.plan.noise,
         )
+        images, adv_start = (pixels.to(self._dtype) for pixels in (images, adv_start))
         return self._step(images, batch.labels, self.plan.settle_(adv_start), total)
 
     def __call__(
@@ -142,8 +144,8 @@ class TrainStep:
         another shape or type; on a CPU for labels of no class and pixels outside of [0, 1], too,
         which would have to be waited for elsewhere.
         """
-        wanted, classes = next(self.model.parameters()).dtype, len(self.statistics.counts)
-        step_checks.refuse_misfits(images, labels, start, wanted, classes)
+        classes = len(self.statistics.counts)
+        step_checks.refuse_misfits(images, labels, start, self._dtype, classes)
         scale = self.attack.noise_scale(labels, self.epoch)
         begin = self.plan.draw_start(images, scale) if start is None else images + start
         return self._step(images, labels, self.plan.settle_(begin), len(labels))
@@ -163,7 +165,7 @@ class TrainStep:
         """
         self.statistics.end_epoch()
         means = self.running_means()
-        means["nonfinite"] = int(self.sums.nonfinite)
+        means["nonfinite"] = int(self.world.sum_(self.sums.nonfinite))
         self.sums.clear_()
         self.epoch += 1
         self.begin_epoch()
@@ -215,6 +217,8 @@ class TrainStep:
         if self._free is not None:
             self._free.load_state_dict(state)
         self.sums.load_state_dict(state)
+        if not self.world.main:
+            self.sums.nonfinite.zero_()  # each counts its own
         self.epoch.copy_(state["epoch"])
         self.begin_epoch()
 

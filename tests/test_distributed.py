@@ -38,7 +38,6 @@ from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.autoattack import AutoAttack
 from reat_fast.evaluation.trial import Images
 from reat_fast.evaluation.victim import attacked
-from reat_fast.kernels.prepare import prepare
 from reat_fast.loaders import Batch
 from reat_fast.models import create_model
 from reat_fast.step import TrainStep, make_optimizer
@@ -74,20 +73,11 @@ def take_steps(world: World, config: Config) -> dict[str, Tensor]:
     for size in BATCHES:
         indices = torch.randperm(40, generator=made)[:size]
         rows = indices.split(split(size, world.size))[world.rank]
-        outcome = step_in_float64(step, Batch(images, labels[rows], rows, gather=True), size)
+        outcome = step.train_on(Batch(images, labels[rows], rows, gather=True), size)
         assert len(outcome["logits"]) == len(rows)
     losses = {name: outcome[name] for name in ("loss", *step.objective.terms)}
     state = {name: value.clone() for name, value in step.state_dict().items()}
     return {**model.state_dict(), **state, **losses}
-
-
-def step_in_float64(step: TrainStep, batch: Batch, total: int) -> dict[str, Tensor]:
-    # train_on prepares float32 images; the same augmentation, in the precision of the weights.
-    def exact(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-        return tuple(tensor.double() for tensor in prepare(*arguments, **options))
-
-    with mock.patch("reat_fast.step.prepare", exact):
-        return step.train_on(batch, total)
 
 
 def evaluated(
@@ -138,6 +128,10 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
         row, number = torch.tensor([1.0, 2.0]) * (1 + rank), torch.tensor(8.0 * rank)
         world.average_([row, number], 0.25 if rank else 0.75)
         assert row.tolist() == [1.25, 2.5] and number.item() == 2.0
+        model = create_model("resnet8", 5, width=8)
+        step = TrainStep(model, make_optimizer(model, CONFIG), COUNTS, CONFIG, world)
+        step.sums.nonfinite += 1 + rank  # each counts those of its share
+        assert step.end_epoch()["nonfinite"] == 3
         figures = [evaluated(world), evaluated(world, ["aa"]), evaluated(world, few=1)]
         with pytest.raises(Stopped) as stopped:
             evaluated(world, progress=stop_the_second(world))

@@ -16,6 +16,7 @@ from reat_fast.cli.command import parse_flags
 from reat_fast.config import parse
 from reat_fast.data import DATASETS
 from reat_fast.evaluation.attacks import Attack
+from reat_fast.models import create_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -139,6 +140,16 @@ def test_the_training_loop_of_the_documents_runs(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.count("'adv_accuracy'") == 2
     assert names["outcome"]["images_adv"].shape == (8, 3, 32, 32)  # 40 images in batches of 16
     assert names["network"] is names["model"]
+
+
+def test_the_evaluation_of_the_documents_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    (code,) = (
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "ImageSet" in code
+    )
+    exec(code, {"model": create_model("resnet8", 10, width=8).eval()})
+    tail, *per_class = re.findall(r"[\d.]+", capsys.readouterr().out)
+    assert len(per_class) == 10 and float(tail) == 0  # nobody trained it
 
 
 def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:

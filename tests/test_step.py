@@ -344,3 +344,20 @@ def test_labels_of_no_class_are_refused_before_anything_is_changed(
     with pytest.raises(ValueError, match="^labels: must be numbers of classes, 0 to 4$"):
         step(torch.rand(3, 3, 8, 8), torch.tensor([0, 4, wrong]))
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
+def test_a_step_on_bytes_computes_in_the_precision_of_its_network() -> None:
+    model = make_model(torch.float64)
+    step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config(steps=1))
+    assert step.train_on(uint8_batch())["logits"].dtype == torch.float64
+
+
+def test_a_network_of_few_bits_and_arrays_of_others_are_refused() -> None:
+    model = make_model(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^model: torch.bfloat16; give it in float32"):
+        TrainStep(model, make_optimizer(model, Config()), COUNTS, Config())
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model, Config()), COUNTS, Config())
+    images, labels = make_batch()
+    with pytest.raises(ValueError, match="^images, labels: ndarray and Tensor; give torch"):
+        step(images.numpy(), labels)  # type: ignore[arg-type]

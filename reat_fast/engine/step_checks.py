@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def refuse_other_networks(model: object) -> None:
+def refuse_other_networks(model: nn.Module) -> None:
     """Raise ValueError for a network of one's own that lacks what a step asks of it."""
+    dtypes = {weight.dtype for weight in model.parameters()}
+    if any(dtype.itemsize < 4 for dtype in dtypes):
+        raise ValueError(
+            f"model: {', '.join(map(str, dtypes))}; give it in float32, precision bf16 computes in "
+            "bfloat16"
+        )
     last = getattr(model, "fc", None)
     if not hasattr(last, "out_features") or not hasattr(model, "forward_features_logits"):
         raise ValueError(
@@ -37,6 +43,9 @@ def refuse_misfits(
 
     So values are looked at on a CPU alone. dtype, classes: those of the network.
     """
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        given = f"{type(images).__name__} and {type(labels).__name__}"
+        raise ValueError(f"images, labels: {given}; give torch tensors")
     if images.dtype != dtype:
         raise ValueError(f"images: {images.dtype}; give {dtype} in [0, 1], bytes over 255")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
@@ -50,7 +59,7 @@ def refuse_misfits(
         return
     if not ({*labels.tolist()} <= {*range(classes)}):
         raise ValueError(f"labels: must be numbers of classes, 0 to {classes - 1}")
-    low, high = float(images.min()), float(images.max())
+    low, high = float(images.detach().min()), float(images.detach().max())
     if low < 0 or high > 1:  # NaN is counted, see EpochSums
         raise ValueError(
             f"images: pixels reach from {low:.3g} to {high:.3g}; give them in [0, 1], and "

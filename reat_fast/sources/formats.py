@@ -137,7 +137,7 @@ def checked(source: Source, usual_names: tuple[str, ...] = ()) -> Source:
     if len(present) < num_classes:
         if class_names is None and 1 == present[0] == num_classes - len(present):
             raise DataError(
-                f"{source.names[1]}: labels run from 1 to {present[-1]}, where the first class is 0; "
+                f"{source.names[1]}: labels run from 1 to {present[-1]}, the first class is 0; "
                 "take 1 off all, those of the test too"
             )
         empty = int(np.setdiff1d(np.arange(len(present) + 1), present)[0])
