@@ -25,8 +25,9 @@ from bench.ladder import Ladder, default_rung
 from bench.records import Figure, record
 from bench.step_kernels import launched
 from reat_fast.cli.command import choose_device, parse_flags, run_command
-from reat_fast.engine.graph import CapturedStep, copy_positions_, warm_up
+from reat_fast.engine.captured_step import CapturedStep, copy_positions_
 from reat_fast.engine.graph import record as record_graph
+from reat_fast.engine.graph import warm_up
 from reat_fast.loaders import Batch
 
 SHAPE = "resnet18 B=128 32x32 long-tailed"

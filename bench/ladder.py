@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.baselines import Mode, PlainStep
 from bench.official import Official, as_loaded
 from reat_fast.config import Config
-from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.captured_step import CapturedStep
 from reat_fast.engine.memory import give_back_freed_memory, keep_freed_memory
 from reat_fast.engine.precision import allowed_tf32, determinism
 from reat_fast.engine.reference_step import ReferenceStep

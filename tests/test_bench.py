@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from no_sync import NoSync
-from test_graph import patch_cuda
+from test_captured_step import patch_cuda
 from torch import Tensor
 
 from bench import bench_epoch, bench_kernels, bench_step, gpu, host_time

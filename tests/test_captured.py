@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from made_data import made_images
-from test_graph import patch_cuda
+from test_captured_step import patch_cuda
 from torch import Tensor, nn
 from tqdm import tqdm
 

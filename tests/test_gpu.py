@@ -29,7 +29,7 @@ from reat_fast import train, verify
 from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import run_command
 from reat_fast.config import PRESETS, Config
-from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.captured_step import CapturedStep
 from reat_fast.engine.precision import Precision, determinism
 from reat_fast.engine.replayed_step import ReplayedStep
 from reat_fast.evaluate import evaluate

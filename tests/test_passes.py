@@ -14,7 +14,7 @@ import pytest
 import test_captured
 import torch
 from made_search import search
-from test_graph import patch_cuda
+from test_captured_step import patch_cuda
 from torch import Tensor, nn
 
 from reat_fast.attack import Norm

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from made_step import COUNTS, assert_same_state, assert_same_step, make_model
-from test_graph import batches, fake_cuda, replays
+from test_captured_step import batches, fake_cuda, replays
 
 import reat_fast
 from reat_fast.config import Config

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from reat_fast import checkpoint, evaluate, train
 from reat_fast.data import make_splits
 from reat_fast.engine import replayed_step
+from reat_fast.engine.captured_step import CapturedStep
 from reat_fast.engine.distributed import World
-from reat_fast.engine.graph import CapturedStep
 from reat_fast.engine.replayed_step import ReplayedStep
 from reat_fast.engine.stopping import Stopped
 from reat_fast.loaders import Batch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reat_fast.engine.graph import CapturedStep, can_capture
+from reat_fast.engine.captured_step import CapturedStep
+from reat_fast.engine.graph import can_capture
 from reat_fast.loaders import Batch
 from reat_fast.step import TrainStep
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reat_fast import reference
 from reat_fast.config import Config
-from reat_fast.engine.graph import CapturedStep
+from reat_fast.engine.captured_step import CapturedStep
 from reat_fast.engine.precision import allowed_tf32, determinism
 from reat_fast.kernels import winograd
 from reat_fast.kernels.class_weights import rbl_weights

@@ -18,8 +18,9 @@ import torch
 from made_step import COUNTS, assert_same_state, assert_same_step, make_model, uint8_batch
 
 from reat_fast.config import Config
-from reat_fast.engine import graph
-from reat_fast.engine.graph import CapturedStep, Recording, record
+from reat_fast.engine import captured_step
+from reat_fast.engine.captured_step import CapturedStep, Recording
+from reat_fast.engine.graph import record
 from reat_fast.loaders import Batch
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.train import set_learning_rate
@@ -71,7 +72,7 @@ def patch_cuda(monkeypatch: pytest.MonkeyPatch, **graphs: object) -> None:
         "stream": lambda s: nullcontext(),
         "synchronize": lambda: None,
     }
-    monkeypatch.setattr(graph, "attack_stream", lambda device: None)  # it would be kept
+    monkeypatch.setattr(captured_step, "attack_stream", lambda device: None)  # it would be kept
     for name, fake in {**fakes, **graphs}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -87,14 +88,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
 
-    warm_up = graph.warm_up
+    warm_up = captured_step.warm_up
 
     def noted(body: Any, stream: Any) -> None:
         body.__self__.graph.recording = body.__self__
         warm_up(body, stream)
 
     patch_cuda(monkeypatch, CUDAGraph=FakeGraph, graph=capture)
-    monkeypatch.setattr(graph, "warm_up", noted)
+    monkeypatch.setattr(captured_step, "warm_up", noted)
     replays.clear()
 
 
@@ -145,7 +146,7 @@ def test_a_short_batch_that_cannot_be_captured_is_launched_and_leaves_no_trace(
         body()
         raise torch.OutOfMemoryError("out of memory\nsecond line")
 
-    monkeypatch.setattr(graph, "warm_up", fails)
+    monkeypatch.setattr(captured_step, "warm_up", fails)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CountedGraph)
     for step in (eager, replayed):
         step.train_on(short)
