@@ -92,7 +92,7 @@ def pgd(
         eps = device_number(eps, images, "eps")  # else one of another shape fails in the noise
     if start is None:
         start = uniform_noise(images, eps) if norm == "linf" else l2_noise(images, eps)
-    return ascend(
+    return ascend_(
         model,
         images.detach() + start,
         images.detach(),
@@ -107,7 +107,7 @@ def pgd(
     )
 
 
-def ascend(
+def ascend_(
     model: Classifier,
     adv: Tensor,
     clean: Tensor,
@@ -121,7 +121,7 @@ def ascend(
     nonfinite: Tensor | None = None,
     norm: Norm = "linf",
 ) -> Tensor:
-    """Take the steps of pgd from `adv`, noise already added, round `clean`; see pgd."""
+    """Take the steps of pgd round `clean` from `adv`, noise added, which they write to; see pgd."""
     if not (adv.is_contiguous() or adv.is_contiguous(memory_format=torch.channels_last)):
         adv = adv.contiguous()  # of rotated images, say: a step reads each as one run of memory
     # Once, and not once a step: a number would be written to the device at each of them.

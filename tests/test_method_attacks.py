@@ -21,7 +21,7 @@ from made_methods import (
     make_statistics,
 )
 
-from reat_fast.attack import ascend
+from reat_fast.attack import ascend_
 from reat_fast.methods import reference
 from reat_fast.methods.attacks import (
     FreePerturbation,
@@ -78,7 +78,7 @@ def test_one_step_attacks_equal_their_reference(name: Any, step: float, radius: 
     plan = plan_attack(name, eps=EPS, step_size=STEP, steps=10)
     noise = make_noise(clean, plan.noise_scale)
     start = plan.settle_(clean + noise)
-    adv = ascend(
+    adv = ascend_(
         FrozenNetwork(network),
         start,
         clean,

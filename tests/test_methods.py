@@ -29,7 +29,7 @@ from made_methods import (
 )
 from torch import Tensor
 
-from reat_fast.attack import ascend
+from reat_fast.attack import ascend_
 from reat_fast.config import PRESETS
 from reat_fast.methods import reference
 from reat_fast.methods.attacks import (
@@ -257,7 +257,7 @@ def test_attacks_radii_and_perturbations_never_make_the_host_wait() -> None:
         loss = choose_attack_loss(name, network, statistics, partial(network, clean))
         plan = plan_attack("n-fgsm", eps=EPS, step_size=STEP, steps=10)
         start, size = plan.draw_start(clean), plan.step_size
-        ascend(network, start, clean, labels, eps=plan.radius, step_size=size, steps=1, loss=loss)
+        ascend_(network, start, clean, labels, eps=plan.radius, step_size=size, steps=1, loss=loss)
     with statistics_kept(network):
         F.cross_entropy(network(clean), labels).backward()
     with WeightPerturbation(network, 0.01).perturbed():

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from reat_fast.attack import ascend, with_batch_statistics
+from reat_fast.attack import ascend_, with_batch_statistics
 from reat_fast.config import Config
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.kernels import boxes
@@ -143,7 +143,7 @@ class StepAttack:
         for rows in parts:
             clean = images[rows]
             clean_logits = partial(victim, clean)
-            adv = ascend(
+            adv = ascend_(
                 victim,
                 adv_start[rows],
                 clean,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reat_fast.attack import AttackLoss, Norm, ascend, cross_entropy, of_length
+from reat_fast.attack import AttackLoss, Norm, ascend_, cross_entropy, of_length
 from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.victim import Victim
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
@@ -106,9 +106,9 @@ class Attack:
 
         eps: the L-infinity radius.
         """
-        return ascend(
+        return ascend_(
             victim,
-            self.begin(clean, start).clone(),  # ascend writes into it
+            self.begin(clean, start).clone(),
             clean,
             labels,
             eps=self.radius(eps),

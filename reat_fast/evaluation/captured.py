@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from reat_fast.attack import Norm, ascend
+from reat_fast.attack import Norm, ascend_
 from reat_fast.engine.graph import (
     WARM_UP_STEPS,
     attack_stream,
@@ -96,7 +96,7 @@ class CapturedAscent:
 
     def _step(self) -> Tensor:
         """Take one step from where self._adv stands, in place; return the images it leads to."""
-        return ascend(
+        return ascend_(
             self._victim.logits,
             self._adv,
             self._clean,

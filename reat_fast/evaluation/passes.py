@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reat_fast.attack import Classifier
 from reat_fast.engine.graph import (
     WARM_UP_STEPS,
     attack_stream,
@@ -24,8 +25,6 @@ from reat_fast.engine.graph import (
     warm_up,
 )
 
-Network = Callable[[Tensor], Tensor]
-"""Logits [B, K] of images [B, C, H, W]."""
 Objective = Callable[[Tensor], Tensor]
 """A number for each image [B], of the logits [B, K]."""
 
@@ -42,7 +41,7 @@ class RecordedPasses:
     """
 
     def __init__(
-        self, network: Network, images: Tensor, beside: RecordedPasses | None = None
+        self, network: Classifier, images: Tensor, beside: RecordedPasses | None = None
     ) -> None:
         self._network = network
         self._images = images.detach().clone().requires_grad_()
@@ -101,7 +100,7 @@ class Replays:
         self._recorded: dict[tuple[int, int], RecordedPasses] = {}
         self._failed = False
 
-    def of(self, network: Network, key: object, images: Tensor) -> RecordedPasses | None:
+    def of(self, network: Classifier, key: object, images: Tensor) -> RecordedPasses | None:
         """Return the passes of a network that take images [B, C, H, W], or None: launch them.
 
         So are those of a size that has just been met: it may not last. key: what the network is
@@ -124,7 +123,7 @@ class Replays:
             self._recorded.clear()
             torch.cuda.empty_cache()
 
-    def _record(self, known: tuple[int, int], network: Network, images: Tensor) -> None:
+    def _record(self, known: tuple[int, int], network: Classifier, images: Tensor) -> None:
         beside = next(iter(self._recorded.values()), None)
         try:
             self._recorded[known] = RecordedPasses(network, filled_up(images), beside)

@@ -1,6 +1,6 @@
 """What the attack of a training step maximises, where it starts and how far it goes.
 
-PGD and the one-step attacks differ in the numbers of a plan only, so attack.ascend is all of them.
+PGD and the one-step attacks differ in the numbers of a plan only, so attack.ascend_ is all of them.
 Free training differs in kind: it trains on the images that it attacks.
 """
 
@@ -39,7 +39,7 @@ class AttackPlan:
 
     noise, noise_scale: what kernels.prepare adds to the clean images, its half-width or standard
     deviation; clamp_start: whether that is brought into [0, 1] before the first gradient; radius:
-    of the ball round the clean images; step_size, steps: see attack.ascend.
+    of the ball round the clean images; step_size, steps: see attack.ascend_.
     """
 
     noise: Noise
