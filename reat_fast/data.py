@@ -3,37 +3,37 @@
     python -m reat_fast.data --list            what there is, and where
     python -m reat_fast.data fashion-mnist     download it into the cache folder
 
-The draws themselves are in sources/longtail.py.
+The draws themselves are in sources/splits.py and sources/longtail.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 
 from reat_fast.cli.terminal import Parser, one_line, printed
 from reat_fast.sources import download, formats, lists
 from reat_fast.sources.beton_folder import read as read_beton_folder
 from reat_fast.sources.formats import DataError as DataError
 from reat_fast.sources.formats import Source
-from reat_fast.sources.lazy import LazyImages
+from reat_fast.sources.image_set import Dataset as Dataset
+from reat_fast.sources.image_set import Images as Images
+from reat_fast.sources.image_set import ImageSet as ImageSet
+from reat_fast.sources.image_set import spread as spread
 from reat_fast.sources.longtail import Indices as Indices
 from reat_fast.sources.longtail import head_body_tail as head_body_tail
 from reat_fast.sources.longtail import held_out_split as held_out_split
 from reat_fast.sources.longtail import longtail_counts as longtail_counts
 from reat_fast.sources.longtail import longtail_indices as longtail_indices
+from reat_fast.sources.splits import AS_IS as AS_IS
+from reat_fast.sources.splits import UNEVEN as UNEVEN
+from reat_fast.sources.splits import Splits as Splits
+from reat_fast.sources.splits import make_splits as make_splits
 
 if TYPE_CHECKING:
     from reat_fast.config import Config
-
-Images = npt.NDArray[np.uint8] | LazyImages
 
 OWN = {
     "npz": "FILE.npz",
@@ -46,89 +46,6 @@ OWN = {
 
 DATASETS: dict[str, tuple[str, ...]] = {**download.CLASS_NAMES, **dict.fromkeys(OWN, ())}
 """Names that `load_dataset` knows, each with its class names where these are fixed."""
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Hold images, uint8 [N, H, W, C] with C 1 or 3, and labels, int64 [N].
-
-    images: an array, or LazyImages, which decode what is indexed.
-    Errors: ValueError for others.
-    """
-
-    images: Images
-    labels: Indices
-
-    def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
-        arrays = [isinstance(getattr(one, "dtype", None), np.dtype) for one in (images, labels)]
-        if not all(arrays):
-            given = f"{type(images).__name__} and {type(labels).__name__}"
-            raise ValueError(f"images, labels: {given}; give numpy arrays")
-        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] not in (1, 3):
-            given = f"{images.dtype} of shape {list(images.shape)}"
-            raise ValueError(f"images: {given}; give uint8 [N, H, W, C], C 1 or 3")
-        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-            given = f"{labels.dtype} of shape {list(labels.shape)}"
-            raise ValueError(
-                f"labels: {given}; give int64, a class for each of {len(images)} images"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: Indices) -> ImageSet:
-        """Return a copy of the images and labels at `indices`; of lazy images, a view."""
-        lazy = isinstance(self.images, LazyImages)
-        images = self.images.take(indices) if lazy else self.images[indices]
-        return ImageSet(images, self.labels[indices])
-
-    def evenly(self, count: int) -> ImageSet:
-        """Take at most `count` images, each class by its share, evenly spread, in their order.
-
-        Whatever the order of the set is: sorted by class, mixed, or class after class in turn.
-        """
-        kept = min(count, len(self))
-        by_class = np.argsort(self.labels, kind="stable")
-        return self.take(np.sort(by_class[spread(kept, len(self))]))
-
-
-def spread(count: int, length: int) -> Indices:
-    """Return `count` places, evenly spread over so many."""
-    return np.arange(count, dtype=np.int64) * length // max(count, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Hold a checked data set; label c is the class `class_names[c]`, notes are for the user."""
-
-    name: str
-    train: ImageSet
-    test: ImageSet
-    class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def num_classes(self) -> int:
-        """Return the number of classes."""
-        return len(self.class_names)
-
-
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """Hold what a run trains on, chooses its best epoch on, and is tested on.
-
-    counts: images per class of `train`, which the losses use. The indices point into the training
-    images of the data set; the fingerprint is a sha256 over indices and labels, in order.
-    """
-
-    train: ImageSet
-    held_out: ImageSet
-    test: ImageSet
-    counts: list[int]
-    train_indices: Indices
-    held_out_indices: Indices
-    fingerprint: str
 
 
 def load_dataset(
@@ -230,70 +147,6 @@ def _read(name: str, place: Path, image_size: int | None, skip_bad: bool) -> Sou
     if name in lists.READERS:
         return lists.READERS[name](place, image_size, skip_bad)
     return read_beton_folder(place) if name == "beton" else download.read(name, place)
-
-
-UNEVEN = 1.05
-"""Own sizes of classes that differ by more than this factor are no accident."""
-AS_IS = "--imbalance-profile as-is"
-
-
-def make_splits(
-    dataset: Dataset,
-    *,
-    imbalance: float,
-    profile: str = "exp",
-    largest: int | None = None,
-    held_out: float = 0.05,
-    seed: int = 0,
-) -> Splits:
-    """Draw the long-tailed training set and its held-out part; the test set stays as it is.
-
-    profile: of longtail_counts, or "as-is" for a set that is long-tailed already: all its images,
-    whatever the imbalance. largest: images of class 0 before holding out; by default the size of
-    the smallest class, the official N / C of a balanced set. Raises DataError.
-    """
-    labels = dataset.train.labels
-    if dataset.num_classes < 2:
-        raise DataError(
-            f"{dataset.name}: one class, {dataset.class_names[0]}, is nothing to tell apart; "
-            "--data of images in folders names the folder that holds one of each class"
-        )
-    if profile == "as-is":
-        if largest is not None:
-            raise DataError("--largest: a set that is taken as-is has every image; leave it out")
-        subset = np.arange(len(labels), dtype=np.int64)
-    else:
-        own = np.bincount(labels, minlength=dataset.num_classes)
-        try:
-            most = _smallest_class(labels, imbalance) if largest is None else largest
-            drawn = longtail_counts(most, dataset.num_classes, imbalance, profile)
-            subset = longtail_indices(labels, drawn, seed)
-        except DataError as error:
-            if own.max() <= UNEVEN * own.min() or AS_IS in str(error):
-                raise
-            raise DataError(
-                f"{error}; its classes have {own.max():,} to {own.min():,} images themselves: "
-                f"{AS_IS} takes them so"
-            ) from None
-    kept, apart = held_out_split(labels[subset], held_out, seed)
-    train, held = subset[kept], subset[apart]
-    digest = hashlib.sha256()
-    for values in (np.array([len(train)]), train, labels[train], held, labels[held]):
-        digest.update(values.astype("<i8").tobytes())
-    counts = np.bincount(labels[train], minlength=dataset.num_classes).tolist()
-    parts = (dataset.train.take(train), dataset.train.take(held), dataset.test)
-    return Splits(*parts, counts, train, held, digest.hexdigest())
-
-
-def _smallest_class(labels: Indices, imbalance: float) -> int:
-    sizes = np.bincount(labels)
-    if imbalance < 1 and sizes.min() <= imbalance * sizes.max():
-        found = f"long-tailed already, {sizes.max()} to {sizes.min()} images a class"
-        raise DataError(
-            f"--imbalance {imbalance:g}: the training set is {found}; take it as it is "
-            f"({AS_IS} in training, no --imbalance in convert), or give --largest"
-        )
-    return int(sizes.min())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
