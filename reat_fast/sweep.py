@@ -14,7 +14,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,15 +22,16 @@ from typing import Annotated, Any
 import tyro
 
 from reat_fast.cli.command import parse_flags, refuse_below, run_command
-from reat_fast.cli.terminal import one_line
 from reat_fast.engine.precision import Precision
 from reat_fast.engine.stopping import exit_code
 from reat_fast.evaluation.attacks import AUTOATTACKS, Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import sweep_table
+from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.storage.whole_files import refuse_unwritable, write_text
+from reat_fast.training.run_folder import FolderLock
 from reat_fast.training.sweep_lines import read_lines
-from reat_fast.training.sweep_programs import Programs
+from reat_fast.training.sweep_programs import Programs, what_ended
 from reat_fast.training.sweep_runs import (
     SweepRun,
     make_runs,
@@ -50,6 +51,7 @@ def run_all(
     Errors: KeyboardInterrupt where the user stopped a run.
     """
     codes: dict[str, int] = {}
+    logged: dict[str, int] = {}
     by_name = {run.folder.name: run for run in runs}
     stages = {name: _stages(run, attacks) for name, run in by_name.items()}
     heads = {name: f"[{n}/{len(runs)}] {name}" for n, name in enumerate(by_name, start=1)}
@@ -67,8 +69,9 @@ def run_all(
                 module, arguments = stages[name].send(code)
             except StopIteration as end:
                 codes[name] = end.value
-                _tell_end(heads[name], end.value, log, nothing_ran=code is None)
+                _tell_end(heads[name], end.value, log, logged.get(name))
                 continue
+            logged[name] = log.stat().st_size if log is not None and log.exists() else 0
             told = "" if log is None else f" >> {shlex.quote(str(log))}"
             print(f"{heads[name]}: python -m {module} {shlex.join(arguments)}{told}", flush=True)
             on_any_gpu = by_name[name].line.config.device in ("auto", "cuda")
@@ -76,13 +79,15 @@ def run_all(
     return {name: codes[name] for name in by_name}  # in their order, whichever ended first
 
 
-def _tell_end(head: str, code: int, log: Path | None, nothing_ran: bool) -> None:
-    """Say how a run ended, where its own program has not said it on the terminal."""
-    if nothing_ran or (log is not None and code == 0):
+def _tell_end(head: str, code: int, log: Path | None, logged: int | None) -> None:
+    """Say how a run ended, where its own program has not said it on the terminal.
+
+    logged: bytes that the log had before the last of its programs, None where none had to run.
+    """
+    if logged is None or (log is not None and code == 0):
         print(f"{head}: finished", flush=True)
     elif log is not None:
-        last = log.read_text("utf-8", "replace").rstrip().rpartition("\n")[2]
-        print(f"{head}: exit code {code}: {one_line(last)}", file=sys.stderr, flush=True)
+        print(f"{head}: exit code {code}: {what_ended(log, logged)}", file=sys.stderr, flush=True)
 
 
 def _stages(run: SweepRun, attacks: Sequence[str]) -> Stages:
@@ -180,14 +185,39 @@ def main(arguments: list[str]) -> int:
         for run in runs:
             print(f"{run.state:8}  python -m reat_fast.train {shlex.join(run.arguments)}")
         return 0
-    refuse_unwritable(out / "summary.md")
+    lock = _hold(out)
     try:
+        refuse_unwritable(out / "summary.md")
         codes = run_all(runs, out, options.all_attacks, options.jobs)
+        return _sum_up(runs, out, options.all_attacks, codes)
     except KeyboardInterrupt as interrupt:
         command = shlex.join(["python", "-m", "reat_fast.sweep", *arguments])
         print(f"stopped; go on with: {command}", file=sys.stderr)
         return exit_code(interrupt)
-    table = write_tables(runs, out, options.all_attacks)
+    finally:
+        lock.release()
+
+
+def _hold(out: Path) -> FolderLock:
+    """Make the folder of a sweep and take it for this one alone: its tables and logs are there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return FolderLock(out)
+    except CheckpointError:
+        raise ValueError(
+            f"--out {out}: another sweep is at work there; wait for it, or name another folder"
+        ) from None
+    except OSError as error:
+        raise OSError(
+            f"--out {out}: cannot be made ({error.strerror}); name another folder"
+        ) from error
+
+
+def _sum_up(
+    runs: Sequence[SweepRun], out: Path, attacks: Sequence[str], codes: Mapping[str, int]
+) -> int:
+    """Print the table, and which runs failed; returns the exit code of the sweep."""
+    table = write_tables(runs, out, attacks)
     print(f"\n{table}\n\n{out / 'summary.md'} and summary.csv written")
     failed = [f"{name} (exit code {code})" for name, code in codes.items() if code]
     if failed:

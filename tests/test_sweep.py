@@ -164,6 +164,34 @@ def test_failed_runs_are_named_in_the_order_of_the_file_whichever_ended_first(
     ]
 
 
+def test_a_second_sweep_on_one_folder_is_refused_while_the_first_goes_on(
+    presets: Path,
+    tmp_path: Path,
+    trainer: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = (presets, "--out", tmp_path / "out")
+    second: list[int] = []
+
+    def train(program: Sequence[str]) -> int:
+        capsys.readouterr()
+        second.extend((command(*arguments), command(*arguments, "--dry-run")))
+        shown = capsys.readouterr()
+        assert shown.err == (
+            f"error: --out {tmp_path / 'out'}: another sweep is at work there; wait for it, or "
+            "name another folder\n"
+        )
+        assert len(shown.out.splitlines()) == 2  # of the dry run, which changes nothing
+        return trainer(program)
+
+    run_with(train, monkeypatch)
+    assert command(*arguments) == 0 and second == [2, 0] * 2
+    assert trainer.names == ["reat-seed0", "short-seed0"]
+    assert not list((tmp_path / "out").glob("*.lock"))
+    assert command(*arguments) == 0  # it has let go
+
+
 @pytest.mark.parametrize("code", [130, 143])  # as SIGINT and SIGTERM end a run
 def test_the_same_command_goes_on_where_a_sweep_was_stopped(
     code: int,

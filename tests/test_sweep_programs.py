@@ -15,7 +15,7 @@ import torch
 
 from reat_fast.engine.stopping import exit_code
 from reat_fast.training import sweep_programs
-from reat_fast.training.sweep_programs import Programs, share_of
+from reat_fast.training.sweep_programs import Programs, share_of, what_ended
 
 
 def python(code: str) -> list[str]:
@@ -145,6 +145,26 @@ def test_an_error_leaves_no_program_behind(tmp_path: Path) -> None:
         raise ValueError("damaged")
     assert (tmp_path / "one-saved").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("epoch 1/2\nerror: no space\na warning of a library\n", "error: no space"),
+        ("error: first\nerror: last\n", "error: last"),
+        ("epoch 1/2\nValueError: of Python\n", "ValueError: of Python"),
+        ("", "one.log holds nothing of it"),
+    ],
+)
+def test_what_ended_a_program_is_read_from_its_own_lines(
+    written: str, told: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "one.log"
+    log.write_text("error: of the program before\n")
+    before = log.stat().st_size
+    with log.open("a") as file:
+        file.write(written)
+    assert what_ended(log, before).endswith(told)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from reat_fast.cli.terminal import one_line
 from reat_fast.engine.stopping import Interrupted, ending_signals
 from reat_fast.env import cpu_cores
 
@@ -118,6 +119,18 @@ def begin(
         return subprocess.Popen(command, **settings)
     with log.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **settings)
+
+
+def what_ended(log: Path, logged: int) -> str:
+    """Return the line by which a program tells what ended it: its last error, else its last line.
+
+    logged: bytes that its log had before it began, which are of others.
+    """
+    with log.open("rb") as file:
+        file.seek(logged)
+        lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    return one_line((errors or lines or [f"{log} holds nothing of it"])[-1])
 
 
 def share_of(slot: int, jobs: int, gpu: bool, environment: Mapping[str, str]) -> dict[str, str]:
