@@ -38,8 +38,9 @@ from reat_fast.training.sweep_runs import (
     refuse_autoattack_on_few_classes,
 )
 
-Stages = Generator[tuple[str, list[str]], Any, int]
-"""The commands of a run, module and arguments; is sent their exit codes, returns the run's."""
+Stages = Generator[tuple[str, list[str]], Any, tuple[int, str]]
+"""The commands of a run, module and arguments; is sent their exit codes, returns the run's and why,
+where no program has said it."""
 
 
 def run_all(
@@ -68,8 +69,8 @@ def run_all(
             try:
                 module, arguments = stages[name].send(code)
             except StopIteration as end:
-                codes[name] = end.value
-                _tell_end(heads[name], end.value, log, logged.get(name))
+                codes[name], why = end.value
+                _tell_end(heads[name], codes[name], why, log, logged.get(name))
                 continue
             logged[name] = log.stat().st_size if log is not None and log.exists() else 0
             told = "" if log is None else f" >> {shlex.quote(str(log))}"
@@ -79,12 +80,14 @@ def run_all(
     return {name: codes[name] for name in by_name}  # in their order, whichever ended first
 
 
-def _tell_end(head: str, code: int, log: Path | None, logged: int | None) -> None:
+def _tell_end(head: str, code: int, why: str, log: Path | None, logged: int | None) -> None:
     """Say how a run ended, where its own program has not said it on the terminal.
 
     logged: bytes that the log had before the last of its programs, None where none had to run.
     """
-    if logged is None or (log is not None and code == 0):
+    if why:
+        print(f"{head}: {why}", file=sys.stderr, flush=True)
+    elif logged is None or (log is not None and code == 0):
         print(f"{head}: finished", flush=True)
     elif log is not None:
         print(f"{head}: exit code {code}: {what_ended(log, logged)}", file=sys.stderr, flush=True)
@@ -94,19 +97,22 @@ def _stages(run: SweepRun, attacks: Sequence[str]) -> Stages:
     """Train a run to its end and add the attacks that its figures lack."""
     code = 0
     if run.state != "finished":
+        if run.is_held:
+            return 2, (
+                f"{run.folder} is still being trained by another process; "
+                "wait for it and start the sweep again"
+            )
         code = yield "reat_fast.train", run.arguments
         code = 1 if code == 0 and run.state != "finished" else code
     if run.state == "finished" and (missing := run.missing(attacks)):
         code = yield "reat_fast.evaluate", run.evaluation(missing)
         still = run.missing(missing)
         if code == 0 and still:
-            print(
-                f"{run.folder.name}: {run.figures} still lacks {' '.join(still)}, for it was "
-                "measured under other conditions; move it away and start the sweep again",
-                file=sys.stderr,
+            return 1, (
+                f"{run.figures} still lacks {' '.join(still)}, for it was measured under other "
+                "conditions; move it away and start the sweep again"
             )
-            return 1
-    return code
+    return code, ""
 
 
 def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> str:

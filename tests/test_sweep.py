@@ -24,7 +24,7 @@ from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.sources import download
 from reat_fast.storage.config_file import from_json, to_json
 from reat_fast.training import sweep_programs, sweep_runs
-from reat_fast.training.run_folder import epochs_done
+from reat_fast.training.run_folder import FolderLock, epochs_done
 from reat_fast.training.sweep_lines import read_lines
 from reat_fast.training.sweep_runs import make_runs
 
@@ -190,6 +190,32 @@ def test_a_second_sweep_on_one_folder_is_refused_while_the_first_goes_on(
     assert trainer.names == ["reat-seed0", "short-seed0"]
     assert not list((tmp_path / "out").glob("*.lock"))
     assert command(*arguments) == 0  # it has let go
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_another_process_trains_is_left_to_it_and_named(
+    jobs: int,
+    presets: Path,
+    tmp_path: Path,
+    trainer: Trainer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    trainer.codes = {"reat-seed0": 143}
+    assert command(presets, "--out", out) == 143
+    (out / "reat-seed0.log").write_text("epoch 20/40  loss 1.2\n")
+    capsys.readouterr()
+    trainer.commands.clear()
+    held = FolderLock(out / "reat-seed0")
+    assert command(presets, "--out", out, "--jobs", jobs) == 1
+    assert trainer.names == ["short-seed0"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"[1/2] reat-seed0: {out / 'reat-seed0'} is still being trained by another process; wait "
+        "for it and start the sweep again",
+        "1 of 2 runs failed: reat-seed0 (exit code 2)",
+    ]
+    held.release()
+    assert command(presets, "--out", out, "--jobs", jobs) == 0
 
 
 @pytest.mark.parametrize("code", [130, 143])  # as SIGINT and SIGTERM end a run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from reat_fast.engine.stopping import exit_code
-from reat_fast.training import sweep_programs
+from reat_fast.training import sweep_launch, sweep_programs
 from reat_fast.training.sweep_programs import Programs, share_of, what_ended
 
 
@@ -35,6 +36,14 @@ while not (folder / "{name}-told").exists(): time.sleep(0.01)
 time.sleep(0.2)
 (folder / "{name}-saved").touch()
 """)
+
+
+def await_file(file: Path) -> None:
+    """Wait until a program has made a file, but not for ever."""
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.01)
 
 
 def test_a_program_gives_its_exit_code_and_shows_what_it_prints(
@@ -145,6 +154,33 @@ def test_an_error_leaves_no_program_behind(tmp_path: Path) -> None:
         raise ValueError("damaged")
     assert (tmp_path / "one-saved").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels tell no child")
+def test_a_program_is_told_to_stop_and_may_save_when_its_sweep_was_killed(tmp_path: Path) -> None:
+    sweep = f"""
+from pathlib import Path
+from reat_fast.training.sweep_programs import Programs
+with Programs() as programs:
+    programs.start("one", {told_to_stop("one", tmp_path)!r}, Path({str(tmp_path / "one.log")!r}))
+    programs.wait()
+"""
+    paths = os.pathsep.join([str(Path(sweep_programs.__file__).parents[2]), *sys.path])
+    with subprocess.Popen(python(sweep), env={**os.environ, "PYTHONPATH": paths}) as process:
+        await_file(tmp_path / "one-begun")
+        process.kill()
+    await_file(tmp_path / "one-saved")
+    # Linux may tell it again with the next thread of the sweep that ends: see sweep_launch.
+    assert set((tmp_path / "one-told").read_text().split()) == {str(int(signal.SIGTERM))}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels tell no child")
+def test_a_program_whose_sweep_is_gone_before_it_begins_does_not_begin(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    program = python(f"import pathlib; pathlib.Path({str(begun)!r}).touch()")
+    module = [sys.executable, "-m", sweep_launch.__name__]
+    assert subprocess.run([*module, "1", *program]).returncode == 143 and not begun.exists()
+    assert subprocess.run([*module, str(os.getpid()), *program]).returncode == 0 and begun.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Programs that run beside each other, each on its share of the machine, and are stopped together.
 
 Each stands in a session of its own, and what would end this process is passed on to all of them
-once: they end between two steps, with everything saved.
+once: they end between two steps, with everything saved. On Linux so they do when it is killed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,7 +114,10 @@ class Programs:
 def begin(
     command: Sequence[str], log: Path | None, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own."""
+    """Start a program in a session of its own; on Linux it ends with the thread that calls this."""
+    if sys.platform == "linux":
+        launch = [sys.executable, "-m", "reat_fast.training.sweep_launch"]
+        command = [*launch, str(os.getpid()), *command]
     settings: dict[str, Any] = {"env": dict(environment), "start_new_session": True}
     if log is None:
         return subprocess.Popen(command, **settings)

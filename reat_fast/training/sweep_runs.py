@@ -19,7 +19,8 @@ from reat_fast.evaluation.guards import refuse_few_classes
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights, refuse_other_types
 from reat_fast.storage.config_file import changes, from_json
 from reat_fast.storage.json_object import read_object
-from reat_fast.training.run_folder import epochs_done, never_began, train_counts
+from reat_fast.storage.weights_file import CheckpointError
+from reat_fast.training.run_folder import FolderLock, epochs_done, never_began, train_counts
 from reat_fast.training.sweep_lines import Line
 from reat_fast.training.trained_on import was_trained_on
 
@@ -81,6 +82,17 @@ class SweepRun:
         evaluation = _read(self.folder / EVALUATION)
         eps = evaluation.get("eps", self.line.config.eps)
         return math.isclose(evaluation.get("step_size", LINF_STEP * eps), LINF_STEP * eps)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a living process trains in the folder, such as one by hand."""
+        try:
+            FolderLock(self.folder).release()
+        except FileNotFoundError:
+            return False
+        except CheckpointError:
+            return True
+        return False
 
     @property
     def is_measured(self) -> bool:
