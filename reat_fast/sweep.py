@@ -117,18 +117,21 @@ def _stages(run: SweepRun, attacks: Sequence[str]) -> Stages:
 
 def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> str:
     """Write summary.md and summary.csv of what is finished; return the table in Markdown."""
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[SweepRun]] = {}
     for run in runs:
-        files = groups.setdefault(run.line.name, [])
-        if run.is_measured:
-            files.append(run.figures)
-    planned = len(runs) // len(groups)
-    rows = [sweep_table.summarise(name, files, planned, attacks) for name, files in groups.items()]
-    commands = {run.line.name: shlex.join(run.line.words) for run in runs}
+        groups.setdefault(run.line.name, []).append(run)
+    rows = [
+        sweep_table.summarise(
+            sweep_table.Planned(name, tuple(run.seed for run in group), group[0].words),
+            [run.figures for run in group if run.is_measured],
+            attacks,
+        )
+        for name, group in groups.items()
+    ]
     table = sweep_table.markdown(rows)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "summary.md", sweep_table.document(table, commands))
-    write_text(out / "summary.csv", sweep_table.comma_separated(rows, commands))
+    write_text(out / "summary.md", sweep_table.document(rows))
+    write_text(out / "summary.csv", sweep_table.comma_separated(rows))
     return table
 
 

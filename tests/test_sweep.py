@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
 import threading
 import time
@@ -110,11 +111,13 @@ def test_every_line_runs_with_every_seed_and_is_summed_up(
         *("short", "3 of 3", "made", "24", "8/255"),
         *("71.00 ± 1.00", "35.50 ± 0.50", "32.00 ± 2.00", "16.00 ± 1.00", "30 ± 0"),
     ]
-    assert "short: python -m reat_fast.train reat --epochs 2 --lr 0.2" in summary
+    train = "python -m reat_fast.train reat --epochs 2 --lr 0.2 --seed 0"
+    assert f"    # short, seeds 0 1 2\n    {train}\n" in summary
     assert summary.splitlines()[3] in capsys.readouterr().out
     with (out / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["reat", "short"]
+    assert (rows[1]["command"], rows[1]["seeds"], rows[1]["planned"]) == (train, "0 1 2", "3")
     assert float(rows[0]["pgd20_tail_mean"]) == 16 and float(rows[0]["pgd20_tail_std"]) == 1
     assert float(rows[0]["seconds_mean"]) == 30.5
     assert (rows[0]["device"], rows[0]["torch"]) == ("Made CPU 2 cores", "2.8; 2.9")
@@ -385,6 +388,24 @@ def test_the_data_of_all_lines_may_be_named_once(
     assert command(presets, "--out", out, "--data", data) == 0  # where it lies changes no run
     named = [words[words.index("--data") + 1] for words in trainer.commands]
     assert named == [str(data)] * 3 and trainer.commands[2][0] == "--resume"
+    summary = (out / "summary.md").read_text()
+    assert f"    python -m reat_fast.train reat --seed 0 --data {data}\n" in summary
+    assert command(presets, "--out", out) == 0  # finished runs need none, their commands do
+    assert (out / "summary.md").read_text() == summary
+
+
+def test_the_command_of_a_row_is_quoted_for_a_shell(
+    presets: Path, tmp_path: Path, trainer: Trainer
+) -> None:
+    out, data = tmp_path / "out", tmp_path / "my data's.npz"
+    data.touch()
+    assert command(presets, "--out", out, "--data", data, "--seeds", 3, 1) == 0
+    with (out / "summary.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    words = ["python", "-m", "reat_fast.train", "reat", "--seed", "3", "--data", str(data)]
+    assert shlex.split(row["command"]) == words and row["seeds"] == "3 1"
+    pasted = (out / "summary.md").read_text().split("    # reat, seeds 3 1\n")[1].splitlines()[0]
+    assert pasted == f"    {row['command']}"
 
 
 def test_runs_of_other_images_are_not_taken_for_those_of_the_data_named(
@@ -398,6 +419,7 @@ def test_runs_of_other_images_are_not_taken_for_those_of_the_data_named(
     file.write_text(f"small: reat {SMALL}\n")
     assert command(file, "--out", out, "--data", data) == 0
     summary = (out / "summary.md").read_text()
+    assert f"--seed 0 --data {data}\n" in summary
     moved = data.rename(tmp_path / "moved.npz")
     few = made_npz(tmp_path / "few.npz", train=2)
     capsys.readouterr()
@@ -411,7 +433,8 @@ def test_runs_of_other_images_are_not_taken_for_those_of_the_data_named(
         assert not (out / "small-seed1").exists()
     assert command(file, "--out", out, "--data", moved) == 0
     assert "small-seed0: finished" in capsys.readouterr().out
-    assert (out / "summary.md").read_text() == summary
+    # The command names the data that the runs were given last, for where it was there is none.
+    assert (out / "summary.md").read_text() == summary.replace(str(data), str(moved))
     other.rename(data)  # written anew under the path that the run has
     assert command(file, "--out", out, "--data", data) == 2
     assert "its training images are not those" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reat_fast.reporting.sweep_table import comma_separated, markdown, summarise
+from reat_fast.reporting.sweep_table import Planned, comma_separated, markdown, summarise
 
 
 def write_runs(folder: Path, tails: list[float]) -> list[Path]:
@@ -38,8 +38,9 @@ def write_runs(folder: Path, tails: list[float]) -> list[Path]:
 def test_zeros_count_and_two_seeds_have_a_deviation(
     tmp_path: Path, tails: list[float], shown: str | None, mean: float, deviation: float | None
 ) -> None:
-    row = summarise("line", write_runs(tmp_path, tails), 5, ["pgd20"])
-    (told,) = csv.DictReader(io.StringIO(comma_separated([row], {"line": "reat"})))
+    planned = Planned("line", (0, 1, 2, 3, 4), ["reat", "--seed", "0"])
+    row = summarise(planned, write_runs(tmp_path, tails), ["pgd20"])
+    (told,) = csv.DictReader(io.StringIO(comma_separated([row])))
     assert (told["finished"], told["planned"], told["device"]) == (str(len(tails)), "5", "GPU")
     assert float(told["pgd20_tail_mean"]) == mean
     found = told["pgd20_tail_std"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,29 @@ ORIGINS = ("device", "torch", "commit")
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A line of a sweep: its seeds, and the words of the training with the first of them."""
+
+    name: str
+    seeds: tuple[int, ...]
+    words: Sequence[str]
+
+    @property
+    def command(self) -> str:
+        """The whole command with the first seed, as a shell takes it."""
+        return shlex.join(["python", "-m", "reat_fast.train", *self.words])
+
+    @property
+    def seeds_text(self) -> str:
+        """All seeds, parted by spaces."""
+        return " ".join(map(str, self.seeds))
+
+
+@dataclass(frozen=True)
 class SummaryRow:
     """The finished runs of one line: their conditions and, by column, a value for each."""
 
-    name: str
-    planned: int
+    planned: Planned
     attacks: tuple[str, ...]
     conditions: dict[str, Any]
     values: dict[str, list[float]]
@@ -41,7 +60,7 @@ class SummaryRow:
         return len(self.values["seconds"])
 
 
-def summarise(name: str, files: Sequence[Path], planned: int, attacks: Sequence[str]) -> SummaryRow:
+def summarise(planned: Planned, files: Sequence[Path], attacks: Sequence[str]) -> SummaryRow:
     """Gather the figures of a line's runs from an evaluation of each and the timing.csv beside it.
 
     files: of the runs that are finished, of the planned ones. attacks: names in the evaluations;
@@ -74,7 +93,7 @@ def summarise(name: str, files: Sequence[Path], planned: int, attacks: Sequence[
                 "evaluate it again"
             )
         conditions = found
-    return SummaryRow(name, planned, tuple(attacks), conditions, values, origins)
+    return SummaryRow(planned, tuple(attacks), conditions, values, origins)
 
 
 def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -114,8 +133,8 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
             radius += f"; {threat_text(row.conditions, 'l2')}"
         cells.append(
             [
-                row.name,
-                f"{row.finished} of {row.planned}",
+                row.planned.name,
+                f"{row.finished} of {len(row.planned.seeds)}",
                 markdown_text(str(row.conditions.get("dataset", "–"))),
                 str(row.conditions.get("samples", "–")),
                 radius,
@@ -137,25 +156,33 @@ def _cell(row: SummaryRow, column: str) -> str:
     return mean_text(values) + (f" (n = {len(values)})" if missing else "")
 
 
-def document(table: str, commands: Mapping[str, str]) -> str:
-    """Write summary.md: the table, what its figures are, and the flags behind each name."""
+def document(rows: Sequence[SummaryRow]) -> str:
+    """Write summary.md: the table, what its figures are, and the command behind each row."""
+    planned = [row.planned for row in rows]
+    first = ", with the first of its seeds" * any(len(one.seeds) > 1 for one in planned)
     listed = "\n".join(
-        f"    {name}: python -m reat_fast.train {command}" for name, command in commands.items()
+        f"    # {one.name}, seed{'s' * (len(one.seeds) > 1)} {one.seeds_text}\n    {one.command}"
+        for one in planned
     )
     return (
-        f"{table}\n\nAccuracies in percent on the test set, mean ± sample standard deviation over "
-        f"the seeds; seconds of all epochs.\n\n{listed}\n"
+        f"{markdown(rows)}\n\nAccuracies in percent on the test set, mean ± sample standard "
+        "deviation over the seeds; seconds of all epochs.\n\n"
+        f"The command of each row{first}:\n\n{listed}\n"
     )
 
 
-def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> str:
-    """Write summary.csv: means and sample standard deviations, empty where there are none."""
+def comma_separated(rows: Sequence[SummaryRow]) -> str:
+    """Write summary.csv: means and sample standard deviations, empty where there are none.
+
+    seeds: those of the line, as many as are planned; command: that of the first of them.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [*_columns(rows[0].attacks), "seconds"]
     names = [column.lower().replace("-", "").replace(" ", "_") for column in columns]
     figures = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
-    writer.writerow(["run", "command", "finished", "planned", *PROTOCOL, *figures, *ORIGINS])
+    runs = ["run", "command", "seeds", "finished", "planned"]
+    writer.writerow([*runs, *PROTOCOL, *figures, *ORIGINS])
     for row in rows:
         figure: list[float | str] = []
         for column in columns:
@@ -163,8 +190,8 @@ def comma_separated(rows: Sequence[SummaryRow], commands: Mapping[str, str]) -> 
             figure.append(statistics.fmean(values) if values else "")
             figure.append(statistics.stdev(values) if len(values) > 1 else "")
         conditions = [row.conditions.get(condition, "") for condition in PROTOCOL]
-        command = f"python -m reat_fast.train {commands[row.name]}"
         origins = ["; ".join(sorted(row.origins[name])) for name in ORIGINS]
-        runs = [row.name, command, row.finished, row.planned]
-        writer.writerow([*runs, *conditions, *figure, *origins])
+        line, seeds = row.planned, len(row.planned.seeds)
+        told = [line.name, line.command, line.seeds_text, row.finished, seeds]
+        writer.writerow([*told, *conditions, *figure, *origins])
     return text.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -103,15 +104,24 @@ class SweepRun:
         return bool(evaluation) and of_these_weights(evaluation, self.folder)
 
     @property
+    def words(self) -> list[str]:
+        """What follows `python -m reat_fast.train` to make such a run in any folder.
+
+        Data that neither sweep nor line names is where the run, if begun, had it.
+        """
+        place = self.data
+        if place is None and self.line.config.data is None:
+            with contextlib.suppress(OSError, ValueError):
+                place = from_json((self.folder / "config.json").read_text("utf-8")).data
+        data = [] if place is None else ["--data", str(place)]
+        return [*self.line.words, "--seed", str(self.seed), *data]
+
+    @property
     def arguments(self) -> list[str]:
         """What follows `python -m reat_fast.train` to begin the run or to go on with it."""
-        preset, *flags = self.line.words
-        own = ["--seed", str(self.seed)]
-        if self.data is not None:
-            own += ["--data", str(self.data)]
         if self.state == "begun":
-            return ["--resume", str(self.folder), *flags, *own]
-        return [preset, *flags, *own, "--run-dir", str(self.folder)]
+            return ["--resume", str(self.folder), *self.words[1:]]
+        return [*self.words, "--run-dir", str(self.folder)]
 
     def missing(self, attacks: Sequence[str]) -> list[str]:
         """Return those of these attacks that the evaluation of a finished run leaves out.
