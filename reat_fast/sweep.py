@@ -42,6 +42,9 @@ Stages = Generator[tuple[str, list[str]], Any, tuple[int, str]]
 """The commands of a run, module and arguments; is sent their exit codes, returns the run's and why,
 where no program has said it."""
 
+HELD = "is still being trained by another process"
+"""What a sweep says of a folder that it leaves to whoever trains in it."""
+
 
 def run_all(
     runs: Sequence[SweepRun], out: Path, attacks: Sequence[str], jobs: int = 1
@@ -98,10 +101,7 @@ def _stages(run: SweepRun, attacks: Sequence[str]) -> Stages:
     code = 0
     if run.state != "finished":
         if run.is_held:
-            return 2, (
-                f"{run.folder} is still being trained by another process; "
-                "wait for it and start the sweep again"
-            )
+            return 2, f"{run.folder} {HELD}; wait for it and start the sweep again"
         code = yield "reat_fast.train", run.arguments
         code = 1 if code == 0 and run.state != "finished" else code
     if run.state == "finished" and (missing := run.missing(attacks)):
@@ -113,6 +113,25 @@ def _stages(run: SweepRun, attacks: Sequence[str]) -> Stages:
                 "conditions; move it away and start the sweep again"
             )
     return code, ""
+
+
+def list_all(runs: Sequence[SweepRun], attacks: Sequence[str]) -> None:
+    """Print where each run stands, and what run_all would do with it.
+
+    How a run that is not finished will have been tested is left out of the command that adds
+    attacks: evaluate takes the same from the run.
+    """
+    for run in runs:
+        state, missing = run.state, run.missing(attacks)
+        if state == "finished":
+            print(f"{state}  {run.folder} is kept")
+        elif run.is_held:
+            print(f"held      {run.folder} {HELD}")
+            continue
+        else:
+            print(f"{state:8}  python -m reat_fast.train {shlex.join(run.arguments)}")
+        if missing:
+            print(f"{'':8}  python -m reat_fast.evaluate {shlex.join(run.evaluation(missing))}")
 
 
 def write_tables(runs: Sequence[SweepRun], out: Path, attacks: Sequence[str]) -> str:
@@ -191,8 +210,7 @@ def main(arguments: list[str]) -> int:
     if set(AUTOATTACKS) & set(options.attacks):
         refuse_autoattack_on_few_classes(runs)
     if options.dry_run:
-        for run in runs:
-            print(f"{run.state:8}  python -m reat_fast.train {shlex.join(run.arguments)}")
+        list_all(runs, options.all_attacks)
         return 0
     lock = _hold(out)
     try:

@@ -371,9 +371,59 @@ def test_a_dry_run_lists_and_writes_nothing(
     (out / "reat-seed0" / "config.json").write_text(to_json(PRESETS["reat"]))
     assert command(presets, "--out", out, "--dry-run") == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("finished  python -m reat_fast.train reat --seed 0")
+    assert first == f"finished  {out / 'reat-seed0'} is kept"
     assert second.startswith("new       python -m reat_fast.train reat --epochs 2 --lr 0.2 --seed")
     assert trainer.commands == [] and not (out / "summary.md").exists()
+
+
+def test_a_dry_run_lists_the_commands_of_the_same_call(
+    presets: Path,
+    tmp_path: Path,
+    trainer: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def train_or_evaluate(program: Sequence[str]) -> int:
+        if program[2] == "reat_fast.train":
+            return trainer(program)
+        file = Path(program[3]) / "evaluation.json"
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps(told | {"attacks": told["attacks"] | {"fgsm": {}}}))
+        return 0
+
+    run_with(train_or_evaluate, monkeypatch)
+    out = tmp_path / "out"
+    trainer.codes = {"short-seed0": 143}
+    assert command(presets, "--out", out) == 143
+    capsys.readouterr()
+    arguments = (presets, "--out", out, "--seeds", 0, 1, "--attacks", "fgsm")
+    assert command(*arguments, "--dry-run") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[::2]] == ["finished", "new", "begun", "new"]
+    assert listed.pop(0) == f"finished  {out / 'reat-seed0'} is kept"
+    assert command(*arguments) == 0
+    shown = capsys.readouterr().out.splitlines()
+    ran = [line.partition(": ")[2] for line in shown if ": python -m " in line]
+    assert ran[0] == listed[0].strip()
+    for line, one in zip(listed, ran, strict=True):  # then follow conditions of a run's own test
+        assert one.startswith(line[10:])
+    assert command(*arguments, "--dry-run") == 0
+    assert capsys.readouterr().out.count(" is kept\n") == 4
+
+
+def test_a_dry_run_names_a_run_that_another_process_trains(
+    presets: Path, tmp_path: Path, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    trainer.codes = {"reat-seed0": 143}
+    assert command(presets, "--out", out) == 143
+    capsys.readouterr()
+    held = FolderLock(out / "reat-seed0")
+    assert command(presets, "--out", out, "--attacks", "fgsm", "--dry-run") == 0
+    held.release()
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"held      {out / 'reat-seed0'} is still being trained by another process"
+    assert [line.split()[0] for line in others] == ["new", "python"]
 
 
 def test_the_data_of_all_lines_may_be_named_once(

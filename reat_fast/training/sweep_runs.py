@@ -134,9 +134,10 @@ class SweepRun:
         return [attack for attack in attacks if attack not in there]
 
     def evaluation(self, attacks: Sequence[str]) -> list[str]:
-        """Return what follows `python -m reat_fast.evaluate` to add attacks to a finished run.
+        """Return what follows `python -m reat_fast.evaluate` to add attacks to a run at its end.
 
-        Whatever is not asked for is as in the figures that are there, so that these stay.
+        Whatever is not asked for is as in the figures that are there, so that these stay; those of
+        a run that is not finished will not.
         """
         config, subset = self.line.config, self.subset
         if subset is None and config.limit_batches is not None:
@@ -145,7 +146,9 @@ class SweepRun:
         flags += ["--quiet"] * config.quiet
         if subset is not None:
             flags += ["--subset", str(subset)]
-        there = _read(self.figures) or _read(self.folder / EVALUATION)
+        there = {}
+        if self.state == "finished":
+            there = _read(self.figures) or _read(self.folder / EVALUATION)
         precision = self.precision or there.get("precision")
         if precision is not None:
             flags += ["--precision", precision]
