@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from reat_fast.reporting.sweep_table import Planned, comma_separated, markdown, summarise
+from reat_fast.reporting.sweep_table import (
+    Planned,
+    comma_separated,
+    document,
+    markdown,
+    summarise,
+)
 
 
 def write_runs(folder: Path, tails: list[float]) -> list[Path]:
@@ -48,3 +54,24 @@ def test_zeros_count_and_two_seeds_have_a_deviation(
     head, _, line = markdown([row]).splitlines()
     assert head.split()[-2] == "seconds" and "my\\_set" in line
     assert shown is None or f"| {shown} " in line
+
+
+@pytest.mark.parametrize(
+    ("samples", "uneven"), [([20, 10, 8], True), ([8, 8, 8], False), (None, False)]
+)
+def test_balanced_accuracy_is_shown_where_classes_differ_in_their_test_images(
+    samples: list[int] | None, uneven: bool, tmp_path: Path
+) -> None:
+    (file,) = write_runs(tmp_path, [2.0])
+    evaluation = json.loads(file.read_text())
+    evaluation["attacks"]["pgd20"]["balanced"] = 12.5
+    file.write_text(json.dumps(evaluation | {"per_class_samples": samples}))
+    row = summarise(Planned("line", (0,), ["reat"]), [file], ["pgd20"])
+    head, _, line = markdown([row]).splitlines()
+    shown = dict(zip(head.split("|"), line.split("|"), strict=True))
+    told = {title.strip(): cell.strip() for title, cell in shown.items() if "PGD" in title}
+    balanced = {"PGD-20 balanced": "12.50"} if uneven else {}
+    assert told == {"PGD-20": "30.00", **balanced, "PGD-20 tail": "2.00"}
+    assert ("counts every image alike, balanced every class" in document([row])) == uneven
+    (figures,) = csv.DictReader(io.StringIO(comma_separated([row])))
+    assert float(figures["pgd20_balanced_mean"]) == 12.5  # the columns of a file do not change

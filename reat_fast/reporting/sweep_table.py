@@ -46,9 +46,13 @@ class Planned:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """The finished runs of one line: their conditions and, by column, a value for each."""
+    """The finished runs of one line: their conditions and, by column, a value for each.
+
+    uneven: whether the classes that they were tested on differ in their images.
+    """
 
     planned: Planned
+    uneven: bool
     attacks: tuple[str, ...]
     conditions: dict[str, Any]
     values: dict[str, list[float]]
@@ -64,10 +68,11 @@ def summarise(planned: Planned, files: Sequence[Path], attacks: Sequence[str]) -
     """Gather the figures of a line's runs from an evaluation of each and the timing.csv beside it.
 
     files: of the runs that are finished, of the planned ones. attacks: names in the evaluations;
-    each has two columns in percent, overall and on the tail.
+    each has three columns in percent: overall, balanced and on the tail.
     Errors: ValueError naming a damaged file, and a run evaluated under other conditions.
     """
     conditions: dict[str, Any] = {}
+    uneven = False
     columns = _columns(attacks)
     values: dict[str, list[float]] = {column: [] for column in (*columns, "seconds")}
     origins: dict[str, set[str]] = {name: set() for name in ORIGINS}
@@ -76,6 +81,7 @@ def summarise(planned: Planned, files: Sequence[Path], attacks: Sequence[str]) -
         try:
             evaluation = read_object(file)
             found = protocol_of(evaluation)
+            uneven |= len(set(evaluation.get("per_class_samples") or ())) > 1
             for column, (attack, part) in columns.items():
                 value = evaluation["attacks"].get(attack, {}).get(part)
                 if value is not None:
@@ -93,7 +99,7 @@ def summarise(planned: Planned, files: Sequence[Path], attacks: Sequence[str]) -
                 "evaluate it again"
             )
         conditions = found
-    return SummaryRow(planned, tuple(attacks), conditions, values, origins)
+    return SummaryRow(planned, uneven, tuple(attacks), conditions, values, origins)
 
 
 def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -101,7 +107,8 @@ def _columns(attacks: Sequence[str]) -> dict[str, tuple[str, str]]:
     columns: dict[str, tuple[str, str]] = {}
     for attack in attacks:
         title = attack if attack == "clean" else attack_title(attack)
-        columns |= {title: (attack, "overall"), f"{title} tail": (attack, "tail")}
+        columns[title] = attack, "overall"
+        columns |= {f"{title} {part}": (attack, part) for part in ("balanced", "tail")}
     return columns
 
 
@@ -122,8 +129,13 @@ def _origin(file: Path, evaluation: Mapping[str, Any]) -> dict[str, str]:
 
 
 def markdown(rows: Sequence[SummaryRow]) -> str:
-    """Write the rows as a Markdown table whose columns also line up in a terminal."""
-    columns = _columns(rows[0].attacks)
+    """Write the rows as a Markdown table whose columns also line up in a terminal.
+
+    Where all classes have the same number of test images, balanced accuracy is the overall one.
+    """
+    columns = list(_columns(rows[0].attacks))
+    if not any(row.uneven for row in rows):
+        columns = [column for column in columns if not column.endswith(" balanced")]
     head = ["run", "seeds", "data set", "test images", "eps", *columns, "seconds"]
     cells = [head]
     for row in rows:
@@ -164,9 +176,14 @@ def document(rows: Sequence[SummaryRow]) -> str:
         f"    # {one.name}, seed{'s' * (len(one.seeds) > 1)} {one.seeds_text}\n    {one.command}"
         for one in planned
     )
+    uneven = any(row.uneven for row in rows)
+    balanced = (
+        " Classes differ in their test images: an attack's first column counts every image alike, "
+        "balanced every class."
+    )
     return (
         f"{markdown(rows)}\n\nAccuracies in percent on the test set, mean ± sample standard "
-        "deviation over the seeds; seconds of all epochs.\n\n"
+        f"deviation over the seeds; seconds of all epochs.{balanced * uneven}\n\n"
         f"The command of each row{first}:\n\n{listed}\n"
     )
 
