@@ -259,7 +259,9 @@ def test_what_cannot_be_copied_is_named() -> None:
 def test_a_model_without_tensors_or_of_few_bits_is_named() -> None:
     images, labels = torch.rand(4, 3, 6, 6), torch.arange(4)
     empty = nn.Sequential(nn.Flatten())
+    script = torch.jit.trace(Plain().eval(), images)  # type: ignore[no-untyped-call]
     for model, message in (
+        (script, "model: TorchScript cannot be rewritten; give the module"),
         (empty, "model: has neither parameters nor buffers"),
         (lambda x: x, "model: a function; give an nn.Module"),
         (Plain().bfloat16().eval(), "model: torch.bfloat16; give it in float32"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -13,8 +14,10 @@ Module = TypeVar("Module", bound=nn.Module)
 def copy_of(network: Module) -> Module:
     """Copy a network; tensors of a graph that it keeps, as its last features, are detached.
 
-    Errors: ValueError where it keeps them otherwise than as attributes.
+    Errors: ValueError where it keeps them otherwise than as attributes, and for TorchScript.
     """
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError("model: TorchScript cannot be rewritten; give the module it was made of")
     held = (value for module in network.modules() for value in vars(module).values())
     of_graph = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
     try:
