@@ -235,9 +235,12 @@ class Tags(HTMLParser):
     ("settings", "words"),
     [
         ({}, "with BatchNorm in eval mode these weights cannot change an adversarial example"),
-        ({"attack": "free"}, "attack was the gradient of training itself, without them"),
-        ({"attack_loss": "rbl_offsets"}, "attack used them (attack loss rbl_offsets)"),
-        ({"attack_loss": "bsl"}, "attack did without them (attack loss bsl)"),
+        ({"attack_loss": "rbl_offsets"}, "attack used them (attack loss rbl_offsets)."),
+        ({"attack_batchnorm": "train"}, "attack used them (attack loss rbl)."),
+        (
+            {"attack_loss": "rbl"},
+            "used them (attack loss rbl), which with BatchNorm in eval mode changes no",
+        ),
     ],
 )
 def test_the_page_says_what_the_weights_did(
@@ -246,6 +249,26 @@ def test_the_page_says_what_the_weights_did(
     folder = made_run(tmp_path / "run", **settings)
     assert command(folder, "--no-model") == 0
     assert words in (folder / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attack": "free"},
+        {"attack_loss": "ce"},
+        {"attack_loss": "ce", "attack_batchnorm": "train"},
+        {"attack_loss": "ce", "attack": "n-fgsm"},
+        {"attack_loss": "bsl"},
+    ],
+)
+def test_the_page_shows_no_rbl_weights_of_a_method_that_has_none(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = made_run(tmp_path / "run", **settings)
+    assert command(folder, "--no-model") == 0
+    page = (folder / "report.html").read_text("utf-8")
+    assert "What training AEs are predicted as" in page and "RBL" not in page
+    assert not (folder / "report" / "weights.png").exists()
 
 
 def test_names_are_shown_and_never_become_part_of_the_page(tmp_path: Path) -> None:

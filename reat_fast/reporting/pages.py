@@ -196,39 +196,45 @@ def _statistics_pictures(run: RunRecord) -> list[Picture]:
     fits = run.counts and run.ae_counts and len(run.ae_counts[0]) == len(run.counts)
     if not fits or run.counts is None:
         return []
-    used = resolve_attack_loss(run.config)
-    acts = (
-        "This run's attack used plain cross-entropy: with BatchNorm in eval mode these weights "
-        "cannot change an adversarial example."
-    )
-    if run.config.attack == "free":
-        acts = "This run's attack was the gradient of training itself, without them."
-    elif used.startswith("rbl"):
-        acts = f"This run's attack used them (attack loss {used})."
-    elif used != "ce":
-        acts = f"This run's attack did without them (attack loss {used})."
     arguments = (run.counts, run.ae_counts, run.class_names)
     few = len(run.counts) <= FEW
     before, after = ("Hollow", "solid") if few else ("Line", "dots")
     never = sum(n == 0 for n in run.ae_counts[-1])
-    return [
-        Picture(
-            "predictions",
-            "What training AEs are predicted as",
-            "Share of predictions over share of training images: orange, a class predicted more "
-            "rarely than its size suggests; purple, more often.",
-            f"Heat map of classes over {len(run.ae_counts)} epochs; in the last, {never} of "
-            f"{len(run.counts)} classes were never predicted.",
-            pictures.prediction_histogram(*arguments),
-        ),
-        Picture(
-            "weights",
-            "RBL weights",
-            f"{before}: from class sizes alone; {after}: after the last epoch. {acts}",
-            "RBL weight of each class before the first and after the last epoch.",
-            pictures.weight_chart(*arguments),
-        ),
-    ]
+    predictions = Picture(
+        "predictions",
+        "What training AEs are predicted as",
+        "Share of predictions over share of training images: orange, a class predicted more "
+        "rarely than its size suggests; purple, more often.",
+        f"Heat map of classes over {len(run.ae_counts)} epochs; in the last, {never} of "
+        f"{len(run.counts)} classes were never predicted.",
+        pictures.prediction_histogram(*arguments),
+    )
+    acts = _use_of_weights(run.config)
+    if not acts:
+        return [predictions]
+    weights = Picture(
+        "weights",
+        "RBL weights",
+        f"{before}: from class sizes alone; {after}: after the last epoch. {acts}",
+        "RBL weight of each class before the first and after the last epoch.",
+        pictures.weight_chart(*arguments),
+    )
+    return [predictions, weights]
+
+
+def _use_of_weights(config: Config) -> str:
+    """Say what the RBL weights do in the attack of a run, "" for a method that has none."""
+    if config.attack == "free" or config.attack_loss not in ("auto", "rbl", "rbl_offsets"):
+        return ""
+    used = resolve_attack_loss(config)
+    if used == "ce":
+        return (
+            "This run's attack used plain cross-entropy: with BatchNorm in eval mode these "
+            "weights cannot change an adversarial example."
+        )
+    in_vain = used == "rbl" and config.attack_batchnorm == "eval"
+    effect = ", which with BatchNorm in eval mode changes no adversarial example" * in_vain
+    return f"This run's attack used them (attack loss {used}){effect}."
 
 
 def _probe_pictures(run: RunRecord, probe: Probe) -> list[Picture]:
