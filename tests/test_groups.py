@@ -84,6 +84,46 @@ def test_images_that_settings_explain_are_not_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"beta": 3.0}),
+        ({}, {"attack_loss": "ce"}),
+        ({}, {"eval_every": 5}),
+        ({"attack_batchnorm": "train"}, {"attack_batchnorm": "train", "attack_loss": "rbl"}),
+        ({"attack": "n-fgsm", "steps": 3}, {"attack": "n-fgsm", "start": "none"}),
+        ({"evaluation": "none"}, {"evaluation": "none", "eval_every": 2, "gamma": 0.1}),
+    ],
+)
+def test_settings_that_come_to_the_same_are_averaged(
+    one: dict[str, Any], other: dict[str, Any], tmp_path: Path
+) -> None:
+    folders = [made_run(tmp_path / "a", **one), made_run(tmp_path / "b", seed=1, **other)]
+    (group,) = grouped(*folders)
+    assert len(group.values("pgd20", "overall")) == 2 and group.differs == {}
+
+
+def test_a_setting_that_acts_in_one_group_alone_is_no_difference_of_its_own(tmp_path: Path) -> None:
+    a = made_run(tmp_path / "a", radius="class", radius_alpha=0.4)
+    b = made_run(tmp_path / "b", radius_alpha=0.2)
+    assert [group.differs for group in grouped(a, b)] == [{"radius": "class"}, {"radius": "same"}]
+    c = made_run(tmp_path / "c", radius="class", radius_alpha=0.1)
+    groups = grouped(a, b, c)
+    assert [group.differs["radius_alpha"] for group in groups] == ["0.4", "–", "0.1"]
+    assert groups[1].label == "B (b): radius=same"
+
+
+def test_images_that_a_setting_without_effect_does_not_explain_are_named(tmp_path: Path) -> None:
+    rare = [400, 200, 100, 50, 11]
+    as_is = {"imbalance_profile": "as-is"}
+    a = made_run(tmp_path / "a", **as_is)
+    b = made_run(tmp_path / "b", imbalance=0.2, **as_is)
+    told = json.loads((b / "split.json").read_text())
+    (b / "split.json").write_text(json.dumps(told | {"train_counts": rare}))
+    _, second = grouped(a, b)
+    assert second.differs == {"training images": "761 (400 to 11 a class)"}
+
+
 def test_a_difference_in_images_is_named_beside_one_in_settings(tmp_path: Path) -> None:
     a, b = made_run(tmp_path / "a"), made_run(tmp_path / "b", lr=0.05)
     told = json.loads((b / "split.json").read_text())

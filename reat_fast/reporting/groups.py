@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -12,6 +12,7 @@ from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.attacks import L2_EPS
 from reat_fast.reporting.run_record import RunRecord
 from reat_fast.storage.config_file import LOCAL_FIELDS
+from reat_fast.training.idle import acting
 from reat_fast.training.trained_on import SPLIT_FIELDS, agree
 
 PROTOCOL = {
@@ -29,6 +30,9 @@ TRAINED_ON = {
 }
 """How a report calls what RunRecord.trained_on tells, what people know first."""
 
+IDLE = "–"
+"""What stands for a setting that does nothing beside the others of its run."""
+
 FEW_NAMES = 3
 """Classes that are named where two sets of them are told apart."""
 
@@ -37,7 +41,8 @@ FEW_NAMES = 3
 class Group:
     """Hold runs of one configuration, which differ in their seed at most.
 
-    differs: the settings in which the groups of a report differ, as text.
+    differs: the settings in which the groups of a report differ, as text, IDLE where one does
+    nothing.
     """
 
     letter: str
@@ -53,7 +58,8 @@ class Group:
     @property
     def label(self) -> str:
         """Name the group below a table: its letter and name, and how it differs where it does."""
-        settings = ", ".join(f"{name}={value}" for name, value in self.differs.items())
+        told = {name: value for name, value in self.differs.items() if value != IDLE}
+        settings = ", ".join(f"{name}={value}" for name, value in told.items())
         title = f"{self.letter} ({self.name})" if self.name else self.letter
         return f"{title}: {settings}" if settings else title
 
@@ -98,6 +104,8 @@ class Group:
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Put runs together whose configurations differ in the seed alone, in the order given.
 
+    Settings that do nothing beside the others are no difference, nor is one that was left open
+    beside the value that it stands for.
     Runs that were trained on other images, as far as both tell, or evaluated under other conditions
     (PROTOCOL) stand apart.
     """
@@ -116,7 +124,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     trained = _training_images(groups)
     settings = [told | images for told, images in zip(settings, trained, strict=True)]
     names = list(dict.fromkeys(name for told in settings for name in told))
-    differing = [name for name in names if len({told.get(name) for told in settings}) > 1]
+    differing = [name for name in names if len({told.get(name) for told in settings} - {IDLE}) > 1]
     return [
         Group(_letter(k), {name: told.get(name, "unset") for name in differing}, members)
         for k, (told, members) in enumerate(zip(settings, groups, strict=True))
@@ -124,9 +132,10 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
 
 
 def _settings(run: RunRecord) -> dict[str, str]:
+    acts = acting(run.config)
     values = {
-        name: setting_text(name, value)
-        for name, value in asdict(run.config).items()
+        name: setting_text(name, acts[name]) if name in acts else IDLE
+        for name in vars(run.config)
         if name not in ("seed", *LOCAL_FIELDS)
     }
     if run.evaluation:
@@ -144,7 +153,8 @@ def _training_images(groups: Sequence[list[RunRecord]]) -> list[dict[str, str]]:
         {name: value for run in members for name, value in run.trained_on.items()}
         for members in groups
     ]
-    drawn = [[getattr(members[0].config, name) for name in SPLIT_FIELDS] for members in groups]
+    acts = [acting(members[0].config) for members in groups]
+    drawn = [[one.get(name) for name in SPLIT_FIELDS] for one in acts]
     texts = [
         {name: setting_text(name, one[name]) if name in one else "unknown" for name in TRAINED_ON}
         for one in told

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from reat_fast.config import PRESETS, Config, in_proportion
+from reat_fast.engine.step_attack import resolve_attack_loss
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ NEEDS = (
     ),
 )
 
+OF_PGD = Need(
+    ("start", "steps", "step_size"), "--attack pgd", lambda config: config.attack == "pgd"
+)
+"""Not among NEEDS, since a run says what its attack does without where it describes the attack."""
+
 
 def idle_fields(config: Config, preset: str) -> Iterator[tuple[str, str]]:
     """Yield each field that was changed from its preset and does nothing, and what it goes with."""
@@ -89,4 +95,17 @@ def idle_fields(config: Config, preset: str) -> Iterator[tuple[str, str]]:
 
 def acts(config: Config, name: str) -> bool:
     """Return whether a field does something beside the others."""
-    return all(need.met(config) for need in NEEDS if name in need.fields)
+    return all(need.met(config) for need in (*NEEDS, OF_PGD) if name in need.fields)
+
+
+def acting(config: Config) -> dict[str, object]:
+    """Return the fields that do something beside the others, each with what it comes to.
+
+    What is left open has the value that it stands for, where the configuration alone tells.
+    """
+    values = {name: value for name, value in vars(config).items() if acts(config, name)}
+    come_to = {
+        "attack_loss": resolve_attack_loss(config),
+        "eval_every": config.evaluated_every,
+    }
+    return {name: come_to.get(name, value) for name, value in values.items()}
