@@ -196,6 +196,18 @@ def test_the_card_has_every_figure_with_its_attack_and_escapes_names(
     assert "# license: yours to choose" in card
 
 
+def test_the_card_names_the_preset(run_dir: Path, tmp_path: Path) -> None:
+    split = json.loads((run_dir / "split.json").read_text())
+    for preset, said in (
+        ("a<b>", "Trained with the preset a&lt;b&gt; of reat_fast on 74 images of made"),
+        (None, "Trained on 74 images of made"),
+    ):
+        (run_dir / "split.json").write_text(json.dumps(split | {"preset": preset}))
+        to = tmp_path / f"to {preset}"
+        assert command(run_dir, "--to", to, "--format", "hub") == 0
+        assert said in (to / "README.md").read_text()
+
+
 def test_the_card_names_the_ball_of_an_attack_in_l2(run_dir: Path, tmp_path: Path) -> None:
     file = run_dir / "evaluation.json"
     told = json.loads(file.read_text())

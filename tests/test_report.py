@@ -16,7 +16,9 @@ from made_data import made_images, made_npz
 from made_run import COUNTS, EVIL, made_run
 
 from reat_fast import report, train
+from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import run_command
+from reat_fast.config import PRESETS
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation.saved import weights_sha256
@@ -25,8 +27,10 @@ from reat_fast.objective import rbl_weights
 from reat_fast.reporting import curves, markup, pictures, probe_pictures
 from reat_fast.reporting.compared_pictures import class_keys, class_means
 from reat_fast.reporting.groups import group_runs
+from reat_fast.reporting.pages import run_report
 from reat_fast.reporting.probe import choose_examples, principal_points, probe, probe_run
 from reat_fast.reporting.run_record import PARTS, read_run
+from reat_fast.reporting.settings import changed_settings, settings_section
 from reat_fast.reporting.style import (
     COLOURS,
     FEW,
@@ -47,6 +51,11 @@ from reat_fast.reporting.tables import (
 )
 from reat_fast.storage.whole_files import alone
 from reat_fast.training.progress import TrainingClock
+
+AT_BSL = {"objective": "bsl", "tail": "none", "attack_loss": "ce", "start": "normal"}
+AT_BSL |= {"milestones": (1, 1)}
+QUICK = {"dataset": "fashion-mnist", "model": "resnet8", "lr": 0.2, "schedule": "onecycle"}
+QUICK |= {"augment": False, "select": "last"}
 
 
 def rewrite(file: Path, **values: Any) -> None:
@@ -271,6 +280,85 @@ def test_the_page_shows_no_rbl_weights_of_a_method_that_has_none(
     assert not (folder / "report" / "weights.png").exists()
 
 
+def test_a_report_names_the_preset_of_its_run(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "o4")
+    rewrite(folder / "split.json", preset="<taet>")
+    assert command(folder, "--no-model") == 0
+    page = Tags((folder / "report.html").read_text("utf-8"))
+    assert "o4 (<taet>)" in page.text and "Preset <taet>, resnet18 on cifar10" in page.text
+    table = (folder / "report" / "table.md").read_text("utf-8")
+    assert table.startswith("| preset | attack |") and "| &lt;taet&gt; | PGD-20 | 50.00" in table
+    numbered = folder.rename(tmp_path / "<taet>-1")
+    assert "<h1>&lt;taet&gt;-1</h1>" in run_report(read_run(numbered), None).page
+
+
+def test_the_preset_of_an_older_run_is_that_of_its_checkpoint_or_unknown(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run")
+    assert read_run(folder).preset == ""
+    torch.save({"preset": "taet"}, folder / CHECKPOINT)
+    assert read_run(folder).preset == "taet"
+    (folder / CHECKPOINT).unlink()
+    told = json.loads((folder / "config.json").read_text())
+    exported = {"library_name": "reat_fast", "preset": "reat", "training": told}
+    (folder / "config.json").write_text(json.dumps(exported))
+    assert read_run(folder).preset == "reat"
+
+
+def test_several_runs_are_told_apart_by_their_presets(tmp_path: Path) -> None:
+    folders = [made_run(tmp_path / "a"), made_run(tmp_path / "b", lr=0.05)]
+    folders += [made_run(tmp_path / "c", lr=0.01)]
+    for folder, preset in zip(folders, ("reat", "taet"), strict=False):
+        rewrite(folder / "split.json", preset=preset)
+    out = tmp_path / "page.html"
+    assert command(*folders, "--out", out) == 0
+    page, table = out.read_text("utf-8"), (tmp_path / "page" / "table.md").read_text("utf-8")
+    assert "<h1>reat, taet: resnet18 on cifar10</h1>" in page
+    assert "<td>reat</td><td>taet</td><td>–</td>" in page
+    assert table.startswith("| group | preset | attack |")
+    assert "| B (b): lr=0.05 | taet | Clean |" in table and "| C (c): lr=0.01 | – |" in table
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "changed"),
+    [
+        # Two epochs of 80: each milestone comes in the first.
+        ("reat", {"milestones": (1, 1), "beta": 3.0}, []),
+        ("reat", {"milestones": (1, 1), "attack_loss": "ce", "lr": 0.05}, ["lr 0.05 0.1"]),
+        ("at-bsl", {**AT_BSL, "steps": 3}, ["steps 3 10"]),
+        ("at-bsl", {**AT_BSL, "attack": "n-fgsm", "steps": 3}, ["attack n-fgsm pgd"]),
+        ("quickstart", {**QUICK, "imbalance_profile": "as-is"}, ["imbalance_profile as-is exp"]),
+        ("", {}, ["milestones 60 75 1 1"]),
+        ("of another version", {"milestones": (1, 1), "lr": 0.05}, ["lr 0.05 0.1"]),
+    ],
+)
+def test_settings_are_compared_with_those_of_the_preset(
+    preset: str, settings: dict[str, Any], changed: list[str], tmp_path: Path
+) -> None:
+    folder = made_run(tmp_path / "run", **settings)
+    rewrite(folder / "split.json", preset=preset)
+    heading, epochs, *others = changed_settings(read_run(folder))
+    known = preset in PRESETS
+    assert heading == ["setting", "value", "preset" if known else "default"]
+    assert epochs == ["epochs", "2", str(PRESETS[preset if known else "reat"].epochs)]
+    assert [" ".join(row) for row in others] == changed
+
+
+def test_the_title_of_changed_settings_says_what_they_are_compared_with(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run")
+    for preset, title in (
+        ("", "Settings that differ from the defaults, in proportion to 2 epochs"),
+        ("taet", "Settings that differ from the preset taet, in proportion to 2 epochs"),
+        ("lost", "Settings that differ from the defaults, since this version has no preset lost"),
+    ):
+        rewrite(folder / "split.json", preset=preset)
+        assert title in settings_section(read_run(folder))
+    config = json.loads((folder / "config.json").read_text()) | {"epochs": 80}
+    (folder / "config.json").write_text(json.dumps(config))
+    rewrite(folder / "split.json", preset="reat")
+    said = "Settings that differ from the preset reat: none that has an effect."
+    assert said in settings_section(read_run(folder))
+
+
 def test_names_are_shown_and_never_become_part_of_the_page(tmp_path: Path) -> None:
     run = made_run(tmp_path / "<img src=x onerror=alert(1)>", model="resnet18")
     assert command(run, "--no-model") == 0
@@ -453,6 +541,7 @@ def test_only_few_classes_are_named(classes: int) -> None:
         ("env.json", '{"gpus": {"name": "Made GPU"}}'),
         ("env.json", '{"gpus": ["Made GPU"]}'),
         ("split.json", '{"class_names": ["a"]}'),
+        ("split.json", '{"class_names": ["a"], "train_counts": [1], "preset": ["reat"]}'),
         ("split.json", '{"class_names": ["a"], "train_counts": [1, 2]}'),
         ("split.json", '{"class_names": ["a"], "train_counts": [Infinity]}'),
         ("metrics.csv", "epoch,loss,adv_accuracy\n1,2.0\n"),

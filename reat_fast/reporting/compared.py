@@ -19,6 +19,7 @@ from reat_fast.reporting.tables import (
     mean_text,
     paper_table,
     time_split,
+    word_columns,
 )
 
 SPREAD = (
@@ -45,7 +46,7 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
     said = "".join(f"{line}. " for line in repeats)
     note = f"Accuracy in %. {labels}{SPREAD} {said}{conditions(runs)} {THIRDS}"
     if any(group.evaluated for group in groups):
-        accuracy = markup.table(table, note, words=2 if len(groups) > 1 else 1)
+        accuracy = markup.table(table, note, words=word_columns(table))
     else:
         accuracy = markup.note("None of the runs has an evaluation.json of its weights yet.")
     remarks = (*repeats, *left_out)
@@ -54,7 +55,7 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
         "Accuracy": accuracy + markup.pictures(per_class),
         "Differences": _differences(groups),
         "Learning": markup.pictures(learning),
-        "Runs": markup.table(_run_table(groups), f"Each run. {conditions(runs)}", words=3)
+        "Runs": markup.table(_run_table(groups), f"Each run. {conditions(runs)}", words=4)
         + markup.paragraph(
             "Confusion, images and features under attack, settings and versions stand in the "
             "report of each run: python -m reat_fast.report RUN",
@@ -62,9 +63,14 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
         ),
     }
     lead = f"{len(runs)} runs in {len(groups)} {'groups' if len(groups) > 1 else 'group'}. {SPREAD}"
-    title = " · ".join(dict.fromkeys(f"{run.config.model} on {run.config.dataset}" for run in runs))
-    page = markup.page(title, "reat_fast runs", lead, [], sections.items())
+    page = markup.page(_title(runs), "reat_fast runs", lead, [], sections.items())
     return Report(page, [*per_class, *learning], table, note, remarks)
+
+
+def _title(runs: Sequence[RunRecord]) -> str:
+    presets = ", ".join(dict.fromkeys(run.preset for run in runs if run.preset))
+    what = " · ".join(dict.fromkeys(f"{run.config.model} on {run.config.dataset}" for run in runs))
+    return f"{presets}: {what}" if presets else what
 
 
 def _repeats(groups: Sequence[Group]) -> list[str]:
@@ -87,6 +93,8 @@ def _differences(groups: Sequence[Group]) -> str:
     if len(groups) < 2:
         return ""
     rows: Table = [["setting", *(group.letter for group in groups)]]
+    if len({group.preset for group in groups}) > 1:
+        rows.append(["preset", *(group.preset or "–" for group in groups)])
     rows += [[name, *(group.differs[name] for group in groups)] for name in groups[0].differs]
     return markup.table(rows, "Settings in which the groups differ.", words=len(groups) + 1)
 
@@ -96,7 +104,8 @@ def _run_table(groups: Sequence[Group]) -> Table:
     parts = ("overall", "tail")
     accuracies = [f"{attack_title(name)} {part}" for name in attacks for part in parts]
     rows = [
-        ["run", "group", "device and commit", "seed", "epochs", *accuracies, "images/s", "time"]
+        ["run", "group", "preset", "device and commit", "seed", "epochs", *accuracies]
+        + ["images/s", "time"]
     ]
     for group in groups:
         for run in group.runs:
@@ -110,7 +119,7 @@ def _run_table(groups: Sequence[Group]) -> Table:
             seconds = sum(time_split(run.timing).values())
             made = f"{run.device}, {str(run.environment.get('commit') or 'no commit')[:9]}"
             epochs = f"{len(run.metrics)}/{run.config.epochs}"
-            head = [run.name, group.letter, made, str(run.config.seed), epochs]
+            head = [run.name, group.letter, run.preset or "–", made, str(run.config.seed), epochs]
             rows.append([*head, *cells, speed, duration(seconds) if run.timing else "–"])
     return rows
 

@@ -56,6 +56,11 @@ class Group:
         return names.pop() if len(names) == 1 else ""
 
     @property
+    def preset(self) -> str:
+        """Name the presets of its runs, "" where none is known."""
+        return ", ".join(dict.fromkeys(run.preset for run in self.runs if run.preset))
+
+    @property
     def label(self) -> str:
         """Name the group below a table: its letter and name, and how it differs where it does."""
         told = {name: value for name, value in self.differs.items() if value != IDLE}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 import shlex
 from dataclasses import dataclass
 
-from reat_fast import env
 from reat_fast.cli.terminal import duration
 from reat_fast.config import Config
 from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.evaluation.figures import SELECTION
 from reat_fast.reporting import curves, markup, pictures, probe_pictures
-from reat_fast.reporting.groups import group_runs, setting_text
+from reat_fast.reporting.groups import group_runs
 from reat_fast.reporting.probe import Probe
 from reat_fast.reporting.run_record import RunRecord
+from reat_fast.reporting.settings import settings_section
 from reat_fast.reporting.style import FEW, Picture
 from reat_fast.reporting.tables import (
     Table,
@@ -24,8 +24,8 @@ from reat_fast.reporting.tables import (
     paper_table,
     part_of_class,
     time_split,
+    word_columns,
 )
-from reat_fast.storage.config_file import LOCAL_FIELDS
 
 THIRDS = (
     "Head, body and tail are the thirds of the classes by size, as REAT's code takes them; tail80, "
@@ -63,16 +63,25 @@ def run_report(run: RunRecord, probe: Probe | None, missing: str = "") -> Report
         shown["Under attack"] = markup.note(missing)
     if run.timing:
         shown["Time"] = _time_table(run) + shown["Time"]
-    shown["Settings and machine"] = _settings(run)
-    page = markup.page(run.name, "reat_fast run", _lead(run), _tiles(run), shown.items())
+    shown["Settings and machine"] = settings_section(run)
+    page = markup.page(_title(run), "reat_fast run", _lead(run), _tiles(run), shown.items())
     drawn = [picture for group in made.values() for picture in group]
     return Report(page, drawn, table, f"Accuracy in %: {run.protocol}. {THIRDS}")
 
 
+def _title(run: RunRecord) -> str:
+    """Name a run and, where its folder is not named after it, its preset."""
+    told = re.sub(r"-\d+$", "", run.name) == run.preset
+    return run.name if told or not run.preset else f"{run.name} ({run.preset})"
+
+
 def _lead(run: RunRecord) -> str:
     config, done = run.config, len(run.metrics)
+    preset = f"Preset {run.preset}, " if run.preset else ""
     epochs = f"{done} of {config.epochs} epochs"
-    text = f"{config.model} on {config.dataset}, {epochs}, seed {config.seed}, {run.device}."
+    text = (
+        f"{preset}{config.model} on {config.dataset}, {epochs}, seed {config.seed}, {run.device}."
+    )
     if run.counts:
         largest, smallest = max(run.counts), max(min(run.counts), 1)
         text += (
@@ -118,7 +127,7 @@ def _accuracy_tables(run: RunRecord, table: Table) -> str:
     warnings = "".join(markup.note(str(line)) for line in run.evaluation.get("warnings", []))
     return (
         warnings
-        + markup.table(table, caption)
+        + markup.table(table, caption, words=word_columns(table))
         + markup.table(
             class_table(run),
             f"Accuracy in % and images per class; {run.protocol}.",
@@ -287,23 +296,3 @@ def _time_table(run: RunRecord) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
-
-
-def _settings(run: RunRecord) -> str:
-    default = dataclasses.asdict(Config())
-    rows = [["setting", "value"]]
-    changed = [["setting", "value", "default"]]
-    for name, value in dataclasses.asdict(run.config).items():
-        if name in LOCAL_FIELDS:
-            continue  # paths name people and machines
-        rows.append([name, setting_text(name, value)])
-        if value != default[name]:
-            changed.append([name, setting_text(name, value), setting_text(name, default[name])])
-    machine = markup.preformatted("Machine and versions", env.table(run.environment))
-    return (
-        '<div class="cards">'
-        + markup.table(changed, "Settings that differ from the defaults.", words=3)
-        + (machine if run.environment else "")
-        + "</div>"
-        + markup.table(rows, "All settings.", words=2, folded="All settings")
-    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reat_fast.checkpoint import LAST
+from reat_fast.checkpoint import LAST, glance
 from reat_fast.config import Config
 from reat_fast.evaluation.attacks import threat_text
 from reat_fast.evaluation.figures import largest_first
@@ -40,7 +40,7 @@ class RunRecord:
     weights that have been trained since. In all of them classes go from the largest to the
     smallest; order [C]: the numbers that they have in the data set. trained_on: what tells its
     training images from others, as far as the folder has it: train_counts [C], in the data set's
-    order, fingerprint and images_sha256.
+    order, fingerprint and images_sha256. preset: its name, "" where the folder tells none.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class RunRecord:
     order: list[int]
     outdated: bool
     trained_on: dict[str, Any]
+    preset: str
 
     @property
     def name(self) -> str:
@@ -113,12 +114,7 @@ def read_run(folder: Path) -> RunRecord:
         raise ValueError(f"{folder}: holds no config.json; give the folder of a run")
     with _reading(settings):
         config = from_json(settings.read_text("utf-8"), "settings")
-    split = _read_json(folder / "split.json") or {}
-    with _reading(folder / "split.json"):
-        counts = [int(n) for n in split["train_counts"]] if split else None
-        class_names = [str(name) for name in split["class_names"]] if split else []
-        if counts is not None and len(counts) != len(class_names):
-            raise ValueError("as many counts as classes are needed")
+    class_names, counts, preset = _read_split(folder)
     evaluation = _read_evaluation(folder / EVALUATION, len(class_names))
     if evaluation is not None:
         class_names = class_names or evaluation["class_names"]
@@ -142,7 +138,29 @@ def read_run(folder: Path) -> RunRecord:
         order=order,
         outdated=outdated,
         trained_on={**({"train_counts": counts} if counts else {}), **digests_of_run(folder)},
+        preset=preset,
     )
+
+
+def _read_split(folder: Path) -> tuple[list[str], list[int] | None, str]:
+    """Return names and counts of the classes and the preset, empty where the folder lacks them.
+
+    The preset is that of the checkpoint or, in an export, of config.json where no split.json is.
+    """
+    split = _read_json(folder / "split.json") or {}
+    with _reading(folder / "split.json"):
+        counts = [int(n) for n in split["train_counts"]] if split else None
+        class_names = [str(name) for name in split["class_names"]] if split else []
+        if counts is not None and len(counts) != len(class_names):
+            raise ValueError("as many counts as classes are needed")
+        preset = split.get("preset", "")
+        if not isinstance(preset, str):
+            raise ValueError("preset is no name")
+    if not preset:
+        exported = _read_json(folder / "config.json") or {}
+        found = exported.get("preset") or glance(folder).get("preset")
+        preset = found if isinstance(found, str) else ""
+    return class_names, counts, preset
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from reat_fast.sources.longtail import head_body_tail
 Table = list[list[str]]
 """A heading and rows of equal length, as text."""
 
-OF_WORDS = ("group", "attack", "part")
+OF_WORDS = ("group", "preset", "attack", "part")
 """Columns of a Markdown table that hold words; the others hold numbers."""
 
 MOST_CLASSES = 100
@@ -105,18 +105,31 @@ def mean_text(values: Sequence[float | None], digits: int = 2) -> str:
 def paper_table(groups: Sequence[Group]) -> Table:
     """Lay out accuracies in %: a row per group and attack, a column per part.
 
+    The preset has a column where any run names one.
+
     Cells hold the mean and the sample standard deviation over the runs of the group.
     """
-    several = len(groups) > 1
+    several, named = len(groups) > 1, any(group.preset for group in groups)
     evaluations = [run.evaluation for group in groups for run in group.runs if run.evaluation]
     parts = _parts(figures for told in evaluations for figures in told["attacks"].values())
-    rows: Table = [[*(["group"] if several else []), "attack", *parts, "runs"]]
+    first = [*(["group"] if several else []), *(["preset"] if named else []), "attack"]
+    rows: Table = [[*first, *parts, "runs"]]
     for group in groups:
         for attack in group.attack_names():
             cells = [mean_text(group.values(attack, part)) for part in parts]
-            head = [*([group.short_label] if several else []), attack_title(attack)]
-            rows.append([*head, *cells, str(len(group.values(attack, "overall")))])
+            head = [
+                *([group.short_label] if several else []),
+                *([group.preset or "–"] if named else []),
+            ]
+            rows.append(
+                [*head, attack_title(attack), *cells, str(len(group.values(attack, "overall")))]
+            )
     return rows
+
+
+def word_columns(table: Table) -> int:
+    """Count the columns of a table that hold words, which come first."""
+    return sum(name in OF_WORDS for name in table[0])
 
 
 def markdown(table: Table) -> str:

@@ -84,12 +84,15 @@ def _summary(description: dict[str, Any]) -> str:
         f"`{description['architecture']}` for images {size} in [0, 1] (no further normalisation) "
         f"and {description['num_classes']} classes, which config.json names."
     )
-    counts, eps = description["train_counts"], description["eps"]
+    counts, eps, preset = (description.get(name) for name in ("train_counts", "eps", "preset"))
+    how = f" with the preset {markdown_text(str(preset))} of reat_fast" if preset else ""
     if counts and description["dataset"]:
-        text += (
-            f" Trained on {sum(counts):,} images of {markdown_text(description['dataset'])}, "
+        how += (
+            f" on {sum(counts):,} images of {markdown_text(description['dataset'])}, "
             f"{max(counts):,} to {min(counts):,} a class"
         )
+    if how:
+        text += f" Trained{how}"
         text += f", adversarially with eps {fraction_text(eps)}." if eps is not None else "."
     return text
 
