@@ -85,6 +85,37 @@ def test_the_names_of_many_groups_leave_room_for_the_pictures(tmp_path: Path) ->
         assert axes.get_position().height * picture.figure.get_figheight() > 1.5  # inches
 
 
+def test_conditions_name_the_groups_that_they_are_of(tmp_path: Path) -> None:
+    folders = [made_run(tmp_path / name, lr=lr) for name, lr in (("a", 0.1), ("b", 0.2))]
+    folders += [made_run(tmp_path / "c", lr=0.3), made_run(tmp_path / "c-1", lr=0.3, seed=1)]
+    rewrite(folders[1] / "evaluation.json", weights="last.safetensors", weights_epoch=3)
+    rewrite(folders[3] / "evaluation.json", weights_epoch=1)
+    runs = [read_run(folder) for folder in folders]
+    shared = "cifar10, 1,000 test images, L-infinity eps 8/255, step 2/255"
+    best = f"A and C: {shared}, best.safetensors of epochs 1 to 2, cuda"
+    last = f"B: {shared}, last.safetensors of epoch 3, cuda"
+    made = compared_report(runs)
+    assert f" {best}; {last}. " in made.table_note
+    assert f"Each run. {best}; {last}." in made.page
+    assert (
+        f"run. {shared}, best.safetensors of epoch 2, cuda. "
+        in compared_report([runs[0], runs[2]]).table_note
+    )
+
+
+def test_a_deviation_is_spoken_of_only_where_there_is_one(tmp_path: Path) -> None:
+    a, b = made_run(tmp_path / "a"), made_run(tmp_path / "b", lr=0.2)
+    single = compared_report([read_run(a), read_run(b)])
+    for text in (single.page, single.table_note):
+        assert "Each figure is that of one run." in text and "deviation" not in text
+    seeds = [read_run(a), read_run(made_run(tmp_path / "c", seed=1))]
+    for text in (compared_report(seeds).page, compared_report(seeds).table_note):
+        assert "Each figure" not in text and "sample standard deviation" in text
+    for folder in (a, b):
+        (folder / "evaluation.json").unlink()
+    assert "deviation" not in compared_report([read_run(a), read_run(b)]).page
+
+
 def test_spreads_end_where_accuracies_do(tmp_path: Path) -> None:
     folders = []
     for seed, figures in enumerate(([0.0, 100.0, 50, None, 1], [30.0, 70.0, 52, None, 3])):

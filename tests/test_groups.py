@@ -13,6 +13,7 @@ from made_run import COUNTS, made_run
 from reat_fast import report
 from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.cli.command import run_command
+from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.groups import Group, group_runs
 from reat_fast.reporting.run_record import read_run
 from reat_fast.reporting.tables import paper_table
@@ -26,9 +27,11 @@ def names(groups: list[Group]) -> list[list[str]]:
     return [[run.name for run in group.runs] for group in groups]
 
 
-def trained_on(folder: Path, seed: int, **split: Any) -> Path:
+def trained_on(
+    folder: Path, seed: int, settings: dict[str, Any] | None = None, **split: Any
+) -> Path:
     """Write the folder of a run whose split.json says more."""
-    made_run(folder, overall=40.0 + seed, seed=seed)
+    made_run(folder, overall=40.0 + seed, seed=seed, **(settings or {}))
     told = json.loads((folder / "split.json").read_text())
     (folder / "split.json").write_text(json.dumps(told | split))
     return folder
@@ -122,6 +125,35 @@ def test_images_that_a_setting_without_effect_does_not_explain_are_named(tmp_pat
     (b / "split.json").write_text(json.dumps(told | {"train_counts": rare}))
     _, second = grouped(a, b)
     assert second.differs == {"training images": "761 (400 to 11 a class)"}
+
+
+def test_groups_of_a_table_are_labelled_alike_and_with_all_that_tells_them_apart(
+    tmp_path: Path,
+) -> None:
+    a = made_run(tmp_path / "o4", radius="class", evaluation="held-out")
+    b = made_run(tmp_path / "o12", evaluation="none")  # 37 characters, those of the other 42
+    first, second = grouped(a, b)
+    assert [first.short_label, second.short_label] == ["A (o4)", "B (o12)"]
+    assert first.legend == "A (o4)" and first.label == "A (o4): radius=class, evaluation=held-out"
+    made = compared_report([read_run(a), read_run(b)])
+    assert [row[0] for row in made.table[1:]] == ["A (o4)", "A (o4)", "B (o12)", "B (o12)"]
+    assert f"{first.label}; {second.label}." in made.table_note
+    long = made_run(tmp_path / "a name of over forty characters, all told", lr=0.2)
+    assert [group.short_label for group in grouped(a, b, long)] == ["A", "B", "C"]
+
+
+def test_pictures_name_the_presets_in_which_groups_differ(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"lr": 0.01, "nesterov": True, "awp": 0.01}
+    folders = [trained_on(tmp_path / "a", 0, preset="reat")]
+    folders += [made_run(tmp_path / "b", lr=0.05)]
+    assert [group.legend for group in grouped(*folders)] == [
+        "A (a): reat, lr=0.1",
+        "B (b): lr=0.05",
+    ]
+    assert [group.short_label for group in grouped(*folders)] == ["A (a): lr=0.1", "B (b): lr=0.05"]
+    folders += [trained_on(tmp_path / "c", 0, settings=settings, preset="at")]
+    legends = [group.legend for group in grouped(*folders)]
+    assert legends == ["A (a): reat", "B (b)", "C (c): at"]
 
 
 def test_a_difference_in_images_is_named_beside_one_in_settings(tmp_path: Path) -> None:

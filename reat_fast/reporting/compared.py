@@ -40,11 +40,13 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
         raise ValueError(f"{twice}: named more than once; each run counts once")
     groups = group_runs(runs)
     table = paper_table(groups)
-    labels = f"{'; '.join(group.label for group in groups)}. " if len(groups) > 1 else ""
+    labels = ""
+    if any(group.short_label != group.label for group in groups):
+        labels = f"{'; '.join(group.label for group in groups)}."
     (per_class, left_out), learning = _class_pictures(groups), _learning_pictures(groups)
     repeats = _repeats(groups)
-    said = "".join(f"{line}. " for line in repeats)
-    note = f"Accuracy in %. {labels}{SPREAD} {said}{conditions(runs)} {THIRDS}"
+    said = [labels, spread(groups), *(f"{line}." for line in repeats), conditions(groups), THIRDS]
+    note = " ".join(["Accuracy in %.", *filter(None, said)])
     if any(group.evaluated for group in groups):
         accuracy = markup.table(table, note, words=word_columns(table))
     else:
@@ -55,15 +57,14 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
         "Accuracy": accuracy + markup.pictures(per_class),
         "Differences": _differences(groups),
         "Learning": markup.pictures(learning),
-        "Runs": markup.table(_run_table(groups), f"Each run. {conditions(runs)}", words=4)
+        "Runs": markup.table(_run_table(groups), f"Each run. {conditions(groups)}", words=4)
         + markup.paragraph(
             "Confusion, images and features under attack, settings and versions stand in the "
             "report of each run: python -m reat_fast.report RUN",
             muted=True,
         ),
     }
-    lead = f"{len(runs)} runs in {len(groups)} {'groups' if len(groups) > 1 else 'group'}. {SPREAD}"
-    page = markup.page(_title(runs), "reat_fast runs", lead, [], sections.items())
+    page = markup.page(_title(runs), "reat_fast runs", _lead(groups), [], sections.items())
     return Report(page, [*per_class, *learning], table, note, remarks)
 
 
@@ -71,6 +72,11 @@ def _title(runs: Sequence[RunRecord]) -> str:
     presets = ", ".join(dict.fromkeys(run.preset for run in runs if run.preset))
     what = " · ".join(dict.fromkeys(f"{run.config.model} on {run.config.dataset}" for run in runs))
     return f"{presets}: {what}" if presets else what
+
+
+def _lead(groups: Sequence[Group]) -> str:
+    runs = sum(len(group.runs) for group in groups)
+    return f"{runs} runs in {len(groups)} group{'s' * (len(groups) > 1)}. {spread(groups)}"
 
 
 def _repeats(groups: Sequence[Group]) -> list[str]:
@@ -83,9 +89,26 @@ def _repeats(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def conditions(runs: Sequence[RunRecord]) -> str:
-    """Say under which conditions the figures of the runs hold, each once."""
-    told = dict.fromkeys(run.protocol for run in runs if run.evaluation is not None)
+def spread(groups: Sequence[Group]) -> str:
+    """Say what the figures of groups are: means and deviations, or those of single runs."""
+    seeds = [len(group.measured(name)) for group in groups for name in group.attack_names()]
+    if not seeds:
+        return ""
+    return SPREAD if max(seeds) > 1 else "Each figure is that of one run."
+
+
+def conditions(groups: Sequence[Group]) -> str:
+    """Say under which conditions the figures hold, and of which groups where there are several."""
+    found: dict[str, list[tuple[str, RunRecord]]] = {}
+    for group in groups:
+        for run in group.evaluated:
+            found.setdefault(run.protocol_of([]), []).append((group.letter, run))
+    told = []
+    for members in found.values():
+        epochs = [run.weights_epoch for _, run in members if run.weights_epoch is not None]
+        letters = " and ".join(dict.fromkeys(letter for letter, _ in members))
+        named = f"{letters}: " if len(groups) > 1 and len(found) > 1 else ""
+        told.append(f"{named}{members[0][1].protocol_of(epochs)}")
     return "; ".join(told) + "." if told else ""
 
 
@@ -172,7 +195,7 @@ def _class_pictures(groups: Sequence[Group]) -> tuple[list[Picture], list[str]]:
             f"{group.letter}: overall {mean_text(group.values(name, 'overall'))} %"
             for group in groups
         )
-        caption = f"{SPREAD} {conditions(runs)}{order}"
+        caption = f"{spread(shown)} {conditions(shown)}{order}"
         figure = compared_classes(shown, name, keys)
         drawn.append(Picture(f"classes-{name}", title, caption, words, figure))
     return drawn, left_out

@@ -51,7 +51,7 @@ def compared_curves(groups: Sequence[Group], name: str, title: str) -> Figure | 
     axes = figure.subplots()
     for k, group in enumerate(groups):
         colour, line = looks(k)
-        label: str | None = group.short_label
+        label: str | None = group.legend
         for run in group.runs:
             epochs, values = column(run.metrics, name)
             if epochs:
@@ -116,7 +116,7 @@ def compared_classes(groups: Sequence[Group], attack: str, keys: Sequence[ClassK
     figure = new_figure(WIDE, 3.4)
     axes = figure.subplots()
     class_names = [name for name, _ in keys]
-    found = [(group.short_label, class_means(group, attack, keys)) for group in groups]
+    found = [(group.legend, class_means(group, attack, keys)) for group in groups]
     shown = [(label, means) for label, means in found if means is not None]
     parts, few = head_body_tail(len(class_names)).items(), len(class_names) <= FEW
     for k, (label, (mean, spread)) in enumerate(shown):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -33,6 +33,9 @@ TRAINED_ON = {
 IDLE = "–"
 """What stands for a setting that does nothing beside the others of its run."""
 
+ROOM = 40
+"""Characters of a label for which a table or a picture has room."""
+
 FEW_NAMES = 3
 """Classes that are named where two sets of them are told apart."""
 
@@ -42,12 +45,15 @@ class Group:
     """Hold runs of one configuration, which differ in their seed at most.
 
     differs: the settings in which the groups of a report differ, as text, IDLE where one does
-    nothing.
+    nothing. short_label: its name in a table. legend: its name in a picture, which has no column
+    for the preset.
     """
 
     letter: str
     differs: dict[str, str]
     runs: list[RunRecord]
+    short_label: str = ""
+    legend: str = ""
 
     @property
     def name(self) -> str:
@@ -61,20 +67,25 @@ class Group:
         return ", ".join(dict.fromkeys(run.preset for run in self.runs if run.preset))
 
     @property
-    def label(self) -> str:
-        """Name the group below a table: its letter and name, and how it differs where it does."""
-        told = {name: value for name, value in self.differs.items() if value != IDLE}
-        settings = ", ".join(f"{name}={value}" for name, value in told.items())
-        title = f"{self.letter} ({self.name})" if self.name else self.letter
-        return f"{title}: {settings}" if settings else title
+    def title(self) -> str:
+        """Name the group by its letter and, where its runs have one, their name."""
+        return f"{self.letter} ({self.name})" if self.name else self.letter
 
     @property
-    def short_label(self) -> str:
-        """Name the group in a table or picture, where there is little room."""
-        for title in (self.label, f"{self.letter} ({self.name})" if self.name else ""):
-            if title and len(title) <= 40:
-                return title
-        return self.letter
+    def label(self) -> str:
+        """Name the group below a table: its title, and how it differs where it does."""
+        return self.told_with(self.settings)
+
+    @property
+    def settings(self) -> str:
+        """Say how the group differs from the others, "" for one without others."""
+        told = {name: value for name, value in self.differs.items() if value != IDLE}
+        return ", ".join(f"{name}={value}" for name, value in told.items())
+
+    def told_with(self, *texts: str) -> str:
+        """Name the group with what is said of it, as far as anything is."""
+        said = ", ".join(text for text in texts if text)
+        return f"{self.title}: {said}" if said else self.title
 
     @property
     def evaluated(self) -> list[RunRecord]:
@@ -130,9 +141,37 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     settings = [told | images for told, images in zip(settings, trained, strict=True)]
     names = list(dict.fromkeys(name for told in settings for name in told))
     differing = [name for name in names if len({told.get(name) for told in settings} - {IDLE}) > 1]
-    return [
+    found = [
         Group(_letter(k), {name: told.get(name, "unset") for name in differing}, members)
         for k, (told, members) in enumerate(zip(settings, groups, strict=True))
+    ]
+    return _with_short_names(found)
+
+
+def _with_short_names(groups: Sequence[Group]) -> list[Group]:
+    """Name groups where there is little room: all with all their settings, or all with none.
+
+    A setting that is told of one group alone would hide how the others differ from it.
+    """
+
+    def fitting(*forms: Callable[[Group], str]) -> list[str]:
+        for form in forms:
+            texts = [form(group) for group in groups]
+            if all(len(text) <= ROOM for text in texts):
+                return texts
+        return [group.letter for group in groups]
+
+    labels = fitting(lambda group: group.label, lambda group: group.title)
+    legends = labels
+    if len({group.preset for group in groups}) > 1:
+        legends = fitting(
+            lambda group: group.told_with(group.preset, group.settings),
+            lambda group: group.told_with(group.preset),
+            lambda group: group.title,
+        )
+    return [
+        replace(group, short_label=label, legend=legend)
+        for group, label, legend in zip(groups, labels, legends, strict=True)
     ]
 
 

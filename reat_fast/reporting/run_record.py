@@ -7,7 +7,7 @@ and cannot be read is named.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +93,16 @@ class RunRecord:
     @property
     def protocol(self) -> str:
         """Say under which conditions the figures of the evaluation hold."""
+        return self.protocol_of([] if self.weights_epoch is None else [self.weights_epoch])
+
+    def protocol_of(self, epochs: Sequence[int]) -> str:
+        """Say so of weights of these epochs, of runs that have all else in common."""
         if self.evaluation is None:
             return "not evaluated yet"
-        told = self.evaluation
-        epoch = "" if self.weights_epoch is None else f" of epoch {self.weights_epoch}"
+        told, epoch = self.evaluation, ""
+        if epochs:
+            first, last = min(epochs), max(epochs)
+            epoch = f" of epoch {first}" if first == last else f" of epochs {first} to {last}"
         return (
             f"{told.get('dataset', self.config.dataset)}, {told['samples']:,} test images, "
             f"{threat_text({'step_size': self.config.step_size, **told})}, "
