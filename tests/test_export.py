@@ -192,6 +192,7 @@ def test_the_card_has_every_figure_with_its_attack_and_escapes_names(
     assert "| overall | 61.25 | 31.50 |" in card
     assert "| tail | 52.12 | – |" in card
     assert "In %, on 24 test images of made &lt;b&gt;; attacks within L-infinity eps 8/255" in card
+    assert "head, body and tail are the 1, 2 and 1 of them with the most to the fewest" in card
     assert "<b>" not in card.split("---\n")[2]
     assert "# license: yours to choose" in card
 

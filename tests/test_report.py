@@ -25,6 +25,7 @@ from reat_fast.evaluation.saved import weights_sha256
 from reat_fast.models import create_model
 from reat_fast.objective import rbl_weights
 from reat_fast.reporting import curves, markup, pictures, probe_pictures
+from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.compared_pictures import class_keys, class_means
 from reat_fast.reporting.groups import group_runs
 from reat_fast.reporting.pages import run_report
@@ -47,6 +48,7 @@ from reat_fast.reporting.tables import (
     markdown,
     mean_text,
     paper_table,
+    parts_note,
     time_split,
 )
 from reat_fast.storage.whole_files import alone
@@ -357,6 +359,31 @@ def test_the_title_of_changed_settings_says_what_they_are_compared_with(tmp_path
     rewrite(folder / "split.json", preset="reat")
     said = "Settings that differ from the preset reat: none that has an effect."
     assert said in settings_section(read_run(folder))
+
+
+@pytest.mark.parametrize(
+    ("classes", "sizes"),
+    [(2, "1, 0 and 1"), (6, "2, 3 and 1"), (9, "3, 4 and 2"), (10, "3, 4 and 3")],
+)
+def test_a_note_counts_the_classes_of_head_body_and_tail(classes: int, sizes: str) -> None:
+    said = f"Head, body and tail are the {sizes} of {classes} classes with the most"
+    assert parts_note([classes, classes]).startswith(said)
+    assert parts_note([]) == parts_note([0]) == ""
+
+
+def test_reports_count_the_classes_of_head_body_and_tail(run: Path, tmp_path: Path) -> None:
+    assert command(run, "--no-model") == 0
+    other, out = made_run(tmp_path / "other", lr=0.05), tmp_path / "page.html"
+    assert command(run, other, "--out", out) == 0
+    (other / "evaluation.json").unlink()
+    split = {"class_names": [*map(str, range(6))], "train_counts": [6, 5, 4, 3, 2, 1]}
+    rewrite(other / "split.json", **split)
+    for file in (run / "report.html", run / "report" / "table.md", out):
+        said = file.read_text("utf-8")
+        assert "are the 1, 2 and 2 of 5 classes with the most to the fewest" in said
+        assert "thirds" not in said
+    note = compared_report([read_run(run), read_run(other)]).table_note
+    assert "are the 1, 2 and 2 of 5 classes or the 2, 3 and 1 of 6 classes with" in note
 
 
 def test_names_are_shown_and_never_become_part_of_the_page(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import markup
 from reat_fast.reporting.compared_pictures import class_keys, compared_classes, compared_curves
 from reat_fast.reporting.groups import Group, group_runs
-from reat_fast.reporting.pages import THIRDS, Report
+from reat_fast.reporting.pages import Report
 from reat_fast.reporting.run_record import RunRecord
 from reat_fast.reporting.style import Picture
 from reat_fast.reporting.tables import (
@@ -18,6 +18,7 @@ from reat_fast.reporting.tables import (
     attack_title,
     mean_text,
     paper_table,
+    parts_note,
     time_split,
     word_columns,
 )
@@ -45,7 +46,8 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
         labels = f"{'; '.join(group.label for group in groups)}."
     (per_class, left_out), learning = _class_pictures(groups), _learning_pictures(groups)
     repeats = _repeats(groups)
-    said = [labels, spread(groups), *(f"{line}." for line in repeats), conditions(groups), THIRDS]
+    said = [labels, spread(groups), *(f"{line}." for line in repeats), conditions(groups)]
+    said.append(parts_note(len(run.class_names) for run in runs))
     note = " ".join(["Accuracy in %.", *filter(None, said)])
     if any(group.evaluated for group in groups):
         accuracy = markup.table(table, note, words=word_columns(table))

@@ -23,13 +23,9 @@ from reat_fast.reporting.tables import (
     mean_text,
     paper_table,
     part_of_class,
+    parts_note,
     time_split,
     word_columns,
-)
-
-THIRDS = (
-    "Head, body and tail are the thirds of the classes by size, as REAT's code takes them; tail80, "
-    "where it stands, the classes beyond the largest ones that hold 80 % of the images."
 )
 
 
@@ -66,7 +62,11 @@ def run_report(run: RunRecord, probe: Probe | None, missing: str = "") -> Report
     shown["Settings and machine"] = settings_section(run)
     page = markup.page(_title(run), "reat_fast run", _lead(run), _tiles(run), shown.items())
     drawn = [picture for group in made.values() for picture in group]
-    return Report(page, drawn, table, f"Accuracy in %: {run.protocol}. {THIRDS}")
+    return Report(page, drawn, table, _table_note(run))
+
+
+def _table_note(run: RunRecord) -> str:
+    return f"Accuracy in %: {run.protocol}. {parts_note([len(run.class_names)])}".rstrip()
 
 
 def _title(run: RunRecord) -> str:
@@ -123,11 +123,10 @@ def _accuracy_tables(run: RunRecord, table: Table) -> str:
         return markup.note(
             f"{why} Evaluate it with: python -m reat_fast.evaluate {shlex.quote(str(run.folder))}"
         )
-    caption = f"Accuracy in %: {run.protocol}. {THIRDS}"
     warnings = "".join(markup.note(str(line)) for line in run.evaluation.get("warnings", []))
     return (
         warnings
-        + markup.table(table, caption, words=word_columns(table))
+        + markup.table(table, _table_note(run), words=word_columns(table))
         + markup.table(
             class_table(run),
             f"Accuracy in % and images per class; {run.protocol}.",

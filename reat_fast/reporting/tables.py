@@ -24,7 +24,7 @@ MOST_CLASSES = 100
 
 
 def accuracy_table(evaluation: dict[str, Any]) -> str:
-    """Write the figures of evaluation.measure.evaluate as a table: overall, thirds, classes.
+    """Write the figures of evaluation.measure.evaluate as a table: overall, parts, classes.
 
     evaluation: what evaluate returns with class_names and, where known, train_counts [C]. More than
     MOST_CLASSES classes have no rows of their own.
@@ -72,6 +72,24 @@ def part_of_class(num_classes: int) -> list[str]:
         for c in classes:
             part_of[c] = part
     return part_of
+
+
+def sizes_of_parts(num_classes: int) -> str:
+    """Count the classes of head, body and tail: of 6 they are 2, 3 and 1, and no thirds."""
+    head, body, tail = map(len, head_body_tail(num_classes).values())
+    return f"{head}, {body} and {tail}"
+
+
+def parts_note(classes: Iterable[int]) -> str:
+    """Say what head, body and tail are among these numbers of classes, "" where none is known."""
+    told = [f"the {sizes_of_parts(n)} of {n} classes" for n in dict.fromkeys(classes) if n]
+    if not told:
+        return ""
+    return (
+        f"Head, body and tail are {' or '.join(told)} with the most to the fewest training images, "
+        "as REAT's code takes them; tail80, where it stands, the classes beyond the largest ones "
+        "that hold 80 % of the images."
+    )
 
 
 def attack_title(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.attacks import threat_text
 from reat_fast.reporting.run_record import PARTS
-from reat_fast.reporting.tables import markdown, markdown_text, mean_text
+from reat_fast.reporting.tables import markdown, markdown_text, mean_text, sizes_of_parts
 
 TAGS = ("adversarial-training", "adversarial-robustness", "long-tailed-recognition")
 
@@ -26,7 +26,7 @@ def model_card(name: str, description: dict[str, Any], repository: str | None = 
     sections = [
         _front_matter(name, description),
         f"# {markdown_text(name)}\n\n{_summary(description)}",
-        f"## Accuracy\n\n{_accuracy(description['evaluation'])}",
+        f"## Accuracy\n\n{_accuracy(description)}",
         f"## How to load it\n\n{_loading(repository)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -97,7 +97,8 @@ def _summary(description: dict[str, Any]) -> str:
     return text
 
 
-def _accuracy(evaluation: dict[str, Any] | None) -> str:
+def _accuracy(description: dict[str, Any]) -> str:
+    evaluation = description["evaluation"]
     if evaluation is None:
         return "Not measured."
     names = list(evaluation["attacks"])
@@ -109,8 +110,9 @@ def _accuracy(evaluation: dict[str, Any] | None) -> str:
     return (
         f"{markdown(rows)}\nIn %, on {tested}; attacks within "
         f"{threat_text(evaluation)}. "
-        "Balanced is the mean over classes; head, body and tail are thirds of them by the number "
-        "of training images. A stronger attack than those named may find lower figures."
+        "Balanced is the mean over classes; head, body and tail are the "
+        f"{sizes_of_parts(description['num_classes'])} of them with the most to the fewest "
+        "training images. A stronger attack than those named may find lower figures."
     )
 
 
