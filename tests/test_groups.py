@@ -137,7 +137,9 @@ def test_groups_of_a_table_are_labelled_alike_and_with_all_that_tells_them_apart
     assert first.legend == "A (o4)" and first.label == "A (o4): radius=class, evaluation=held-out"
     made = compared_report([read_run(a), read_run(b)])
     assert [row[0] for row in made.table[1:]] == ["A (o4)", "A (o4)", "B (o12)", "B (o12)"]
-    assert f"{first.label}; {second.label}." in made.table_note
+    assert made.table_note.endswith(f"\n\n- {first.label}\n- {second.label}")
+    for name, value in (*first.differs.items(), *second.differs.items()):
+        assert name in made.page and f"<td>{value}</td>" in made.page
     long = made_run(tmp_path / "a name of over forty characters, all told", lr=0.2)
     assert [group.short_label for group in grouped(a, b, long)] == ["A", "B", "C"]
 

@@ -16,6 +16,7 @@ from reat_fast.reporting.style import Picture
 from reat_fast.reporting.tables import (
     Table,
     attack_title,
+    markdown_text,
     mean_text,
     paper_table,
     parts_note,
@@ -41,12 +42,9 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
         raise ValueError(f"{twice}: named more than once; each run counts once")
     groups = group_runs(runs)
     table = paper_table(groups)
-    labels = ""
-    if any(group.short_label != group.label for group in groups):
-        labels = f"{'; '.join(group.label for group in groups)}."
     (per_class, left_out), learning = _class_pictures(groups), _learning_pictures(groups)
     repeats = _repeats(groups)
-    said = [labels, spread(groups), *(f"{line}." for line in repeats), conditions(groups)]
+    said = [spread(groups), *(f"{line}." for line in repeats), conditions(groups)]
     said.append(parts_note(len(run.class_names) for run in runs))
     note = " ".join(["Accuracy in %.", *filter(None, said)])
     if any(group.evaluated for group in groups):
@@ -67,7 +65,14 @@ def compared_report(runs: Sequence[RunRecord]) -> Report:
         ),
     }
     page = markup.page(_title(runs), "reat_fast runs", _lead(groups), [], sections.items())
-    return Report(page, [*per_class, *learning], table, note, remarks)
+    return Report(page, [*per_class, *learning], table, note + _labels(groups), remarks)
+
+
+def _labels(groups: Sequence[Group]) -> str:
+    """List in Markdown how the groups differ, where the rows of the table have no room for it."""
+    if all(group.short_label == group.label for group in groups):
+        return ""
+    return "\n\n" + "\n".join(f"- {markdown_text(group.label)}" for group in groups)
 
 
 def _title(runs: Sequence[RunRecord]) -> str:
@@ -108,7 +113,8 @@ def conditions(groups: Sequence[Group]) -> str:
     told = []
     for members in found.values():
         epochs = [run.weights_epoch for _, run in members if run.weights_epoch is not None]
-        letters = " and ".join(dict.fromkeys(letter for letter, _ in members))
+        *others, last = dict.fromkeys(letter for letter, _ in members)
+        letters = f"{', '.join(others)} and {last}" if others else last
         named = f"{letters}: " if len(groups) > 1 and len(found) > 1 else ""
         told.append(f"{named}{members[0][1].protocol_of(epochs)}")
     return "; ".join(told) + "." if told else ""
