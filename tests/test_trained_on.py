@@ -15,8 +15,8 @@ from PIL import Image
 from reat_fast.checkpoint import CHECKPOINT
 from reat_fast.config import Config
 from reat_fast.data import load_dataset
-from reat_fast.training import trained_on
-from reat_fast.training.trained_on import (
+from reat_fast.evaluation import trained_on
+from reat_fast.evaluation.trained_on import (
     agree,
     digest_of_files,
     digest_of_images,

@@ -10,10 +10,10 @@ from typing import Any
 
 from reat_fast.cli.radius import fraction_text
 from reat_fast.evaluation.attacks import L2_EPS
+from reat_fast.evaluation.trained_on import SPLIT_FIELDS, agree
+from reat_fast.methods.idle import acting
 from reat_fast.reporting.run_record import RunRecord
 from reat_fast.storage.config_file import LOCAL_FIELDS
-from reat_fast.training.idle import acting
-from reat_fast.training.trained_on import SPLIT_FIELDS, agree
 
 PROTOCOL = {
     **{"dataset": None, "samples": None, "images_sha256": None},

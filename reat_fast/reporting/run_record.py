@@ -18,10 +18,10 @@ from reat_fast.config import Config
 from reat_fast.evaluation.attacks import threat_text
 from reat_fast.evaluation.figures import largest_first
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights, refuse_other_types
+from reat_fast.evaluation.trained_on import digests_of_run
 from reat_fast.sources.longtail import by_falling_size
 from reat_fast.storage.config_file import from_json
 from reat_fast.storage.json_object import read_object
-from reat_fast.training.trained_on import digests_of_run
 
 PARTS = ("overall", "balanced", "head", "body", "tail", "worst")
 """The figures of an attack, in the order tables show them."""

@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 
 from reat_fast import env
 from reat_fast.config import PRESETS, Config, in_proportion
+from reat_fast.methods.idle import acting
 from reat_fast.reporting import markup
 from reat_fast.reporting.groups import setting_text
 from reat_fast.reporting.run_record import RunRecord
 from reat_fast.reporting.tables import Table
 from reat_fast.storage.config_file import LOCAL_FIELDS
-from reat_fast.training.idle import acting
 
 
 def settings_section(run: RunRecord) -> str:

@@ -15,6 +15,7 @@ from reat_fast.engine.reference_step import ReferenceStep
 from reat_fast.engine.replayed_step import ReplayedStep
 from reat_fast.env import environment
 from reat_fast.evaluation.figures import SELECTION
+from reat_fast.evaluation.trained_on import digest_of_files, digest_of_images, draw_splits
 from reat_fast.loaders import Batch
 from reat_fast.loaders.choose import make_loader
 from reat_fast.loaders.order import EpochOrder
@@ -29,7 +30,6 @@ from reat_fast.training.network import build_network
 from reat_fast.training.plan import Plan
 from reat_fast.training.progress import EpochTime
 from reat_fast.training.run_folder import FolderLock, describe_run, make_folder, write_tables
-from reat_fast.training.trained_on import digest_of_files, digest_of_images, draw_splits
 
 
 class Run:

@@ -18,12 +18,12 @@ from reat_fast.evaluation.attacks import LINF_STEP
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.evaluation.guards import refuse_few_classes
 from reat_fast.evaluation.saved import EVALUATION, of_these_weights, refuse_other_types
+from reat_fast.evaluation.trained_on import was_trained_on
 from reat_fast.storage.config_file import changes, from_json
 from reat_fast.storage.json_object import read_object
 from reat_fast.storage.weights_file import CheckpointError
 from reat_fast.training.run_folder import FolderLock, epochs_done, never_began, train_counts
 from reat_fast.training.sweep_lines import Line
-from reat_fast.training.trained_on import was_trained_on
 
 
 @dataclass(frozen=True)
