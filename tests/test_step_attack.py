@@ -13,9 +13,9 @@ from torch import Tensor
 
 from reat_fast.config import Config
 from reat_fast.engine.augment import apply_policy
-from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.kernels.prepare import prepare
 from reat_fast.methods import reference as methods
+from reat_fast.methods.attacks import resolve_attack_loss
 from reat_fast.step import TrainStep, make_optimizer
 
 

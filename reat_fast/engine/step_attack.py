@@ -12,23 +12,17 @@ from reat_fast.attack import ascend_, with_batch_statistics
 from reat_fast.config import Config
 from reat_fast.engine.precision import resolve_precision
 from reat_fast.kernels import boxes
-from reat_fast.methods.attacks import EARLY_ATTACK, AttackLossName, choose_attack_loss, plan_attack
+from reat_fast.methods.attacks import (
+    EARLY_ATTACK,
+    choose_attack_loss,
+    plan_attack,
+    resolve_attack_loss,
+)
 from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import require_compiler
 from reat_fast.networks.frozen import Form, FrozenNetwork, fastest_form
 from reat_fast.objective import ClassStatistics
-
-
-def resolve_attack_loss(config: Config) -> AttackLossName:
-    """Say what the attack maximises when the configuration leaves it open.
-
-    REAT multiplies each sample's loss by a positive weight and PGD takes the sign of each sample's
-    own gradient, so with BatchNorm in eval mode, where samples do not meet, RBL changes nothing.
-    """
-    if config.attack_loss != "auto":
-        return config.attack_loss
-    return "ce" if config.attack_batchnorm == "eval" else "rbl"
 
 
 def resolve_form(config: Config, device: torch.device) -> Form:

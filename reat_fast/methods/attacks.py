@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reat_fast.attack import AttackLoss, SummedClassLoss, cross_entropy, uniform_noise
+from reat_fast.config import Config
 from reat_fast.kernels.class_loss import class_loss
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.prepare import Noise
@@ -65,6 +66,17 @@ class AttackPlan:
     def settle_(self, start: Tensor) -> Tensor:
         """Bring a start, noise added, to where the attack begins; in place, may not sync."""
         return start.clamp_(0.0, 1.0) if self.clamp_start else start
+
+
+def resolve_attack_loss(config: Config) -> AttackLossName:
+    """Say what the attack maximises when the configuration leaves it open.
+
+    REAT multiplies each sample's loss by a positive weight and PGD takes the sign of each sample's
+    own gradient, so with BatchNorm in eval mode, where samples do not meet, RBL changes nothing.
+    """
+    if config.attack_loss != "auto":
+        return config.attack_loss
+    return "ce" if config.attack_batchnorm == "eval" else "rbl"
 
 
 def plan_attack(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from reat_fast.config import PRESETS, Config, in_proportion
-from reat_fast.engine.step_attack import resolve_attack_loss
+from reat_fast.methods.attacks import resolve_attack_loss
 
 
 @dataclass(frozen=True)

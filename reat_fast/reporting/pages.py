@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from reat_fast.cli.terminal import duration
 from reat_fast.config import Config
-from reat_fast.engine.step_attack import resolve_attack_loss
 from reat_fast.evaluation.figures import SELECTION
+from reat_fast.methods.attacks import resolve_attack_loss
 from reat_fast.reporting import curves, markup, pictures, probe_pictures
 from reat_fast.reporting.groups import group_runs
 from reat_fast.reporting.probe import Probe

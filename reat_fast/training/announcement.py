@@ -14,8 +14,8 @@ from reat_fast.cli.terminal import duration
 from reat_fast.config import PRESETS, SHARES, Config, in_proportion
 from reat_fast.data import AS_IS, UNEVEN
 from reat_fast.engine.precision import resolve_precision
-from reat_fast.engine.step_attack import resolve_attack_loss, resolve_form
-from reat_fast.methods.attacks import EARLY_ATTACK, AttackName, plan_attack
+from reat_fast.engine.step_attack import resolve_form
+from reat_fast.methods.attacks import EARLY_ATTACK, AttackName, plan_attack, resolve_attack_loss
 from reat_fast.methods.idle import acts, idle_fields
 from reat_fast.training import selection
 from reat_fast.training.run import Run
