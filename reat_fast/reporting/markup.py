@@ -42,7 +42,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 1.25rem 0 
   font-variant-numeric: tabular-nums }
 .tiles dd small { display: block; color: var(--muted); font-size: .78rem; font-weight: 400;
   letter-spacing: 0 }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr));
   gap: 1rem; margin: 1rem 0 }
 .card { margin: 0 0 1rem; padding: 1rem 1.1rem; min-width: 0 }
 .cards .card { margin: 0 }
