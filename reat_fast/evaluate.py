@@ -192,7 +192,7 @@ def _conditions(options: Options, config: Config, device: torch.device) -> dict[
     eps = config.eps if options.eps is None else options.eps
     precision = options.precision or resolve_precision(config, device)
     if precision == "tf32" and device.type == "cpu":
-        raise ValueError("--precision tf32: a CPU has none; give --precision float32")
+        print("--precision tf32: a CPU has none, so attacks search in float32", file=sys.stderr)
     if precision == "bf16":
         refuse_missing_bfloat16(device)
     return {

@@ -67,7 +67,7 @@ class TrainStep:
         self.objective = make_objective(model, self.statistics, config)
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.sums = EpochSums(self.objective.terms, device)
-        self._dtype = weight.dtype
+        self.dtype = weight.dtype
         self._low = resolve_precision(config, device) == "bf16"
         self._free: FreePerturbation | None = None
         self.attack = StepAttack(model, self.statistics, counts, config, self._autocast)
@@ -128,7 +128,7 @@ class TrainStep:
             flip=config.augment,
             noise=self.plan.noise,
         )
-        images, adv_start = (pixels.to(self._dtype) for pixels in (images, adv_start))
+        images, adv_start = (pixels.to(self.dtype) for pixels in (images, adv_start))
         return self._step(images, batch.labels, self.plan.settle_(adv_start), total)
 
     def __call__(
@@ -145,7 +145,7 @@ class TrainStep:
         which would have to be waited for elsewhere.
         """
         classes = len(self.statistics.counts)
-        step_checks.refuse_misfits(images, labels, start, self._dtype, classes)
+        step_checks.refuse_misfits(images, labels, start, self.dtype, classes)
         scale = self.attack.noise_scale(labels, self.epoch)
         begin = self.plan.draw_start(images, scale) if start is None else images + start
         return self._step(images, labels, self.plan.settle_(begin), len(labels))

@@ -169,6 +169,7 @@ def test_json_gives_the_same_configuration_back(
     config = Config(eps=eps, lr=lr, milestones=milestones, limit_batches=limit)
     assert from_json(to_json(config)) == config
     assert from_json("{}") == Config()
+    assert from_json('{"attack_form": "trial"}').attack_form == "triton"  # of older versions
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"epochs": 0}', '{"epoch": 3}', '{"eps": "x"}'])

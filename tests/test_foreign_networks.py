@@ -249,6 +249,29 @@ def test_a_network_that_keeps_its_features_is_trained_averaged_and_attacked() ->
         assert torch.equal(victim(images), averaged(images))
 
 
+class Rounds(Plain):
+    """Lets no gradient through to its images."""
+
+    def maps(self, images: Tensor) -> Tensor:
+        return super().maps((images * 255).round().to(torch.uint8).to(images.dtype) / 255)
+
+
+def made_in_inference_mode() -> Plain:
+    with torch.inference_mode():
+        return Plain()
+
+
+@pytest.mark.parametrize("make", [Rounds, made_in_inference_mode])
+def test_a_network_without_gradients_is_evaluated(make: Callable[[], Plain]) -> None:
+    model = make().eval()
+    pixels = torch.randint(0, 256, (8, 6, 6, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        labels = model(pixels.permute(0, 3, 1, 2) / 255).argmax(1)
+    image_set = ImageSet(pixels.numpy(), labels.clone().numpy())
+    found = evaluate(model, image_set, [Attack.from_name("clean", 0.1)], 4, eps=0.1)
+    assert found["attacks"]["clean"]["overall"] == 100
+
+
 def test_what_cannot_be_copied_is_named() -> None:
     model = Plain()
     model.kept = [model(torch.rand(1, 3, 6, 6))]  # type: ignore[assignment]

@@ -46,7 +46,7 @@ def test_the_magnitude_of_a_policy_acts() -> None:
         (Config(attack_form="cudnn"), "cudnn: needs a CUDA device; leave it out"),
         (
             Config(attack_form="cpu", precision="bf16"),
-            "cpu: computes in float32; give --precision float32",
+            "cpu: computes in float32, not bfloat16; give",
         ),
     ],
 )

@@ -179,7 +179,11 @@ def test_a_program_whose_sweep_is_gone_before_it_begins_does_not_begin(tmp_path:
     begun = tmp_path / "begun"
     program = python(f"import pathlib; pathlib.Path({str(begun)!r}).touch()")
     module = [sys.executable, "-m", sweep_launch.__name__]
-    assert subprocess.run([*module, "1", *program]).returncode == 143 and not begun.exists()
+    gone = subprocess.Popen(python(""))
+    gone.wait()
+    assert (
+        subprocess.run([*module, str(gone.pid), *program]).returncode == 143 and not begun.exists()
+    )
     assert subprocess.run([*module, str(os.getpid()), *program]).returncode == 0 and begun.exists()
 
 

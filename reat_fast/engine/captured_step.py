@@ -129,7 +129,7 @@ class Recording:
         self.step, self.total = step, total
         self.batch = Batch(images, batch.labels.clone(), batch.indices.clone(), batch.gather)
         self.graph = graph
-        step.allocate(images[:1].permute(0, 3, 1, 2).float())
+        step.allocate(images[:1].permute(0, 3, 1, 2).to(step.dtype))
         state = step.state_tensors()
         kept = [tensor.clone() for tensor in state]
         places = [tensor.data_ptr() for tensor in state]

@@ -74,7 +74,9 @@ class StepAttack:
             if form == "cudnn" and device.type != "cuda":
                 raise ValueError("--attack-form cudnn: needs a CUDA device; leave it out")
             if form == "cpu" and low is not None:
-                raise ValueError("--attack-form cpu: computes in float32; give --precision float32")
+                raise ValueError(
+                    "--attack-form cpu: computes in float32, not bfloat16; give --attack-form auto"
+                )
             self.network = FrozenNetwork(model, low, form)
         self._radii: ClassRadii | None = None
         if config.radius == "class":

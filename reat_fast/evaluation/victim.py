@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from reat_fast.attack import evaluating, first_tensor
@@ -56,7 +56,10 @@ class Victim:
         images [B, C, H, W]: a few. A network's own code may do what a trace does not see; an attack
         on something else would leave images that the model does not get right.
         """
-        if not is_foreign(self.model) or _alike(self.model, self._network(None), images):
+        if not is_foreign(self.model):
+            return
+        plain = FrozenNetwork(self._source, rewritten=False)  # whose weights want no gradient
+        if _alike(plain, self._network(None), images):
             return
         self._rewritten = False
         self._networks.clear()
@@ -185,22 +188,23 @@ class Victim:
         self._bar.refresh()
 
 
-def _alike(model: nn.Module, frozen: FrozenNetwork, images: Tensor) -> bool:
+def _alike(plain: FrozenNetwork, rewritten: FrozenNetwork, images: Tensor) -> bool:
     """Say whether two networks give images the same logits and gradients, to rounding."""
     both = []
     with full_precision(), torch.enable_grad():
-        for network in (model, frozen):
+        for network in (plain, rewritten):
             leaf = images.detach().clone().requires_grad_()
             try:
                 logits = network(leaf)
             except (AttributeError, RuntimeError):
-                if network is model:
+                if network is plain:
                     raise
                 return False  # its own code reads what was rewritten
             signs = (torch.arange(logits.numel(), device=logits.device) % 2 * 2 - 1).view_as(logits)
             given = torch.zeros_like(leaf)
             if logits.requires_grad:
-                (given,) = torch.autograd.grad((logits * signs).sum(), leaf)
+                total = (logits * signs).sum()
+                (given,) = torch.autograd.grad(total, leaf, materialize_grads=True)
             both.append((logits.detach(), given))
     (first, gradient), (second, other) = both
     # Far above rounding: where a ReLU is at 0 but for rounding, its gradient comes or goes.

@@ -50,6 +50,8 @@ def from_json(text: str, source: str = "config.json") -> Config:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r}, written by another version")
+        if values.get("attack_form") == "trial":  # is gone, and triton since
+            values["attack_form"] = "triton"
         for name in ("data", "run_dir", "resume"):
             values[name] = Path(values[name]) if values.get(name) else None
         for name in {"milestones", "log"} & set(values):
