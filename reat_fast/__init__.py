@@ -23,6 +23,11 @@ if sys.argv[:1] == ["-m"]:  # a command is starting, which takes seconds of impo
     def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("stopped", file=sys.stderr)
+        elif isinstance(error, ModuleNotFoundError) and error.name in ("torch", "numpy", "tyro"):
+            lacks = f"error: {error.name} is not installed for {sys.executable}"
+            print(f"{lacks}; take .venv/bin/python, which make train sets up", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(2)
         else:
             sys.__excepthook__(kind, error, trace)
 

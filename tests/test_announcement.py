@@ -38,6 +38,20 @@ def test_free_training_says_what_its_attack_is_and_nothing_of_another(
     assert "RBL" not in shown and "tail penalty" not in shown
 
 
+def test_an_average_that_is_never_reached_and_a_file_taken_for_cifar10_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, labels = np.random.default_rng(0), np.arange(100) % 10
+    images = made.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    data = tmp_path / "mine.npz"
+    np.savez(data, x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
+    arguments = ["at", *SMALL, "--dataset", "cifar10", "--data", data, "--epochs", 1]
+    assert run(*arguments, "--ema", 0.9, "--run-dir", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "mine.npz is read as cifar10; data of your own needs --dataset npz" in shown
+    assert "--ema 0.9: acts after 81 steps, this run has" in shown
+
+
 def test_batchnorms_that_cannot_be_folded_are_named(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

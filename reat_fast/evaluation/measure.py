@@ -64,7 +64,7 @@ def evaluate(
     """
     world, own, stopped = world or World(), None, Stopped(128 + signal.SIGTERM)
     settings = Settings(eps, seed, restarts, precision, batch_size)
-    _refuse_misfits(settings, attacks, image_set, num_classes, train_counts)
+    _refuse_misfits(model, settings, attacks, image_set, num_classes, train_counts)
     watch = Watch(state, progress, bar, say)
     try:
         own = share_tally(model, image_set, attacks, num_classes, settings, watch, world)
@@ -113,6 +113,7 @@ def share_tally(
 
 
 def _refuse_misfits(
+    model: Network,
     settings: Settings,
     attacks: Sequence[Attack],
     image_set: ImageSet,
@@ -135,6 +136,9 @@ def _refuse_misfits(
             raise ValueError(f"{name}: {getattr(settings, name)}; must be at least 1")
     if not len(image_set):
         raise ValueError("image_set: there are no images; give at least one")
+    outputs = getattr(getattr(model, "fc", None), "out_features", num_classes)
+    if outputs != num_classes:
+        raise ValueError(f"num_classes: {num_classes}; the model has {outputs}")
     if int(image_set.labels.max()) >= num_classes or int(image_set.labels.min()) < 0:
         raise ValueError(f"image_set: a label is none of the {num_classes} classes")
     if train_counts is not None and len(train_counts) != num_classes:

@@ -29,8 +29,9 @@ def announce(run: Run) -> None:
         f"expected time {duration(selection.expected_seconds(run))} on {_place(run)}, "
         "from one timed pass"
     )
-    for line in (*_data(run), *_attack(run), *_schedule(run), *_idle(run), *_step(run)):
-        print(line)
+    for part in (_data, _attack, _schedule, _average, _idle, _step):
+        for line in part(run):
+            print(line)
     sys.stdout.flush()
 
 
@@ -55,6 +56,11 @@ def _data(run: Run) -> Iterator[str]:
         yield (
             f"--evaluation {config.evaluation}: nothing looks at the {held_out:,} images that are "
             "held out; --held-out 0 trains on them, too"
+        )
+    if config.data is not None and config.data.suffix == ".npz" and config.dataset != "npz":
+        yield (
+            f"{config.data.name} is read as {run.dataset.name}; data of your own needs "
+            "--dataset npz and, where it is long-tailed, --imbalance-profile as-is"
         )
     yield from run.dataset.notes
 
@@ -127,6 +133,16 @@ def _schedule(run: Run) -> Iterator[str]:
         yield (
             f"--awp-from {config.awp_from}: never reached in {config.epochs} epochs, in which no "
             "weights are perturbed"
+        )
+
+
+def _average(run: Run) -> Iterator[str]:
+    """Say where a run ends before its average has the decay asked for, see WeightAverage."""
+    ema, steps = run.config.ema, run.batches * run.config.epochs
+    if ema and steps < 9 * ema / (1 - ema):
+        yield (
+            f"--ema {ema:g}: acts after {9 * ema / (1 - ema):,.0f} steps, this run has {steps:,}, "
+            "in which each counts for more"
         )
 
 
