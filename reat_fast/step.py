@@ -165,7 +165,7 @@ class TrainStep:
         """
         self.statistics.end_epoch()
         means = self.running_means()
-        means["nonfinite"] = int(self.world.sum_(self.sums.nonfinite))
+        means["nonfinite"] = int(self.sums.nonfinite)
         self.sums.clear_()
         self.epoch += 1
         self.begin_epoch()
@@ -217,8 +217,6 @@ class TrainStep:
         if self._free is not None:
             self._free.load_state_dict(state)
         self.sums.load_state_dict(state)
-        if not self.world.main:
-            self.sums.nonfinite.zero_()  # each counts its own
         self.epoch.copy_(state["epoch"])
         self.begin_epoch()
 
@@ -243,7 +241,7 @@ class TrainStep:
                 adv_start,
                 parts=[rows for rows, _ in self.update.parts(total)],
                 epoch=self.epoch,
-                nonfinite=self.sums.nonfinite,
+                nonfinite=self.update.nonfinite,
             )
             outcome = self.update(images, images_adv, labels, total)
         if self.average is not None:
@@ -257,7 +255,7 @@ class TrainStep:
         for _ in range(self.config.replays):
             attacked = self._free.attacked(images)
             outcome = self.update(images, attacked, labels, total)
-            self._free.update_(attacked, images, self.sums.nonfinite)
+            self._free.update_(attacked, images, self.update.nonfinite)
         return outcome
 
     def _autocast(self) -> torch.autocast:

@@ -118,6 +118,20 @@ def stop_the_second(world: World) -> Callable[[int], object]:
     return tick
 
 
+def counts_of_an_epoch_in_two_halves(world: World, step: TrainStep) -> None:
+    """Each process counts the bad gradients of its share: a checkpoint has those of all of them."""
+    batch = torch.rand(2, 3, 16, 16), torch.tensor([0, 3])
+    step.update.nonfinite += 1 + world.rank
+    step(*batch)
+    halfway = {name: value.clone() for name, value in step.state_dict().items()}
+    assert halfway["nonfinite"] == 3
+    step.end_epoch()
+    step.load_state_dict(halfway)  # by every process, as a run that is resumed does
+    step.update.nonfinite += 10 * world.rank
+    step(*batch)
+    assert step.end_epoch()["nonfinite"] == 13
+
+
 def one_of_two(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -130,8 +144,7 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
         assert row.tolist() == [1.25, 2.5] and number.item() == 2.0
         model = create_model("resnet8", 5, width=8)
         step = TrainStep(model, make_optimizer(model, CONFIG), COUNTS, CONFIG, world)
-        step.sums.nonfinite += 1 + rank  # each counts those of its share
-        assert step.end_epoch()["nonfinite"] == 3
+        counts_of_an_epoch_in_two_halves(world, step)
         figures = [evaluated(world), evaluated(world, ["aa"]), evaluated(world, few=1)]
         with pytest.raises(Stopped) as stopped:
             evaluated(world, progress=stop_the_second(world))

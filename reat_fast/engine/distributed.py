@@ -186,7 +186,7 @@ class SharedGradients:
     def sum_(self, statistics: Tensor | None = None) -> Tensor:
         """Sum gradients and statistics over the processes; returns the statistics [S].
 
-        The statistics are exact as long as each sum is below 2^24, as counts in a batch are.
+        The statistics are exact as long as each sum is below 2^24, as counts of images are.
         """
         if statistics is not None:
             self._statistics.copy_(statistics)

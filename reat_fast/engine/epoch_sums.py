@@ -19,7 +19,7 @@ class EpochSums:
 
     terms: names of the terms of the loss. totals: float64 [1 + T + 3], the loss and its terms
     times their samples, and COUNTS. nonfinite: int64, gradient elements of the attack that were NaN
-    or infinite; whoever attacks counts them. bad_step: int64, the first step of the epoch whose
+    or infinite, of all processes. bad_step: int64, the first step of the epoch whose
     loss was not finite, or -1.
     """
 

@@ -74,6 +74,8 @@ class StepUpdate:
         self.begin_epoch(0)
         self._shared: SharedGradients | None = None
         self._histogram = statistics.next_ae_counts
+        self.nonfinite = sums.nonfinite
+        """int64, to which whoever attacks adds the bad gradient elements of this process."""
         self._running: list[Tensor] = []
         """Of BatchNorms that look at one process's share each; synchronised ones agree anyway."""
         if world.size > 1:
@@ -82,7 +84,8 @@ class StepUpdate:
             else:
                 self._running = running_statistics(model)
             self._histogram = torch.zeros_like(self._histogram)
-            summed = len(objective.terms) + 2 + len(self._histogram)
+            self.nonfinite = torch.zeros_like(self.nonfinite)
+            summed = len(objective.terms) + 3 + len(self._histogram)
             self._shared = SharedGradients(list(model.parameters()), summed, world)
 
     def __call__(
@@ -124,8 +127,12 @@ class StepUpdate:
         own += [correct, labels.new_full((), labels.numel())]
         sums = torch.stack([value.double() for value in own])
         if self._shared is not None:
-            sums = self._shared.sum_(torch.cat([sums, self._histogram.double()])).double()
-            self._statistics.next_ae_counts += sums[len(own) :].long()
+            counted = torch.cat([self.nonfinite[None], self._histogram]).double()
+            sums = self._shared.sum_(torch.cat([sums, counted])).double()
+            counted = sums[len(own) :].long()
+            self._sums.nonfinite += counted[0]
+            self._statistics.next_ae_counts += counted[1:]
+            self.nonfinite.zero_()
             self._histogram.zero_()
             outcome |= {n: t.to(outcome[n].dtype) for n, t in zip(names, sums, strict=False)}
         outcome["loss"] = torch.stack([outcome[name] for name in names]).sum()
