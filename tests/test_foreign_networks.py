@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from test_frozen import assert_equal_to_rounding, with_statistics
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune, spectral_norm
 
-from reat_fast import autoattack
+from reat_fast import autoattack, pgd
 from reat_fast.config import Config
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
@@ -247,6 +247,42 @@ def test_a_network_that_keeps_its_features_is_trained_averaged_and_attacked() ->
     averaged = step.evaluated_network().eval()
     with attacked(averaged) as victim:
         assert torch.equal(victim(images), averaged(images))
+
+
+class Shows(Plain):
+    """A network that a step can train."""
+
+    def forward_features_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.maps(images).mean((2, 3))
+        return features, self.fc(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_features_logits(images)[1]
+
+
+class Hides(Shows):
+    """Reads a convolution without its BatchNorm, but not where it is traced."""
+
+    def maps(self, images: Tensor) -> Tensor:
+        maps = super().maps(images)
+        return maps if isinstance(images, fx.Proxy) else maps + self.conv1(images)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("kind", [Shows, Hides])
+def test_a_step_attacks_the_network_itself_where_rewriting_it_changes_it(
+    kind: type[Shows], precision: Any
+) -> None:
+    model, config = kind(), Config(steps=2, precision=precision)
+    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
+    original = copy_of(model).eval()
+    images, labels = torch.rand(8, 3, 6, 6), torch.arange(8) % 4
+    start = torch.zeros_like(images)
+    assert not step.unfolded
+    adv = step(images, labels, start)["images_adv"]
+    assert bool(step.unfolded) == (kind is Hides)
+    if precision == "float32":
+        assert torch.equal(adv, pgd(original, images, labels, steps=2, start=start))
 
 
 class Rounds(Plain):

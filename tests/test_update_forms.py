@@ -18,7 +18,8 @@ from reat_fast.config import Config, parse
 from reat_fast.engine import step_update
 from reat_fast.engine.distributed import World
 from reat_fast.engine.step_update import resolve_update_form
-from reat_fast.kernels import own_conv
+from reat_fast.kernels import own_conv, triton_support
+from reat_fast.models import create_model
 from reat_fast.step import TrainStep, make_optimizer
 
 
@@ -158,6 +159,25 @@ def test_the_update_is_fused_by_itself_where_it_was_timed(monkeypatch: pytest.Mo
     assert resolve_update_form(Config(sync_batchnorm=False), cuda, several) == "fused"
     for named in ("eager", "compiled"):
         assert resolve_update_form(Config(update_form=named), cuda, alone) == named  # type: ignore[arg-type]
+
+
+def test_the_update_of_others_networks_is_fused_on_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step_update, "fused_update_pays", lambda device: True)
+    monkeypatch.setattr(triton_support, "kernel_runs_on", lambda tensor: True)
+    config = Config(precision="bf16")
+    for hooked, update_form, form in (
+        (False, "auto", "fused"),
+        (True, "auto", "eager"),
+        (True, "fused", "fused"),
+    ):
+        model = create_model("resnet8", len(COUNTS), width=8)
+        if hooked:
+            model.fc.register_forward_hook(lambda module, given, output: 2 * output)  # type: ignore[union-attr, operator]
+        chosen = dataclasses.replace(config, update_form=update_form)  # type: ignore[arg-type]
+        step = TrainStep(model, make_optimizer(model, chosen), COUNTS, chosen)
+        assert step.update.form == form
 
 
 class OwnBatchNorm(torch.nn.BatchNorm2d):

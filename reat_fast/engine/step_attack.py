@@ -22,7 +22,12 @@ from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import require_compiler
 from reat_fast.networks.frozen import Form, FrozenNetwork, fastest_form
+from reat_fast.networks.likeness import alike
+from reat_fast.networks.tracing import is_foreign
 from reat_fast.objective import ClassStatistics
+
+LOOKED_AT = 16
+"""Images on which a network of others is compared with its copy."""
 
 
 def resolve_form(config: Config, device: torch.device) -> Form:
@@ -48,7 +53,8 @@ class StepAttack:
     model, statistics, counts, config: those of the step. autocast: makes the context in which the
     network itself computes. plan: the numbers of the attack in the running epoch. network: the
     frozen copy that is attacked, None where BatchNorm takes the statistics of the attacked batch,
-    and in free training, which makes no examples here.
+    and in free training, which makes no examples here. A network of others is compared with its
+    copy in the first call: where rewriting it changed it, it is attacked as it is.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class StepAttack:
                     "--attack-form cpu: computes in float32, not bfloat16; give --attack-form auto"
                 )
             self.network = FrozenNetwork(model, low, form)
+        self._unchecked = self.network is not None and is_foreign(model)
         self._radii: ClassRadii | None = None
         if config.radius == "class":
             warmup = config.radius_warmup * config.epochs
@@ -124,11 +131,15 @@ class StepAttack:
         epoch: Tensor,
         nonfinite: Tensor,
     ) -> Tensor:
-        """Return adversarial examples of images [B, C, H, W], found from adv_start; may not sync.
+        """Return adversarial examples of images [B, C, H, W], found from adv_start.
+
+        May not sync, but for the first call on a network of others.
 
         parts: rows that are attacked one after another. epoch: int64, on which radii depend.
         nonfinite: int64, to which bad gradient elements are added.
         """
+        if self._unchecked and len(images):
+            self._check(images[:LOOKED_AT])
         victim = self.network or self._on_batch_statistics
         eps: float | Tensor = self.plan.radius
         step_size: float | Tensor = self.plan.step_size
@@ -152,6 +163,16 @@ class StepAttack:
             )
             found.append(adv)
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _check(self, images: Tensor) -> None:
+        assert self.network is not None
+        dtype, rewritten = self.network.images_dtype, self.network
+        if dtype != images.dtype:  # in 16 bits rounding would hide a change
+            form = fastest_form(images.dtype, images.device)
+            rewritten = FrozenNetwork(self._model, form=form)
+        if not alike(FrozenNetwork(self._model, rewritten=False), rewritten, images):
+            self.network = FrozenNetwork(self._model, dtype, rewritten=False)
+        self._unchecked = False
 
     def _on_batch_statistics(self, images: Tensor) -> Tensor:
         with self._autocast():

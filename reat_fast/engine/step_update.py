@@ -24,6 +24,7 @@ from reat_fast.methods.weight_perturbation import WeightPerturbation, statistics
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.compiling import compile_whole, require_compiler
 from reat_fast.networks.fused_update import FusedUpdate, fused_update_pays
+from reat_fast.networks.tracing import is_foreign
 from reat_fast.objective import ClassStatistics
 
 UpdateForm = Literal["eager", "fused", "compiled"]
@@ -65,6 +66,8 @@ class StepUpdate:
         self._statistics, self._sums, self._epoch = statistics, sums, epoch
         self._config, self._world, self._autocast = config, world, autocast
         self.form = resolve_update_form(config, epoch.device, world)
+        if self.form == "fused" and config.update_form == "auto" and is_foreign(model):
+            self.form = "eager"  # its own code may do what a trace does not see
         self._features_logits = _features_logits(self.form, model, config, epoch.device, world)
         if isinstance(self._features_logits, FusedUpdate) and not self._features_logits.fused:
             self.form = "eager"  # the network is not one that can be rewritten

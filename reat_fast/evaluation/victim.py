@@ -19,6 +19,7 @@ from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
 from reat_fast.networks.copies import copy_of
 from reat_fast.networks.frozen import FrozenNetwork, fastest_form
+from reat_fast.networks.likeness import alike
 from reat_fast.networks.tracing import is_foreign
 
 
@@ -59,7 +60,7 @@ class Victim:
         if not is_foreign(self.model):
             return
         plain = FrozenNetwork(self._source, rewritten=False)  # whose weights want no gradient
-        if _alike(plain, self._network(None), images):
+        if alike(plain, self._network(None), images):
             return
         self._rewritten = False
         self._networks.clear()
@@ -186,31 +187,6 @@ class Victim:
         self._bar.set_description_str(what, refresh=False)
         self._bar.total = self._bar.n + passes
         self._bar.refresh()
-
-
-def _alike(plain: FrozenNetwork, rewritten: FrozenNetwork, images: Tensor) -> bool:
-    """Say whether two networks give images the same logits and gradients, to rounding."""
-    both = []
-    with full_precision(), torch.enable_grad():
-        for network in (plain, rewritten):
-            leaf = images.detach().clone().requires_grad_()
-            try:
-                logits = network(leaf)
-            except (AttributeError, RuntimeError):
-                if network is plain:
-                    raise
-                return False  # its own code reads what was rewritten
-            signs = (torch.arange(logits.numel(), device=logits.device) % 2 * 2 - 1).view_as(logits)
-            given = torch.zeros_like(leaf)
-            if logits.requires_grad:
-                total = (logits * signs).sum()
-                (given,) = torch.autograd.grad(total, leaf, materialize_grads=True)
-            both.append((logits.detach(), given))
-    (first, gradient), (second, other) = both
-    # Far above rounding: where a ReLU is at 0 but for rounding, its gradient comes or goes.
-    return bool((first - second).abs().max() <= 1e-3 * first.abs().max()) and bool(
-        (gradient - other).norm() <= 0.05 * gradient.norm()
-    )
 
 
 def _channels_last(model: Network) -> Network:
