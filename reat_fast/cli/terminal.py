@@ -43,6 +43,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)} (--help lists every flag)\n")
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number and what it counts: `1 epoch`, `1,000 epochs`."""
+    return f"{number:,} {thing}" + "s" * (number != 1)
+
+
 def keep_outputs() -> None:
     """Let what is printed go nowhere where the program was started with an output closed.
 

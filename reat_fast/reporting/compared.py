@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from reat_fast.cli.terminal import duration
+from reat_fast.cli.terminal import counted, duration
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 from reat_fast.reporting import markup
 from reat_fast.reporting.compared_pictures import class_keys, compared_classes, compared_curves
@@ -83,7 +83,7 @@ def _title(runs: Sequence[RunRecord]) -> str:
 
 def _lead(groups: Sequence[Group]) -> str:
     runs = sum(len(group.runs) for group in groups)
-    return f"{runs} runs in {len(groups)} group{'s' * (len(groups) > 1)}. {spread(groups)}"
+    return f"{runs} runs in {counted(len(groups), 'group')}. {spread(groups)}"
 
 
 def _repeats(groups: Sequence[Group]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from reat_fast.cli.terminal import duration
+from reat_fast.cli.terminal import counted, duration
 from reat_fast.config import Config
 from reat_fast.evaluation.figures import SELECTION
 from reat_fast.methods.attacks import resolve_attack_loss
@@ -78,7 +78,7 @@ def _title(run: RunRecord) -> str:
 def _lead(run: RunRecord) -> str:
     config, done = run.config, len(run.metrics)
     preset = f"Preset {run.preset}, " if run.preset else ""
-    epochs = f"{done} of {config.epochs} epochs"
+    epochs = f"{done} of {counted(config.epochs, 'epoch')}"
     text = (
         f"{preset}{config.model} on {config.dataset}, {epochs}, seed {config.seed}, {run.device}."
     )
@@ -186,14 +186,15 @@ def _learning_pictures(run: RunRecord) -> list[Picture]:
             "loss",
             "Loss",
             "Means over the adversarial examples of each epoch.",
-            f"Training loss over {len(run.metrics)} epochs, {last['loss']:.3f} in the last.",
+            f"Training loss over {counted(len(run.metrics), 'epoch')}, "
+            f"{last['loss']:.3f} in the last.",
             curves.loss_curves(run.metrics),
         ),
         Picture(
             "learning",
             "Accuracy while learning",
             f"Training AEs before each update; evaluations: {evaluated}.",
-            f"Accuracy over {len(run.metrics)} epochs; on training AEs "
+            f"Accuracy over {counted(len(run.metrics), 'epoch')}; on training AEs "
             f"{last['adv_accuracy']:.1f} % in the last.",
             curves.accuracy_curves(run.metrics),
         ),
@@ -213,7 +214,7 @@ def _statistics_pictures(run: RunRecord) -> list[Picture]:
         "What training AEs are predicted as",
         "Share of predictions over share of training images: orange, a class predicted more "
         "rarely than its size suggests; purple, more often.",
-        f"Heat map of classes over {len(run.ae_counts)} epochs; in the last, {never} of "
+        f"Heat map of classes over {counted(len(run.ae_counts), 'epoch')}; in the last, {never} of "
         f"{len(run.counts)} classes were never predicted.",
         pictures.prediction_histogram(*arguments),
     )
@@ -280,7 +281,7 @@ def _time_pictures(run: RunRecord) -> list[Picture]:
     if not run.timing:
         return []
     caption = f"On {run.device}. Throughput counts training alone, without the first step."
-    words = f"Seconds and throughput of {len(run.timing)} epochs."
+    words = f"Seconds and throughput of {counted(len(run.timing), 'epoch')}."
     return [Picture("time", "Epoch by epoch", caption, words, curves.time_chart(run.timing))]
 
 

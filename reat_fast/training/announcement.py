@@ -10,7 +10,7 @@ import torch
 
 from reat_fast.cli.command import flag
 from reat_fast.cli.radius import fraction_text
-from reat_fast.cli.terminal import duration
+from reat_fast.cli.terminal import counted, duration
 from reat_fast.config import PRESETS, SHARES, Config, in_proportion
 from reat_fast.data import AS_IS, UNEVEN
 from reat_fast.engine.precision import resolve_precision
@@ -75,7 +75,7 @@ def _attack(run: Run) -> Iterator[str]:
     elif config.attack != "pgd":
         yield f"{_one_step(config, config.attack)}; --start, --steps and --step-size do not act"
     if config.attack_from and config.attack != EARLY_ATTACK:
-        until = f"in the first {config.attack_from} epochs, then {config.attack}"
+        until = f"in the first {counted(config.attack_from, 'epoch')}, then {config.attack}"
         yield f"{_one_step(config, EARLY_ATTACK)} {until}"
     auto = config.fused and config.attack != "free" and config.attack_loss == "auto"
     if auto and resolve_attack_loss(config) == "ce":
@@ -100,6 +100,7 @@ def _one_step(config: Config, attack: AttackName) -> str:
 def _schedule(run: Run) -> Iterator[str]:
     """Say what a run of another length comes to sooner or later, and what it never comes to."""
     config = run.config
+    epochs = counted(config.epochs, "epoch")
     usual = PRESETS.get(run.plan.preset, Config())  # a run may be of a version that had another
     shares = in_proportion(usual, config.epochs)
     moved = [
@@ -109,29 +110,27 @@ def _schedule(run: Run) -> Iterator[str]:
         and acts(config, name)
     ]
     if moved:
-        yield (
-            f"{config.epochs} epochs in place of {usual.epochs}, so in proportion {' '.join(moved)}"
-        )
+        yield (f"{epochs} in place of {usual.epochs}, so in proportion {' '.join(moved)}")
     beyond = [epoch for epoch in config.milestones if epoch >= config.epochs]
     if config.schedule == "multistep" and beyond:
         yield (
-            f"--milestones {' '.join(map(str, beyond))}: never reached in {config.epochs} epochs; "
+            f"--milestones {' '.join(map(str, beyond))}: never reached in {epochs}; "
             "the learning rate "
             + ("falls fewer times" if len(beyond) < len(config.milestones) else "does not fall")
         )
     if config.objective == "taet" and config.second_stage >= config.epochs:
         yield (
-            f"--second-stage {config.second_stage}: never reached in {config.epochs} epochs, which "
+            f"--second-stage {config.second_stage}: never reached in {epochs}, which "
             "all train on clean images"
         )
     if config.attack_from >= config.epochs and config.attack != EARLY_ATTACK:
         yield (
-            f"--attack-from {config.attack_from}: never reached in {config.epochs} epochs, which "
+            f"--attack-from {config.attack_from}: never reached in {epochs}, which "
             f"all train on examples of {EARLY_ATTACK}"
         )
     if config.awp and config.awp_from >= config.epochs:
         yield (
-            f"--awp-from {config.awp_from}: never reached in {config.epochs} epochs, in which no "
+            f"--awp-from {config.awp_from}: never reached in {epochs}, in which no "
             "weights are perturbed"
         )
 
