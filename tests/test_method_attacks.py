@@ -71,6 +71,21 @@ def test_a_weight_without_a_gradient_is_not_perturbed(gradient: str) -> None:
         assert torch.equal(network.fc.weight, before)
 
 
+def test_a_weight_that_one_step_uses_and_the_next_does_not_stays_in_the_next() -> None:
+    # As in a network of one's own that leaves out layers at random.
+    network = make_network()
+    images, labels = make_images()
+    perturbation = WeightPerturbation(network, 0.5)
+    F.cross_entropy(network(images), labels).backward()
+    with perturbation.perturbed():
+        pass
+    network.fc.weight.grad = None
+    before = network.fc.weight.detach().clone()
+    with perturbation.perturbed():
+        pass
+    assert torch.equal(network.fc.weight, before)
+
+
 @pytest.mark.parametrize(("name", "step", "radius"), [("fgsm-rs", 1.25, 1.0), ("n-fgsm", 1.0, 9.0)])
 def test_one_step_attacks_equal_their_reference(name: Any, step: float, radius: float) -> None:
     network = make_network()

@@ -43,15 +43,16 @@ class WeightPerturbation:
         block: zero them, compute loss and gradients again, update. The update belongs inside, for
         its weight decay is that of the moved weights in the official code.
         """
-        self._move_()
+        weights, moved = self._move_()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_sub_(self._weights, self._moved)
+                torch._foreach_sub_(weights, moved)
 
     @torch.no_grad()
-    def _move_(self) -> None:
+    def _move_(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Move the weights; return those that were, and by how much: they alone are moved back."""
         # A weight that the network does not use has no gradient and stays.
         used = [n for n, weight in enumerate(self._weights) if weight.grad is not None]
         assert used, "the gradient comes before the perturbation"
@@ -63,6 +64,7 @@ class WeightPerturbation:
         torch._foreach_mul_(scales, self._gamma)
         torch._foreach_copy_(moved, torch._foreach_mul(gradients, scales))
         torch._foreach_add_(weights, moved)
+        return weights, moved
 
 
 @contextmanager
