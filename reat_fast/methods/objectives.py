@@ -138,7 +138,7 @@ def trades(
     """Compute CE(clean) + beta KL(clean || adv), the gradient flowing into both.
 
     Source: trades.py of TRADES (ICML 2019). Dropped: its second forward of the clean images, which
-    gives the same logits and moves the running statistics of BatchNorm once more.
+    gives the same logits and moves the running statistics of BatchNorm once more, as the last.
     """
     clean, logits = _clean_and_adv(forward, part)
     ce = class_loss(clean, part.labels, label_smoothing=label_smoothing, reduction="sum")
@@ -191,7 +191,7 @@ def robal(
 
     margins [K]: m_k, see robal_margins; offsets [K]: tau_b log pi_k. The KL is that of the plain
     cosines. Source: MultiMarginLoss and add_reg_train of RoBal (CVPR 2021), whose classifier has
-    scale 1 in training, its s standing in the loss. Dropped: a second forward of the AEs.
+    scale 1 in training, its s standing in the loss. Dropped: a second forward of both batches.
     """
     clean, logits = _clean_and_adv(forward, part)
     cosines = head.cosines(logits)

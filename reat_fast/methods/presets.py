@@ -29,7 +29,8 @@ METHOD_PRESETS: dict[str, dict[str, object]] = {
     "at-bsl": _AT_BSL,
     "at-bsl-ra": {**_AT_BSL, "policy": "randaugment"},
     "at-bsl-aua": {**_AT_BSL, "policy": "autoaugment"},
-    # Wu et al., CVPR 2021: cifar10_LT0.02_pgdat_robal_R_train.yaml; post_tau from ..._N_eval.yaml.
+    # Wu et al., CVPR 2021: cifar10_LT0.02_pgdat_robal_R_train.yaml; post_tau from ..._N_eval.yaml,
+    # where ..._R_eval.yaml has none.
     "robal": {
         "batch_size": 64,
         "weight_decay": 2e-4,
