@@ -72,7 +72,8 @@ METHOD_PRESETS: dict[str, dict[str, object]] = {
         "radius_alpha": 0.3,
         "radius_warmup": 0.8,
     },
-    # Wu et al., NeurIPS 2020: AT_AWP; length and recipe as RobustLT has it on long-tailed data.
+    # Wu et al., NeurIPS 2020: AT_AWP; epochs, milestones and 0.005 as RobustLT has them on
+    # long-tailed data.
     "awp": {**_CE, "epochs": 200, "milestones": (100, 150), "objective": "ce", "awp": 0.005},
     # This project: AT-BSL with averaged weights and AutoAugment, at its cost. Examples of one step,
     # then five, pay for four times the epochs; where the learning rate falls, and networks overfit,
