@@ -22,9 +22,9 @@ def figures(
 ) -> dict[str, Any]:
     """Turn right predictions and images per class into percentages.
 
-    Returns overall, balanced (mean over classes), worst (class), head, body, tail (REAT's thirds by
-    train_counts, see head_body_tail), tail80 (see tail_by_share; None without train_counts) and
-    per_class [C] (None where a class has no image).
+    Returns overall, balanced (mean over classes), worst (class), head, body, tail (by train_counts,
+    the tail as in REAT's code, see head_body_tail), tail80 (see tail_by_share; None without
+    train_counts) and per_class [C] (None where a class has no image).
     """
     per_class = [100 * c / n if n else None for c, n in zip(correct, samples, strict=True)]
     present = [value for value in per_class if value is not None]

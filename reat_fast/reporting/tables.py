@@ -87,7 +87,7 @@ def parts_note(classes: Iterable[int]) -> str:
         return ""
     return (
         f"Head, body and tail are {' or '.join(told)} with the most to the fewest training images, "
-        "as REAT's code takes them; tail80, where it stands, the classes beyond the largest ones "
+        "the tail as in REAT's code; tail80, where it stands, the classes beyond the largest ones "
         "that hold 80 % of the images."
     )
 
