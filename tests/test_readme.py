@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from reat_fast.cli.command import parse_flags
 from reat_fast.config import parse
@@ -147,6 +148,7 @@ def test_the_evaluation_of_the_documents_runs(capsys: pytest.CaptureFixture[str]
     (code,) = (
         code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "ImageSet" in code
     )
+    torch.manual_seed(0)  # of weights that predict no class of the tail
     exec(code, {"model": create_model("resnet8", 10, width=8).eval()})
     tail, *per_class = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert len(per_class) == 10 and float(tail) == 0  # nobody trained it
