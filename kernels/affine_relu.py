@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from reat_fast.kernels.maps import DTYPES, are_per_channel
 from reat_fast.kernels.triton_support import Backend, cdiv, jit, power_of_two, tl, use_triton
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Numbers of a tile, and its most channels. Chosen from bench.aot, where 4096 spill; not timed.
 TILE, WIDEST = 2048, 128  # 16 numbers a thread: two accesses of 16 bytes in bfloat16
@@ -239,13 +238,8 @@ def _fits(x: Tensor, residual: Tensor | None, *others: Tensor) -> bool:
     if x.ndim != 4 or x.dtype not in DTYPES or not x.numel():
         return False
     maps = [x] if residual is None else [x, residual]
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in maps) and all(
-        t.dtype == torch.float32
-        and t.shape == x.shape[1:2]
-        and t.device == x.device
-        and t.is_contiguous()
-        for t in others
-    )
+    dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+    return dense and are_per_channel(x, *others)
 
 
 def _tiles(x: Tensor) -> tuple[int, tuple[int, int, int], dict[str, int]]:

@@ -32,6 +32,7 @@ from reat_fast.kernels.batchnorm_triton import (
     _normalise_kernel,
     _statistics_kernel,
 )
+from reat_fast.kernels.maps import DTYPES, are_per_channel
 from reat_fast.kernels.triton_support import Backend, cdiv, power_of_two, use_triton
 
 TILE = 4096  # numbers of a tile: 32 a thread with 4 warps
@@ -39,7 +40,6 @@ GRADIENT_TILE = 2048  # of one that is summed backward: more registers would kee
 WIDEST = 64  # channels of a tile: 128 bytes of 16 bits
 PROGRAMS = 512  # that sum: near four for each of 132 multiprocessors
 FINAL_CHANNELS = 8  # of a program that joins the sums of all others: 32 bytes of float32
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def batchnorm_torch(
@@ -176,13 +176,7 @@ def _fits(x: Tensor, residual: Tensor | None, *others: Tensor) -> bool:
         return False
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return False
-    return all(
-        tensor.dtype == torch.float32
-        and tensor.shape == x.shape[1:2]
-        and tensor.device == x.device
-        and tensor.is_contiguous()
-        for tensor in others
-    )
+    return are_per_channel(x, *others)
 
 
 def _matrix(x: Tensor, numbers: int = TILE) -> tuple[int, int, dict[str, int]]:

@@ -30,6 +30,7 @@ from reat_fast.kernels.boxes import (
     weight_boxes,
     why_not,
 )
+from reat_fast.kernels.maps import empty_channels_last
 from reat_fast.kernels.resident_conv import (
     CHANNELS,
     PIXELS,
@@ -173,7 +174,7 @@ def conv3x3(
     x [B, C, H, W], weight [K, C, 3, 3], residual and output [B, K, H, W], bias [K]; x and weight as
     conv3x3_runs_on says, the residual of the output's dtype. tile: unset, one by the shape.
     """
-    output = _like(x, weight.shape[0])
+    output = empty_channels_last((len(x), len(weight), *x.shape[2:]), x)
     _launch(x, weight, bias, residual, None, output, tile, gradient=False)
     return output
 
@@ -191,15 +192,9 @@ def conv3x3_gradient(
     masked [B, K, H, W]: the gradient of the convolution's output; weight [K, C, 3, 3]; other, relu
     and what is returned [B, C, H, W]. Without relu nothing is masked.
     """
-    gradient = _like(masked, weight.shape[1])
+    gradient = empty_channels_last((len(masked), weight.shape[1], *masked.shape[2:]), masked)
     _launch(masked, weight, None, other, relu, gradient, tile, gradient=True)
     return gradient
-
-
-def _like(x: Tensor, channels: int) -> Tensor:
-    shape = (len(x), channels, *x.shape[2:])
-    last = torch.channels_last
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
 
 
 def _launch(

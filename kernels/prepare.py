@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reat_fast.kernels import philox
+from reat_fast.kernels.maps import empty_channels_last
 from reat_fast.kernels.philox import normal_words, philox_words, signed_word
 from reat_fast.kernels.triton_support import (
     Backend,
@@ -164,12 +165,7 @@ def _prepare(
     if not kernel_runs_on(images) or not len(indices):
         return prepare_torch(images, indices, seed, epoch, eps, gather, padding, flip, noise)
     batch, (height, width, channels) = len(indices), images.shape[1:]
-    clean = torch.empty(
-        (batch, channels, height, width),
-        dtype=torch.float32,
-        device=images.device,
-        memory_format=torch.channels_last,
-    )
+    clean = empty_channels_last((batch, channels, height, width), images, torch.float32)
     start = torch.empty_like(clean)
     wrap_triton(_prepare_kernel)[(batch, cdiv(height * width * channels, block))](
         images,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reat_fast.kernels.maps import empty_channels_last
 from reat_fast.kernels.triton_support import cdiv, jit, kernel_runs_on, power_of_two, tl
 
 PIXELS = 128
@@ -131,9 +132,7 @@ def stem_conv(
         )
     )
     batch, channels = x.shape[:2]
-    shape = (batch, len(weight), height, width)
-    last = torch.channels_last
-    output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
+    output = empty_channels_last((batch, len(weight), height, width), x)
     size = batch * height * width
     _stem_conv_kernel[(cdiv(size, PIXELS),)](
         x,

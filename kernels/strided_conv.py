@@ -29,6 +29,7 @@ from reat_fast.kernels.boxes import (
     weight_boxes,
     why_not,
 )
+from reat_fast.kernels.maps import empty_channels_last
 from reat_fast.kernels.triton_support import cdiv, jit, tl
 
 TILES = (Tile(256, 128, 8), Tile(128, 128, 4), Tile(256, 64, 4), Tile(128, 64, 4))
@@ -132,13 +133,8 @@ def strided_conv(
     """
     batch, depth, height, width = x.shape
     channels = len(weight)
-
-    def made() -> Tensor:
-        shape = (batch, channels, height // 2, width // 2)
-        last = torch.channels_last
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
-
-    output, beside = made(), None if shortcut is None else made()
+    output = empty_channels_last((batch, channels, height // 2, width // 2), x)
+    beside = None if shortcut is None else torch.empty_like(output)
     pixels, tile_channels, warps, *_ = tile or largest_tile(TILES, output, channels)
     sides = images, rows, padded = tile_sides(output, pixels)
     block = DEPTH if depth % DEPTH == 0 else 32

@@ -31,6 +31,7 @@ from reat_fast.kernels.boxes import (
     weight_boxes,
     why_not,
 )
+from reat_fast.kernels.maps import empty_channels_last
 from reat_fast.kernels.triton_support import cdiv, jit, tl
 
 TILES = (Tile(256, 128, 8), Tile(256, 64, 4), Tile(128, 64, 4))
@@ -149,9 +150,7 @@ def strided_gradient(
     """
     batch, depth, height, width = masked.shape
     channels = weight.shape[1]
-    shape = (batch, channels, 2 * height, 2 * width)
-    last = torch.channels_last
-    gradient = torch.empty(shape, dtype=masked.dtype, device=masked.device, memory_format=last)
+    gradient = empty_channels_last((batch, channels, 2 * height, 2 * width), masked)
     pixels, tile_channels, warps, *_ = largest_tile(TILES, masked, channels, KINDS)
     images, rows, padded = tile_sides(masked, pixels)
     other, relu = beside(other, gradient), beside(relu, gradient)
