@@ -33,15 +33,22 @@ if sys.argv[:1] == ["-m"]:  # a command is starting, which takes seconds of impo
 
     sys.excepthook = _report
 
-if TYPE_CHECKING:
-    from reat_fast.attack import PGD, pgd
-    from reat_fast.checkpoint import load_model
-    from reat_fast.data import load_dataset, longtail_counts, longtail_indices
-    from reat_fast.engine.replayed_step import ReplayedStep
-    from reat_fast.evaluation.autoattack import autoattack
-    from reat_fast.models import create_model, load_official
-    from reat_fast.objective import balanced_softmax_loss, rbl_loss, rbl_weights, tail_penalty
-    from reat_fast.step import TrainStep
+if TYPE_CHECKING:  # `as`: what is imported so is a name of this package to type checkers
+    from reat_fast.attack import PGD as PGD
+    from reat_fast.attack import pgd as pgd
+    from reat_fast.checkpoint import load_model as load_model
+    from reat_fast.data import load_dataset as load_dataset
+    from reat_fast.data import longtail_counts as longtail_counts
+    from reat_fast.data import longtail_indices as longtail_indices
+    from reat_fast.engine.replayed_step import ReplayedStep as ReplayedStep
+    from reat_fast.evaluation.autoattack import autoattack as autoattack
+    from reat_fast.models import create_model as create_model
+    from reat_fast.models import load_official as load_official
+    from reat_fast.objective import balanced_softmax_loss as balanced_softmax_loss
+    from reat_fast.objective import rbl_loss as rbl_loss
+    from reat_fast.objective import rbl_weights as rbl_weights
+    from reat_fast.objective import tail_penalty as tail_penalty
+    from reat_fast.step import TrainStep as TrainStep
 
 _HOMES = {
     "PGD": "attack",
@@ -61,23 +68,7 @@ _HOMES = {
     "tail_penalty": "objective",
 }
 
-__all__ = [
-    "PGD",
-    "ReplayedStep",
-    "TrainStep",
-    "autoattack",
-    "balanced_softmax_loss",
-    "create_model",
-    "load_dataset",
-    "load_model",
-    "load_official",
-    "longtail_counts",
-    "longtail_indices",
-    "pgd",
-    "rbl_loss",
-    "rbl_weights",
-    "tail_penalty",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
