@@ -23,6 +23,7 @@ from bench.stopping import STOPPED, Stopped, stoppable
 from bench.timing import matrix_rate, timed_calls
 from bench.traced import KINDS, Convolution, Kind, convolutions
 from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
+from reat_fast.parity.rows import name_of
 
 LONGEST_NAME = 160
 
@@ -80,8 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     traced = {model: convolutions(model, options.size) for model in options.models}
     peak = matrix_rate(device)
     machine = Machine(device, dtype, peak, command if options.keep else None)
-    print(f"{device}, {_text(dtype)}, channels_last: matrix product {peak / 1e12:.3g} TFLOP/s")
-    machine.keep(Figure("matrix product", peak / 1e12, 0.0, 6, "TFLOP/s", "", _text(dtype)))
+    print(f"{device}, {name_of(dtype)}, channels_last: matrix product {peak / 1e12:.3g} TFLOP/s")
+    machine.keep(Figure("matrix product", peak / 1e12, 0.0, 6, "TFLOP/s", "", name_of(dtype)))
     try:
         with stoppable():
             for model, counts in traced.items():
@@ -118,7 +119,7 @@ def _table(
             kernel = kernel_name(call) if device.type == "cuda" else ""
             row = f"{model} B={batch_size} {shape.name}, {count} times"
             row += f", {kernel}" if kernel else ""
-            figure = Figure.of(f"convolution: {kind}", times, "s", row, _text(dtype))
+            figure = Figure.of(f"convolution: {kind}", times, "s", row, name_of(dtype))
             machine.keep(figure)
             total[kind] += count * figure.value
             print(
@@ -162,10 +163,6 @@ def longest_kernel(events: Iterable[Any]) -> str:
 
 def _rates(flops: float, time: float, peak: float) -> str:
     return f"{flops / time / 1e12:9.3f}{100 * flops / time / peak:7.1f} %"
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":
