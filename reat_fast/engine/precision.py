@@ -32,6 +32,11 @@ def resolve_precision(config: Config, device: torch.device) -> Precision:
     return config.precision
 
 
+def low_dtype(precision: Precision) -> torch.dtype | None:
+    """Return the dtype of fewer bits than weights have in which a network computes, if in one."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Say whether networks can compute in bfloat16 on a device."""
     if device.type != "cuda":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reat_fast.attack import ascend_, with_batch_statistics
 from reat_fast.config import Config
-from reat_fast.engine.precision import resolve_precision
+from reat_fast.engine.precision import low_dtype, resolve_precision
 from reat_fast.kernels import boxes
 from reat_fast.methods.attacks import (
     EARLY_ATTACK,
@@ -34,8 +34,7 @@ def resolve_form(config: Config, device: torch.device) -> Form:
     """Say how the attacked network computes when the configuration leaves it open."""
     if config.attack_form != "auto":
         return config.attack_form
-    low = resolve_precision(config, device) == "bf16"
-    return fastest_form(torch.bfloat16 if low else torch.float32, device)
+    return fastest_form(low_dtype(resolve_precision(config, device)) or torch.float32, device)
 
 
 def _require_own_kernels(dtype: torch.dtype | None, device: torch.device) -> None:
@@ -72,7 +71,7 @@ class StepAttack:
         self.network: FrozenNetwork | None = None
         if config.attack_batchnorm == "eval" and config.attack != "free":
             form = resolve_form(config, device)
-            low = torch.bfloat16 if resolve_precision(config, device) == "bf16" else None
+            low = low_dtype(resolve_precision(config, device))
             if form == "compiled":
                 require_compiler("--attack-form compiled", device)
             if form == "triton":

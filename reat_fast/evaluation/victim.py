@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from reat_fast.attack import evaluating, first_tensor
 from reat_fast.engine.graph import can_capture
-from reat_fast.engine.precision import Precision, allowed_tf32, full_precision
+from reat_fast.engine.precision import Precision, allowed_tf32, full_precision, low_dtype
 from reat_fast.evaluation.passes import RecordedPasses, Replays, filled_up
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
@@ -46,7 +46,7 @@ class Victim:
         self._source = _channels_last(model) if self._on_gpu else model
         self._rewritten = True
         self._networks: dict[torch.dtype | None, FrozenNetwork] = {}
-        self._frozen = self._network(torch.bfloat16 if precision == "bf16" else None)
+        self._frozen = self._network(low_dtype(precision))
         self._replays: Replays | None = None
         self._bar = tqdm(disable=True) if bar is None else bar
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -64,7 +64,7 @@ class Victim:
             return
         self._rewritten = False
         self._networks.clear()
-        self._frozen = self._network(torch.bfloat16 if self.precision == "bf16" else None)
+        self._frozen = self._network(low_dtype(self.precision))
 
     def __call__(self, images: Tensor) -> Tensor:
         self.count(len(images) * (WITH_GRADIENT if images.requires_grad else FORWARD))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reat_fast.attack import pgd
 from reat_fast.engine.memory import forget_peak_memory
-from reat_fast.engine.precision import full_precision, resolve_precision
+from reat_fast.engine.precision import full_precision, low_dtype, resolve_precision
 from reat_fast.methods.penalty_size import tail_gradient_share
 from reat_fast.networks.frozen import FrozenNetwork, fastest_form
 from reat_fast.training.run import Run
@@ -25,7 +25,7 @@ def seconds_per_step(run: Run) -> float:
 
     On a GPU peak memory is counted anew afterwards: what a run reports is what training took.
     """
-    low = torch.bfloat16 if resolve_precision(run.config, run.device) == "bf16" else None
+    low = low_dtype(resolve_precision(run.config, run.device))
     # So many on a GPU that launching kernels, which a captured step does not do, hardly counts.
     number = 1024 if run.device.type == "cuda" else min(64, run.config.batch_size)
     images, labels = _training_images(run, np.arange(min(number, len(run.splits.train))))
