@@ -6,10 +6,8 @@ network computes in: a step of 2/255 would be rounded away in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from numbers import Integral, Real
 from typing import Literal
 
@@ -20,6 +18,7 @@ from reat_fast.kernels.class_loss import class_loss, class_loss_gradient
 from reat_fast.kernels.l2 import l2_step_
 from reat_fast.kernels.linf import linf_step_
 from reat_fast.kernels.triton_support import device_number
+from reat_fast.networks.borrowed import evaluating
 
 __all__ = ["PGD", "pgd"]
 
@@ -237,50 +236,6 @@ class PGD:
                 start=None if self.random_start else torch.zeros_like(images),
                 norm=self.norm,
             )
-
-
-def first_tensor(model: nn.Module) -> Tensor:
-    """Return a tensor that tells a model's device and type.
-
-    Errors: ValueError for what is no module, or one that holds none.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: a {type(model).__name__}; give an nn.Module, pgd takes functions")
-    found = next(chain(model.parameters(), model.buffers()), None)
-    if found is None:
-        raise ValueError(
-            "model: has neither parameters nor buffers, which tell its device and type; "
-            "register a buffer"
-        )
-    return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and give every module back the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def with_batch_statistics(model: nn.Module) -> Classifier:
-    """Return the network as it is in train mode, without touching its running statistics.
-
-    For attacks on batch statistics: the forward works on copies of the BatchNorm buffers and on
-    detached weights. The mode of the model is the caller's business.
-    """
-
-    def forward(images: Tensor) -> Tensor:
-        frozen = {name: weight.detach() for name, weight in model.named_parameters()}
-        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        logits: Tensor = torch.func.functional_call(model, {**frozen, **copies}, (images,))
-        return logits
-
-    return forward
 
 
 def uniform_noise(images: Tensor, eps: float | Tensor) -> Tensor:

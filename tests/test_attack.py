@@ -21,9 +21,9 @@ from reat_fast.attack import (
     of_length,
     pgd,
     uniform_noise,
-    with_batch_statistics,
 )
 from reat_fast.models import create_model
+from reat_fast.networks.borrowed import with_batch_statistics
 from reat_fast.objective import rbl_loss
 
 EPS, STEP = 8 / 255, 2 / 255

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from reat_fast.attack import ascend_, with_batch_statistics
+from reat_fast.attack import ascend_
 from reat_fast.config import Config
 from reat_fast.engine.precision import low_dtype, resolve_precision
 from reat_fast.kernels import boxes
@@ -20,6 +20,7 @@ from reat_fast.methods.attacks import (
 )
 from reat_fast.methods.radii import ClassRadii
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.borrowed import with_batch_statistics
 from reat_fast.networks.compiling import require_compiler
 from reat_fast.networks.frozen import Form, FrozenNetwork, fastest_form
 from reat_fast.networks.likeness import alike

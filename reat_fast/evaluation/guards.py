@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reat_fast.attack import cross_entropy, evaluating, first_tensor
+from reat_fast.attack import cross_entropy
 from reat_fast.data import Dataset
 from reat_fast.evaluation.attacks import margin
+from reat_fast.networks.borrowed import evaluating, first_tensor
 from reat_fast.storage.weights_file import ModelSpec
 
 LOOKED_AT = 16

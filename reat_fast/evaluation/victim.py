@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reat_fast.attack import evaluating, first_tensor
 from reat_fast.engine.graph import can_capture
 from reat_fast.engine.precision import Precision, allowed_tf32, full_precision, low_dtype
 from reat_fast.evaluation.passes import RecordedPasses, Replays, filled_up
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.borrowed import evaluating, first_tensor
 from reat_fast.networks.copies import copy_of
 from reat_fast.networks.frozen import FrozenNetwork, fastest_form
 from reat_fast.networks.likeness import alike

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reat_fast.attack import evaluating, pgd
+from reat_fast.attack import pgd
 from reat_fast.kernels.tail_penalty import Form
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.borrowed import evaluating
 from reat_fast.networks.frozen import FrozenNetwork
 from reat_fast.objective import ClassStatistics, balanced_softmax_loss, tail_penalty
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reat_fast.attack import first_tensor
 from reat_fast.kernels.image_gradient import use_col2im_
 from reat_fast.kernels.own_conv import faster_on
 from reat_fast.kernels.triton_support import Backend
 from reat_fast.kernels.winograd import WinogradConv2d, use_winograd_, winograd_pays
+from reat_fast.networks.borrowed import first_tensor
 from reat_fast.networks.compiling import compile_whole
 from reat_fast.networks.copies import copy_of
 from reat_fast.networks.folding import Fold, fold_batchnorms_
