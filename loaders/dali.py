@@ -156,11 +156,11 @@ def _decoded(paths: Any, images: FileImages, place: str) -> Any:
     """Decode, resize and cut as `FileImages` does: the same rectangle of the same size."""
     dali = import_extra("nvidia.dali", "--loader dali", "dali")
     fn, types = dali.fn, dali.types
-    size, channels = images.shape[1], images.shape[3]
+    size = images.shape[1]
     pixels = fn.decoders.image(
         fn.io.file.read(paths),
         device=place,
-        output_type=types.RGB if channels == 3 else types.GRAY,
+        output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # on a GPU, as on a CPU
     )

@@ -96,19 +96,17 @@ class LazyView(LazyImages):
 
 
 class FileImages(LazyImages):
-    """Read image files of any size as `size` x `size` pixels, RGB or, with channels 1, grey.
+    """Read image files of any size as `size` x `size` pixels, RGB.
 
     The short side is resized to `size` (bilinear, antialiased) and the centre cut out, as the
     evaluation transform of ImageNet does. Needs pillow; raises DataError naming a damaged file.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, channels: int = 3) -> None:
-        if channels not in (1, 3):
-            raise DataError(f"channels must be 1 or 3, got {channels}")
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
         if size < 1:
             raise DataError(f"image size must be at least 1 pixel, got {size}")
         require_pillow()
-        super().__init__((len(paths), size, size, channels))
+        super().__init__((len(paths), size, size, 3))
         self.paths = list(paths)
 
     def read(self, indices: Rows) -> Bytes:
@@ -122,11 +120,11 @@ class FileImages(LazyImages):
     def take(self, indices: npt.ArrayLike) -> FileImages:
         """Return the files at `indices`."""
         paths = [self.paths[index] for index in self._rows(indices).tolist()]
-        return FileImages(paths, self.shape[1], self.shape[3])
+        return FileImages(paths, self.shape[1])
 
     def _fit(self, image: Image.Image) -> Bytes:
-        size, channels = self.shape[1], self.shape[3]
-        image = image.convert("RGB" if channels == 3 else "L")
+        size = self.shape[1]
+        image = image.convert("RGB")
         width, height = image.size
         short = min(width, height)
         if short != size:
@@ -135,8 +133,7 @@ class FileImages(LazyImages):
                 raise ValueError(f"{image.width}x{image.height} pixels are too thin to be resized")
             image = image.resize((width, height), resample=2)  # 2: bilinear, of PIL.Image
         left, top = round((width - size) / 2), round((height - size) / 2)
-        cut = image.crop((left, top, left + size, top + size))
-        return np.asarray(cut, np.uint8).reshape(size, size, channels)
+        return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
 
 
 def require_pillow() -> None:
