@@ -157,7 +157,7 @@ def test_a_search_from_graphs_is_that_of_launched_kernels(
     def standing() -> tuple[list[bool], dict[str, int]]:
         with attacked(model, precision) as found:  # type: ignore[arg-type]
             eps = {"linf": 0.1, "l2": 0.8}[norm]
-            run = search(found, images, labels, norm=norm, eps=eps, steps=20, batch_size=40).run()
+            run = search(found, images, labels, norm=norm, eps=eps, batch_size=40).run()
             return run.robust.tolist(), run.after
 
     replayed = standing()
