@@ -33,12 +33,12 @@ def make_network(head: str = "linear", dtype: torch.dtype = torch.float64) -> Ne
     return network.train()
 
 
-def make_images(size: int = 10, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def make_images(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     made = torch.Generator().manual_seed(3)
-    images = torch.rand(size, 3, 8, 8, generator=made, dtype=dtype)
+    images = torch.rand(10, 3, 8, 8, generator=made, dtype=dtype)
     # Some pixels at both ends, where clamping a start or not makes a difference.
     images[:, 0, :2], images[:, 1, :2] = 0.0, 1.0
-    return images, torch.arange(size) % 4  # class 4 is absent
+    return images, torch.arange(10) % 4  # class 4 is absent
 
 
 def make_noise(images: Tensor, scale: float = EPS, seed: int = 5) -> Tensor:

@@ -36,11 +36,9 @@ def make_noise(images: Tensor, step: int) -> Tensor:
     return (torch.rand(images.shape, generator=made, dtype=images.dtype) * 2 - 1) * 8 / 255
 
 
-def make_model(
-    dtype: torch.dtype = torch.float32, name: str = "resnet8", head: str = "linear"
-) -> Network:
+def make_model(dtype: torch.dtype = torch.float32, head: str = "linear") -> Network:
     torch.manual_seed(0)
-    network = create_model(name, 5, width=8)
+    network = create_model("resnet8", 5, width=8)
     if head == "cosine":
         use_cosine_head(network).compensate_(COUNTS, 0.1)
     return network.to(dtype)

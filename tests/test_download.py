@@ -87,10 +87,9 @@ def site() -> Iterator[Site]:
         thread.join()
 
 
-def remote(site: Site, *paths: str, content: bytes = CONTENT) -> Remote:
-    return Remote(
-        "set.bin", tuple(site.url + path for path in paths), hashlib.md5(content).hexdigest()
-    )
+def remote(site: Site, *paths: str) -> Remote:
+    urls = tuple(site.url + path for path in paths)
+    return Remote("set.bin", urls, hashlib.md5(CONTENT).hexdigest())
 
 
 def test_a_file_comes_whole_and_is_not_fetched_again(site: Site, tmp_path: Path) -> None:

@@ -224,10 +224,10 @@ def test_a_cache_that_is_full_is_one_line_and_holds_no_file_under_its_final_name
 # Data that vanishes, is odd or huge
 
 
-def write_list(folder: Path, per_class: int = 8) -> Path:
+def write_list(folder: Path) -> Path:
     """Write image files of 8x8 in four classes, and the lists of them."""
     folder.mkdir()
-    for part, count in (("train", per_class), ("test", 2)):
+    for part, count in (("train", 8), ("test", 2)):
         labels = np.repeat(np.arange(4), count)
         for at, image in enumerate(made_images(labels, 3, seed=1)):
             Image.fromarray(image).save(folder / f"{part}{at}.png")

@@ -62,15 +62,15 @@ def python2_batch(rows: np.ndarray, labels: list[int], key: str) -> bytes:
     return b"\x80\x02}(" + data + listed + b"u."
 
 
-def python3_batch(rows: np.ndarray, labels: list[int], key: str, protocol: int = 2) -> bytes:
-    return pickle.dumps({"data": rows, key: labels, "filenames": ["a.png"] * len(rows)}, protocol)
+def python3_batch(rows: np.ndarray, labels: list[int], key: str) -> bytes:
+    return pickle.dumps({"data": rows, key: labels, "filenames": ["a.png"] * len(rows)}, 2)
 
 
 CIFAR10 = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 
 
-def cifar10_files(write: Callable[..., bytes] = python2_batch) -> dict[str, bytes]:
-    return {name: write(*batch(), "labels") for name in CIFAR10}
+def cifar10_files() -> dict[str, bytes]:
+    return {name: python2_batch(*batch(), "labels") for name in CIFAR10}
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:

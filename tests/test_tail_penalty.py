@@ -84,14 +84,9 @@ def loop(
 
 
 def assert_equals_loop(
-    features: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    form: Form,
-    backend: Any,
-    coefficient: float = 0.7,
+    features: Tensor, labels: Tensor, counts: Tensor, form: Form, backend: Any
 ) -> None:
-    mine = features.clone().requires_grad_()
+    coefficient, mine = 0.7, features.clone().requires_grad_()
     penalty = tail_penalty(
         mine, labels, counts, form=form, coefficient=coefficient, backend=backend
     )

@@ -65,12 +65,12 @@ def mart_loss(
     return torch.stack(terms).mean()
 
 
-def cosines(network: Network, images: Tensor, offset: float = 0.03125) -> Tensor:
+def cosines(network: Network, images: Tensor) -> Tensor:
     """Compute the cosines [B, K] of RoBal's classifier from features and class weights."""
     features, _ = network.forward_features_logits(images)
     columns = []
     for weight in network.fc.weight:
-        length = (weight * weight).sum().sqrt() + offset
+        length = (weight * weight).sum().sqrt() + 0.03125
         lengths = (features * features).sum(1).sqrt()
         columns.append((features * weight).sum(1) / lengths / length)
     return torch.stack(columns, dim=1)
@@ -83,13 +83,10 @@ def robal_loss(
     labels: Tensor,
     counts: Sequence[int],
     *,
-    scale: float = 10.0,
-    margin: float = 0.1,
-    margin_tau: float = 0.3,
-    prior_tau: float = 1.5,
     beta: float = 6.0,
 ) -> Tensor:
     """Compute the cross-entropy with margins and prior on the AEs, and the KL of the cosines."""
+    scale, margin, margin_tau, prior_tau = 10.0, 0.1, 0.3, 1.5
     clean_cosines, adv_cosines = cosines(network, clean), cosines(network, adv)
     rows = []
     for b, label in enumerate(labels.tolist()):
@@ -103,16 +100,9 @@ def robal_loss(
     return torch.stack(rows).mean() + beta * kl(clean_cosines, adv_cosines).mean()
 
 
-def taet_loss(
-    network: Network,
-    clean: Tensor,
-    adv: Tensor,
-    labels: Tensor,
-    epoch: int,
-    second_stage: int = 40,
-) -> Tensor:
+def taet_loss(network: Network, clean: Tensor, adv: Tensor, labels: Tensor, epoch: int) -> Tensor:
     """Compute the cross-entropy of clean images, later the equalisation of the class losses."""
-    if epoch < second_stage:
+    if epoch < 40:
         return F.cross_entropy(network(clean), labels)
     logits = network(adv)
     by_class = []
