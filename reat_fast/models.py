@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reat_fast.cli.terminal import some
 from reat_fast.networks.architectures import (
     ConvBN,
     Network,
@@ -115,7 +116,7 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     if any(faults.values()):
         raise ValueError(
             "the official weights do not fit this model: "
-            + "; ".join(f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
+            + "; ".join(f"{kind}: {some(keys)}" for kind, keys in faults.items() if keys)
             + f"; {_fitting_model(given)}"
         )
     with torch.no_grad():
@@ -230,7 +231,3 @@ def _fitting_model(given: dict[str, Tensor]) -> str:
         if shapes == {key: tensor.shape for key, tensor in _official_tensors(candidate).items()}:
             return f"they fit create_model({name!r}, {num_classes}, in_channels={in_channels})"
     return f"they fit none of {', '.join(NAMES)} as created by default"
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -13,7 +13,7 @@ import tyro
 
 from reat_fast.checkpoint import WEIGHTS
 from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
-from reat_fast.cli.terminal import one_line
+from reat_fast.cli.terminal import one_line, some
 from reat_fast.engine.memory import keep_freed_memory
 from reat_fast.engine.stopping import ended_by_sigterm
 from reat_fast.evaluation.saved import EVALUATION
@@ -25,9 +25,6 @@ from reat_fast.reporting.style import write_png
 from reat_fast.reporting.tables import markdown
 from reat_fast.sources.formats import DataError
 from reat_fast.storage.whole_files import alone, refuse_unwritable, write_text
-
-NAMED = 3
-"""Files that one line of the terminal names."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,9 @@ def _left_out(runs: Sequence[RunRecord]) -> Iterator[str]:
     """Name the evaluations of runs that a report does not show."""
     others = [str(file) for run in runs for file in sorted(run.folder.glob("evaluation-*.json"))]
     if others:
-        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         yield (
             f"figures are those of {EVALUATION}; attacks under other conditions are not shown: "
-            f"{', '.join(others[:NAMED])}{more}"
+            f"{some(others)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a terminal gets: one-line texts and errors, durations as people say them, closed outputs."""
+"""What a terminal gets: one-line texts and errors, things as people say them, closed outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 READER_GONE = 141  # 128 + SIGPIPE
@@ -19,6 +19,12 @@ def one_line(text: object) -> str:
     """
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return "".join(shown)
+
+
+def some(items: Sequence[object], most: int = 3) -> str:
+    """Name the first of things that may be many, and say how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
 
 
 def duration(seconds: float) -> str:

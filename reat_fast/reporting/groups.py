@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from reat_fast.cli.radius import fraction_text
+from reat_fast.cli.terminal import some
 from reat_fast.evaluation.attacks import L2_EPS
 from reat_fast.evaluation.trained_on import SPLIT_FIELDS, agree
 from reat_fast.methods.idle import acting
@@ -35,9 +36,6 @@ IDLE = "–"
 
 ROOM = 40
 """Characters of a label for which a table or a picture has room."""
-
-FEW_NAMES = 3
-"""Classes that are named where two sets of them are told apart."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +231,7 @@ def setting_text(name: str, value: object) -> str:
     if name == "train_counts" and isinstance(value, list):
         return f"{sum(value):,} ({max(value):,} to {min(value):,} a class)"
     if name == "class_names" and isinstance(value, list):
-        more = f" and {len(value) - FEW_NAMES} more" * (len(value) > FEW_NAMES)
-        return ", ".join(map(str, value[:FEW_NAMES])) + more
+        return some(value)
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value))
     return str(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reat_fast.cli.terminal import one_line
+from reat_fast.cli.terminal import one_line, some
 from reat_fast.sources.formats import PARTS, Array, DataError, Source, reading
 from reat_fast.sources.lazy import FileImages, decoding, find_damaged, require_pillow
 
@@ -107,7 +107,7 @@ def refuse_or_note(damaged: dict[int, str], total: int, skip_bad: bool) -> tuple
     if not damaged:
         return ()
     reasons = list(damaged.values())
-    shown = _some([reason.rpartition("; ")[0] or reason for reason in reasons])
+    shown = some([reason.rpartition("; ")[0] or reason for reason in reasons], NAMED)
     if skip_bad:
         note = f"left out {len(damaged)} of {total} images that cannot be decoded: {shown}"
         return (one_line(note),)
@@ -162,7 +162,7 @@ def _image_files(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: no .png, .jpg or .jpeg inside; add some or remove it")
     if lost := [entry.name for entry in entries if not entry.is_file()]:
         raise DataError(
-            f"{folder}: {_some(lost)} leads to no file; put it there or remove the name"
+            f"{folder}: {some(lost, NAMED)} leads to no file; put it there or remove the name"
         )
     return [folder / entry.name for entry in entries]
 
@@ -196,7 +196,7 @@ def _find_list(folder: Path, parts: list[str]) -> Path:
         found = [plain] if plain.is_file() else sorted(folder.glob(f"*_{part}.txt"))
         if len(found) > 1:
             raise DataError(
-                f"{folder}: {_some(found)} are all lists; leave one, or name it {plain}"
+                f"{folder}: {some(found, NAMED)} are all lists; leave one, or name it {plain}"
             )
         if found:
             return found[0]
@@ -226,20 +226,15 @@ def _lines(file: Path) -> list[str]:
 
 def _refuse_lines(file: Path, wrong: list[int], wanted: str) -> None:
     if wrong:
-        numbers = _some(wrong)
+        numbers = some(wrong, NAMED)
         raise DataError(f"{file}: {len(wrong)} lines are not {wanted} (line {numbers}); mend them")
 
 
 def _refuse_missing(file: Path, paths: list[Path], root: Path) -> None:
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        names = _some(
-            [path.relative_to(root) if root in path.parents else path for path in missing]
-        )
+        shown = [path.relative_to(root) if root in path.parents else path for path in missing]
         count = f"{len(missing)} of {len(paths)} images are not there"
-        raise DataError(f"{file}: {count} (under {root}: {names}); put them there or mend the list")
-
-
-def _some(items: Sequence[object]) -> str:
-    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
-    return ", ".join(map(str, items[:NAMED])) + more
+        raise DataError(
+            f"{file}: {count} (under {root}: {some(shown, NAMED)}); put them there or mend the list"
+        )
