@@ -9,6 +9,7 @@ import torch
 from old_triton import interprets_no_loop
 
 from bench import bench_conv3x3 as bench
+from bench import conv3x3_works
 from bench.records import Figure
 from bench.traced import Convolution, convolutions
 from reat_fast.cli.command import run_command
@@ -24,7 +25,7 @@ def test_the_fastest_right_tile_of_each_computation_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept: list[Figure] = []
-    monkeypatch.setattr(bench, "CANDIDATES", (Tile(64, 64, 4), Tile(16, 64, 4)))
+    monkeypatch.setattr(conv3x3_works, "CANDIDATES", (Tile(64, 64, 4), Tile(16, 64, 4)))
     monkeypatch.setattr(bench, "record", lambda figures, *_: kept.extend(figures))
     assert run_command(bench.main, [*SMALL, *ONCE, "--keep"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
@@ -44,9 +45,9 @@ def test_a_wrong_result_is_not_timed(
     def almost(*given: Any, **options: Any) -> torch.Tensor:
         return whole(*given, **options) * 1.02
 
-    whole = bench.ours.conv3x3
-    monkeypatch.setattr(bench, "CANDIDATES", (Tile(16, 64, 4),))
-    monkeypatch.setattr(bench.ours, "conv3x3", almost)
+    whole = conv3x3_works.ours.conv3x3
+    monkeypatch.setattr(conv3x3_works, "CANDIDATES", (Tile(16, 64, 4),))
+    monkeypatch.setattr(conv3x3_works.ours, "conv3x3", almost)
     assert run_command(bench.main, [*SMALL, *ONCE]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert ["none" in line and "off by 2." in line for line in lines] == [
@@ -60,18 +61,18 @@ def test_a_wrong_result_is_not_timed(
 @pytest.mark.parametrize(("channels", "stride", "works"), [(32, 1, 4), (3, 1, 2), (64, 2, 2)])
 def test_each_computation_is_the_librarys(channels: int, stride: int, works: int) -> None:
     torch.manual_seed(0)
-    found = bench.works(Convolution(channels, 64, 3, stride, 1, 1, 6), 2, CPU)
+    found = conv3x3_works.works(Convolution(channels, 64, 3, stride, 1, 1, 6), 2, CPU)
     assert len(found) == works
     for work in found:
         exact = work.exact()
         assert not any(name == "resident" for name in work.own)
         for call in (work.library, *list(work.own.values())[-2:]):
-            assert bench.distance(call(), exact) < 2.0**-8
+            assert conv3x3_works.distance(call(), exact) < 2.0**-8
 
 
 @pytest.mark.parametrize("channels", [3, 64])
 def test_the_librarys_gradient_makes_no_pass_that_an_attack_does_not(channels: int) -> None:
-    case = bench.Case(Convolution(channels, 64, 3, 1, 1, 1, 6), 2, CPU)
+    case = conv3x3_works.Case(Convolution(channels, 64, 3, 1, 1, 1, 6), 2, CPU)
     relu = None if channels == 3 else case.relu
     work = case.gradient("gradient", relu, None)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
@@ -85,13 +86,13 @@ def test_an_error_without_words_is_a_note_by_its_name() -> None:
         raise AssertionError
 
     x = torch.ones(2)
-    work = bench.Work("forward", x.clone, {"tile": fails}, x.clone)
+    work = conv3x3_works.Work("forward", x.clone, {"tile": fails}, x.clone)
     assert bench._ours(work, lambda call: [0.0]) == ({}, ["tile: AssertionError()"])
 
 
 @pytest.mark.interpreter
 def test_other_convolutions_are_left_out() -> None:
-    taken = [shape for shape in convolutions("resnet18", 8) if bench.works(shape, 1, CPU)]
+    taken = [shape for shape in convolutions("resnet18", 8) if conv3x3_works.works(shape, 1, CPU)]
     assert all(shape.kernel == 3 for shape in taken)
     assert [shape.in_width for shape in taken if shape.stride == 1] == [3, 64, 128, 256, 512]
     assert [shape.in_width for shape in taken if shape.stride == 2] == [64, 128, 256]
