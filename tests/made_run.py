@@ -32,6 +32,11 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rewrite(file: Path, **values: Any) -> None:
+    """Give fields of a JSON file other values."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def made_run(folder: Path, overall: float = 50.0, **settings: Any) -> Path:
     """Write the folder of a run by hand: five classes, two epochs, clean and PGD-20."""
     folder.mkdir(parents=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_frozen import assert_equal_to_rounding, with_statistics
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -247,17 +248,6 @@ def test_both_ways_can_be_captured(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def with_statistics(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            if module.affine:
-                nn.init.uniform_(module.weight, -1.5, 1.5)
-                nn.init.normal_(module.bias)
-            if module.running_mean is not None and module.running_var is not None:
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.2, 3)
-
-
 @pytest.fixture
 def rewriting(monkeypatch: pytest.MonkeyPatch) -> Form:
     """Return a form that rewrites as "triton" does, by PyTorch's operators on a CPU."""
@@ -278,18 +268,6 @@ def nodes(frozen: FrozenNetwork) -> list[fx.Node]:
 def kinds(frozen: FrozenNetwork) -> list[tuple[bool, bool]]:
     """Say of each call whether it sums, and whether its sum has another reader."""
     return [(n.args[3] is not None, n.target is affine_relu_linked) for n in nodes(frozen)]
-
-
-def assert_equal_to_rounding(frozen: FrozenNetwork, model: nn.Module, images: Tensor) -> None:
-    def both(network: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        leaf = images.clone().requires_grad_()
-        logits = network(leaf)
-        return logits.detach(), torch.autograd.grad(logits.square().sum(), leaf)[0]
-
-    for found, wanted in zip(both(frozen), both(model.eval()), strict=True):
-        # Some thirty layers round float64 by 1e-16 of their largest values.
-        atol = 1e-10 * float(wanted.abs().max())
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=atol)
 
 
 ALONE, LINKED, SUM, LINKED_SUM = (False, False), (False, True), (True, False), (True, True)

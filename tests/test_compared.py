@@ -6,21 +6,16 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from made_run import COUNTS, EVIL, made_run
+from made_run import COUNTS, EVIL, made_run, rewrite
 
 from reat_fast import report
 from reat_fast.cli.command import run_command
 from reat_fast.reporting.compared import compared_report
 from reat_fast.reporting.compared_pictures import class_keys
 from reat_fast.reporting.run_record import read_run
-
-
-def rewrite(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def dots(folders: list[Path]) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_sources import idx_bytes
 
 from reat_fast.data import load_dataset
 from reat_fast.sources import download, formats
@@ -192,11 +193,6 @@ def test_no_progress_is_shown_off_a_terminal(
 # Whole data sets
 
 
-def idx(array: np.ndarray) -> bytes:
-    dims = b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return bytes([0, 0, 8, array.ndim]) + dims + array.tobytes()
-
-
 @pytest.fixture
 def fashion(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
     """Put a made Fashion-MNIST of 20 + 10 images on the site, hide apt-get, return the files."""
@@ -207,7 +203,7 @@ def fashion(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict
         random.integers(0, 256, (10, 28, 28), np.uint8),
         np.arange(10, dtype=np.uint8),
     ]
-    files = {name: idx(array) for name, array in zip(formats.IDX_FILES, arrays, strict=True)}
+    files = {name: idx_bytes(array) for name, array in zip(formats.IDX_FILES, arrays, strict=True)}
     site.files = {f"/{name}.gz": gzip.compress(content) for name, content in files.items()}
     remotes = tuple(
         Remote(f"{name}.gz", (f"{site.url}/{name}.gz",), hashlib.sha256(content).hexdigest(), True)
@@ -228,7 +224,7 @@ def test_fashion_mnist_comes_from_a_mirror_and_loads(
     assert len(site.asked) == 4
     dataset = load_dataset("fashion-mnist", place)
     assert dataset.train.images.shape == (20, 28, 28, 1)
-    assert idx(dataset.test.images[..., 0]) == fashion["t10k-images-idx3-ubyte"]
+    assert idx_bytes(dataset.test.images[..., 0]) == fashion["t10k-images-idx3-ubyte"]
     (place / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"damaged"))
     download.fetch_dataset("fashion-mnist", tmp_path / "new" / "cache")
     assert len(site.asked) == 5

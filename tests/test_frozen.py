@@ -40,8 +40,9 @@ def with_statistics(model: nn.Module) -> None:
             if module.affine:
                 nn.init.uniform_(module.weight, -1.5, 1.5)
                 nn.init.normal_(module.bias)
-            module.running_mean.normal_()  # type: ignore[union-attr]
-            module.running_var.uniform_(0.2, 3)  # type: ignore[union-attr]
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.2, 3)
 
 
 def logits_and_gradient(network: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made_data import made_images, made_npz
-from made_run import COUNTS, EVIL, made_run
+from made_run import COUNTS, EVIL, made_run, rewrite
 
 from reat_fast import report, train
 from reat_fast.checkpoint import CHECKPOINT
@@ -58,10 +58,6 @@ AT_BSL = {"objective": "bsl", "tail": "none", "attack_loss": "ce", "start": "nor
 AT_BSL |= {"milestones": (1, 1)}
 QUICK = {"dataset": "fashion-mnist", "model": "resnet8", "lr": 0.2, "schedule": "onecycle"}
 QUICK |= {"augment": False, "select": "last"}
-
-
-def rewrite(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def command(*arguments: object) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from killed_run import SMALL
+from made_run import rows
 from PIL import Image
 
 from reat_fast import checkpoint
@@ -42,11 +42,6 @@ def torchrun(
             job.communicate(timeout=60)
         except (subprocess.TimeoutExpired, ValueError):
             job.kill()
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def process_of_rank(rank: int, parent: int) -> int | None:
