@@ -12,6 +12,7 @@ speed.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -136,12 +137,17 @@ def _launches_compile(
         yield compiled
 
 
-def _inspect(case: str, architecture: int, kernel: Any) -> Compiled:
+@functools.cache  # it takes as long as to compile, and a kernel is launched in several cases
+def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(kernel.asm["cubin"])
+        binary.write(cubin)
         binary.flush()
         command = [str(_disassembler()), "-sass", "-res-usage", binary.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _inspect(case: str, architecture: int, kernel: Any) -> Compiled:
+    listing = _disassembled(kernel.asm["cubin"])
     resources = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     assert resources is not None, listing[:500]
     source = kernel.asm["ttir" if "ttir" in kernel.asm else "ttgir"]  # Gluon's has layouts
