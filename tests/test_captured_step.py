@@ -306,6 +306,38 @@ def test_a_learning_rate_that_would_be_baked_in_is_refused() -> None:
             CapturedStep(TrainStep(model, baked, COUNTS, CONFIG), batches()[0])
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_state_that_an_optimizer_makes_in_its_first_step_is_refused_and_left_out(kind: str) -> None:
+    def made() -> TrainStep:
+        model = make_model()
+        weights, rate = model.parameters(), torch.tensor(0.05)
+        own: torch.optim.Optimizer = torch.optim.SGD(weights, lr=rate, momentum=0.9)
+        if kind == "adamw":
+            own = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+        return TrainStep(model, own, COUNTS, CONFIG)
+
+    launched, captured = made(), made()
+    whole, second, _ = batches()
+    with pytest.raises(ValueError, match=r"^optimizer: .* its first step, .*; take that of make_o"):
+        CapturedStep(captured, whole)
+    assert_same_state(launched, captured)
+    assert_same_step(launched, captured, whole)  # after the first the state is there
+    replayed = CapturedStep(captured, whole)
+    for batch in (second, whole):
+        assert_same_step(launched, replayed, batch)
+    assert_same_state(launched, captured)
+
+
+def test_an_optimizer_without_state_is_captured() -> None:
+    config = dataclasses.replace(CONFIG, momentum=0.0, nesterov=False)
+    launched, captured = make_step(config), make_step(config)
+    given = batches()
+    replayed = CapturedStep(captured, given[0])
+    for batch in given:
+        assert_same_step(launched, replayed, batch)
+    assert_same_state(launched, captured)
+
+
 def test_a_saved_learning_rate_is_read_into_the_memory_of_the_present_one() -> None:
     step, saved = make_step(), make_step()
     saved.train_on(batches()[0])

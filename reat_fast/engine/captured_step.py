@@ -26,10 +26,10 @@ from reat_fast.step import TrainStep
 class CapturedStep:
     """Replay a TrainStep on batches of one loader.
 
-    step: the step to capture, its optimiser's learning rate a tensor on the device and its state
-    loaded before: loading replaces memory that the graph would go on using. batch: any whole
-    batch of the loader, on a CUDA device; its values do not matter. total: images of the whole
-    batch where each process has a share of it. The warm-up is undone.
+    step: the step to capture, its optimiser's learning rate a tensor on the device, its momentum in
+    place and its state loaded before: loading replaces memory that the graph would go on using.
+    batch: any whole batch of the loader, on a CUDA device; its values do not matter. total: images
+    of the whole batch where each process has a share of it. The warm-up is undone.
     Errors: ValueError for what cannot be captured.
     """
 
@@ -133,13 +133,22 @@ class Recording:
         state = step.state_tensors()
         kept = [tensor.clone() for tensor in state]
         places = [tensor.data_ptr() for tensor in state]
+        slots = step.optimizer.state
+        begun = {parameter for parameter in slots if slots[parameter]}
         try:
             warm_up(self.body, stream)
         finally:
             with torch.no_grad():
                 for tensor, value in zip(state, kept, strict=True):
                     tensor.copy_(value)
+            made = [slots.pop(parameter) for parameter in set(slots) - begun]
         del kept
+        if any(made):
+            raise ValueError(
+                f"optimizer: {type(step.optimizer).__name__} makes its state in its first step, "
+                "which no replay can do; take that of make_optimizer, or the first step by "
+                "TrainStep.train_on"
+            )
         # The threads of a loader may allocate meanwhile, which is no part of the step. Graphs that
         # take turns on one stream can share a pool: what lives on, outcomes and state, is held.
         self.outcome = record(self.graph, self.body, stream, "thread_local", beside)
