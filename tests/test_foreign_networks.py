@@ -18,9 +18,11 @@ from reat_fast import autoattack, pgd
 from reat_fast.config import Config
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
+from reat_fast.evaluation import victim
 from reat_fast.evaluation.guards import GuardError
 from reat_fast.evaluation.victim import attacked
 from reat_fast.models import create_model
+from reat_fast.networks import likeness
 from reat_fast.networks.copies import copy_of
 from reat_fast.networks.frozen import Form, FrozenNetwork
 from reat_fast.networks.tracing import is_foreign
@@ -210,6 +212,38 @@ def test_a_search_stays_with_the_model_where_rewriting_it_changes_it(kind: type[
         assert victim._rewritten and not victim._frozen.unfolded
 
 
+class TakesTensors(Plain):
+    """Normalises tensors, of which the trace's stand-ins are none."""
+
+    def maps(self, images: Tensor) -> Tensor:
+        return super().maps((images - 0.5) / 0.2 if isinstance(images, Tensor) else images)
+
+
+class TakesLists(Plain):
+    """Takes lists of maps too, and what is no tensor for one."""
+
+    def maps(self, images: Tensor) -> Tensor:
+        return super().maps(torch.cat([images] if isinstance(images, Tensor) else images, 1))
+
+
+def form_on_a_gpu(dtype: torch.dtype, device: torch.device) -> Form:
+    return "cudnn" if dtype.itemsize < 4 else "eager"
+
+
+@pytest.mark.parametrize("kind", [Plain, TakesTensors, TakesLists])
+def test_what_a_gpu_computes_in_16_bits_is_looked_at_too(
+    kind: type[Plain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (victim, likeness):
+        monkeypatch.setattr(module, "fastest_form", form_on_a_gpu)
+    model, images = kind().eval(), torch.rand(4, 3, 6, 6)
+    with attacked(model, "bf16") as quick:
+        assert quick._frozen.fused == 2
+        quick.check(images)
+        assert quick._rewritten == (kind is Plain)
+        torch.testing.assert_close(quick(images), model(images), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("name", foreign())
 def test_attacks_search_the_model_itself(name: str) -> None:
     model, images = foreign()[name].eval(), torch.rand(4, 3, 6, 6)
@@ -283,6 +317,22 @@ def test_a_step_attacks_the_network_itself_where_rewriting_it_changes_it(
     assert bool(step.unfolded) == (kind is Hides)
     if precision == "float32":
         assert torch.equal(adv, pgd(original, images, labels, steps=2, start=start))
+
+
+def with_features(kind: type[Plain]) -> Any:
+    """Make a network of a kind that a step can train."""
+    return Shows() if kind is Plain else type(kind.__name__, (kind, Shows), {})()
+
+
+@pytest.mark.parametrize("kind", [Plain, TakesTensors, TakesLists])
+def test_what_a_gpu_attacks_in_16_bits_is_looked_at_at_the_first_step(
+    kind: type[Plain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likeness, "fastest_form", form_on_a_gpu)
+    model, config = with_features(kind), Config(steps=2, precision="bf16")
+    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
+    step(torch.rand(8, 3, 6, 6), torch.arange(8) % 4)
+    assert bool(step.unfolded) == (kind is not Plain)
 
 
 class Rounds(Plain):

@@ -23,7 +23,7 @@ from reat_fast.networks.architectures import Network
 from reat_fast.networks.borrowed import with_batch_statistics
 from reat_fast.networks.compiling import require_compiler
 from reat_fast.networks.frozen import Form, FrozenNetwork, fastest_form
-from reat_fast.networks.likeness import alike
+from reat_fast.networks.likeness import keeps
 from reat_fast.networks.tracing import is_foreign
 from reat_fast.objective import ClassStatistics
 
@@ -167,10 +167,11 @@ class StepAttack:
     def _check(self, images: Tensor) -> None:
         assert self.network is not None
         dtype, rewritten = self.network.images_dtype, self.network
-        if dtype != images.dtype:  # in 16 bits rounding would hide a change
+        low = dtype != images.dtype
+        if low:
             form = fastest_form(images.dtype, images.device)
             rewritten = FrozenNetwork(self._model, form=form)
-        if not alike(FrozenNetwork(self._model, rewritten=False), rewritten, images):
+        if not keeps(self._model, rewritten, low, images):
             self.network = FrozenNetwork(self._model, dtype, rewritten=False)
         self._unchecked = False
 

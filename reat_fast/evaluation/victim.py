@@ -19,7 +19,7 @@ from reat_fast.networks.architectures import Network
 from reat_fast.networks.borrowed import evaluating, first_tensor
 from reat_fast.networks.copies import copy_of
 from reat_fast.networks.frozen import FrozenNetwork, fastest_form
-from reat_fast.networks.likeness import alike
+from reat_fast.networks.likeness import keeps
 from reat_fast.networks.tracing import is_foreign
 
 
@@ -59,8 +59,7 @@ class Victim:
         """
         if not is_foreign(self.model):
             return
-        plain = FrozenNetwork(self._source, rewritten=False)  # whose weights want no gradient
-        if alike(plain, self._network(None), images):
+        if keeps(self._source, self._network(None), self.precision == "bf16", images):
             return
         self._rewritten = False
         self._networks.clear()

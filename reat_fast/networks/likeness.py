@@ -6,27 +6,37 @@ A trace refuses what it sees that it cannot keep; code of others may do what it 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reat_fast.engine.precision import full_precision
-from reat_fast.networks.frozen import FrozenNetwork
+from reat_fast.networks.frozen import DEFAULT_FORM, FrozenNetwork, fastest_form
 
 
-def alike(plain: FrozenNetwork, rewritten: FrozenNetwork, images: Tensor) -> bool:
-    """Say whether two networks give images the same logits and gradients, to rounding; syncs.
+def keeps(network: nn.Module, rewritten: FrozenNetwork, low: bool, images: Tensor) -> bool:
+    """Say whether a network is rewritten into one of the same logits and gradients; syncs.
 
-    images [B, C, H, W]: a few. plain: the network as it is, whose errors are raised.
+    rewritten: it, as fine as the network. low: whether it is to be searched in 16 bits, too; on a
+    GPU a graph then stands in for its own code, and rounding would hide a difference there.
+    images [B, C, H, W]: a few. Both are equal to rounding; what the network raises is raised.
     """
+    found = [rewritten]
+    if low and fastest_form(torch.bfloat16, images.device) != DEFAULT_FORM:
+        found.append(FrozenNetwork(network, None, "cudnn"))
+    plain = FrozenNetwork(network, rewritten=False)  # whose weights want no gradient
+    return all(_alike(plain, one, images) for one in found)
+
+
+def _alike(plain: FrozenNetwork, rewritten: FrozenNetwork, images: Tensor) -> bool:
     both = []
     with full_precision(), torch.enable_grad():
         for network in (plain, rewritten):
             leaf = images.detach().clone().requires_grad_()
             try:
                 logits = network(leaf)
-            except (AttributeError, RuntimeError):
+            except (AttributeError, RuntimeError, TypeError):
                 if network is plain:
                     raise
-                return False  # its own code reads what was rewritten
+                return False  # its own code reads what was rewritten, or had no tensor traced
             signs = (torch.arange(logits.numel(), device=logits.device) % 2 * 2 - 1).view_as(logits)
             given = torch.zeros_like(leaf)
             if logits.requires_grad:
