@@ -204,7 +204,9 @@ class TrainStep:
             for value in slots.values()
             if isinstance(value, Tensor)
         ]
-        model = [tensor.detach() for tensor in self.model.state_dict(keep_vars=True).values()]
+        # Not its state_dict, which lacks the buffers that a network does not save.
+        model = [weight.detach() for weight in self.model.parameters()]
+        model += self.model.buffers()
         return [*model, *momentum, *self.state_dict().values(), self.statistics.weights]
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
