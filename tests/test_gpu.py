@@ -23,6 +23,7 @@ from made_data import made_npz
 from made_step import COUNTS, assert_same_state, assert_same_step, make_model, uint8_batch
 from test_captured import EPS, attack, batch, labelled_images
 from test_captured import make_model as make_victim
+from test_foreign_networks import Plain, TakesTensors
 from test_resume import StopAfter
 
 from reat_fast import train, verify
@@ -386,6 +387,18 @@ def test_a_network_that_waits_is_attacked_without_a_graph(captures: list[str]) -
     plain = evaluated("float32")["pgd10"]
     assert abs(found["attacks"]["pgd10"]["overall"] * IMAGES / 100 - plain) <= 2
     assert torch.rand(3, device="cuda").isfinite().all()  # the generator still works
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_network_of_others_is_rewritten_where_that_only_rounds(precision: Precision) -> None:
+    images = torch.rand(4, 3, 6, 6, device="cuda")
+    with attacked(Plain().cuda(), precision) as victim:
+        victim.check(images)
+        assert victim._rewritten and not victim._frozen.unfolded
+        assert victim._frozen.fused == (2 if precision == "bf16" else 0)
+    with attacked(TakesTensors().cuda(), precision) as victim:
+        victim.check(images)
+        assert victim._rewritten == (precision == "float32")  # where its own code still runs
 
 
 def test_every_row_of_verify_holds() -> None:
