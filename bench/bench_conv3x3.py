@@ -23,6 +23,7 @@ from bench.stopping import STOPPED, Stopped, stoppable
 from bench.timing import timed_calls
 from bench.traced import Convolution, convolutions
 from reat_fast.cli.command import choose_device, parse_flags, refuse_below, run_command
+from reat_fast.cli.terminal import first_line
 from reat_fast.engine.precision import full_precision
 from reat_fast.kernels.boxes import why_not
 
@@ -128,7 +129,7 @@ def _ours(
                 continue
             found[name] = times(call)
         except Exception as error:  # of the compiler, or for lack of shared memory
-            notes.append(f"{name}: {(str(error) or repr(error)).splitlines()[0][:60]}")
+            notes.append(f"{name}: {first_line(error)[:60]}")
     return found, notes
 
 

@@ -18,6 +18,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from reat_fast.cli.extras import import_extra
+from reat_fast.cli.terminal import first_line
 from reat_fast.data import Images, ImageSet
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
@@ -110,9 +111,9 @@ class DaliLoader:
                     self.images.read(rows.numpy())
             except ValueError as named:
                 return named
-        reason = str(error).partition("encountered:")[2].strip() or str(error)
+        reason = str(error).partition("encountered:")[2].strip().partition("\n")[0]
         return ValueError(
-            f"--loader dali: DALI cannot read a batch ({reason.splitlines()[0]}); "
+            f"--loader dali: DALI cannot read a batch ({reason or first_line(error)}); "
             "use --loader workers"
         )
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from reat_fast.cli.terminal import first_line
 from reat_fast.data import ImageSet
 from reat_fast.loaders import Batch
 from reat_fast.loaders.order import EpochOrder
@@ -89,7 +90,7 @@ class WorkersLoader:
         try:
             yield
         except RuntimeError as error:  # raised by torch where a worker is gone
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             self.close()
             raise ValueError(
                 f"--loader workers: a worker process died ({reason}), as happens when memory runs "

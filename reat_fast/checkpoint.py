@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reat_fast.cli.terminal import first_line
 from reat_fast.engine.average import PREFIX
 from reat_fast.networks.architectures import Network
 from reat_fast.storage import whole_files
@@ -170,7 +171,7 @@ def load_model_and_spec(
     try:
         return model.eval().to(map_location), spec
     except (RuntimeError, AssertionError) as error:  # a device that is not there
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"map_location {map_location}: cannot be used ({reason})") from error
 
 

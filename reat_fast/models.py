@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reat_fast.cli.terminal import some
+from reat_fast.cli.terminal import first_line, some
 from reat_fast.networks.architectures import (
     ConvBN,
     Network,
@@ -85,7 +85,7 @@ def refuse_other_size(network: nn.Module, name: str, shape: Sequence[int]) -> No
         with torch.no_grad():
             network(torch.zeros(1, channels, height, width))
     except Exception as error:  # whatever the code of a network of timm makes of them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"--model {name}: takes no images of {height} x {width} pixels ({reason:.100}); name "
             "another, or for image files an --image-size that it takes"

@@ -331,15 +331,15 @@ def test_state_that_an_optimizer_makes_in_its_first_step_is_refused_and_left_out
 def test_buffers_that_a_network_does_not_save_are_kept_from_the_warm_up_too() -> None:
     def counting() -> TrainStep:
         model: Any = make_model()
-        model.register_buffer("seen", torch.zeros(()), persistent=False)
-        model.stem.register_forward_pre_hook(lambda *_: model.seen.add_(1) and None)
+        model.stem.register_buffer("seen", torch.zeros(()), persistent=False)
+        model.stem.register_forward_pre_hook(lambda stem, _: stem.seen.add_(1) and None)
         return TrainStep(model, make_optimizer(model, CONFIG), COUNTS, CONFIG)
 
     launched, captured = counting(), counting()
     whole = batches()[0]
     replayed = CapturedStep(captured, whole)
     assert_same_step(launched, replayed, whole)
-    assert launched.model.seen == captured.model.seen > 0
+    assert launched.model.stem.seen == captured.model.stem.seen > 0  # type: ignore[union-attr]
     assert_same_state(launched, captured)
 
 

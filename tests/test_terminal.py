@@ -14,6 +14,7 @@ from made_data import made_npz
 
 from reat_fast import evaluate, train
 from reat_fast.cli.command import run_command
+from reat_fast.cli.terminal import first_line
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "1"]
 SMALL += ["--epochs", "1", "--steps", "1", "--batch-size", "16", "--limit-batches", "1"]
@@ -140,3 +141,8 @@ def test_an_output_that_is_full_is_one_line() -> None:
         )
     expected = "error: the output cannot be written (No space left on device); send it elsewhere\n"
     assert (ended.returncode, ended.stderr) == (2, expected)
+
+
+def test_an_error_is_told_by_its_first_line_or_by_its_kind() -> None:
+    assert first_line(RuntimeError("CUDA error\n  at kernel.cu:3")) == "CUDA error"
+    assert first_line(AssertionError()) == first_line(AssertionError("\n")) == "AssertionError"

@@ -21,6 +21,11 @@ def one_line(text: object) -> str:
     return "".join(shown)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def some(items: Sequence[object], most: int = 3) -> str:
     """Name the first of things that may be many, and say how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""

@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from reat_fast.cli.terminal import first_line
 from reat_fast.engine.graph import (
     attack_stream,
     baked_settings,
@@ -107,7 +108,7 @@ class CapturedStep:
             self._whole_only = True
             warnings.warn(
                 f"the step on the last {total} images of an epoch cannot be captured as a CUDA "
-                f"graph ({str(error).splitlines()[0]}); it is launched kernel by kernel",
+                f"graph ({first_line(error)}); it is launched kernel by kernel",
                 stacklevel=2,
             )
         return self._short

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reat_fast.cli.terminal import first_line
 from reat_fast.engine.captured_step import CapturedStep
 from reat_fast.engine.graph import can_capture
 from reat_fast.loaders import Batch
@@ -58,7 +59,7 @@ class ReplayedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"--graph {self.step.config.graph}: the step cannot be captured ({reason}); "
                 "go on with --graph off"

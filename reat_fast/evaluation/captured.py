@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reat_fast.attack import Norm, ascend_
+from reat_fast.cli.terminal import first_line
 from reat_fast.engine.graph import (
     WARM_UP_STEPS,
     attack_stream,
@@ -194,7 +195,7 @@ class Ascents:
             torch.cuda.synchronize()  # steps begun in vain write to memory that is freed now
             warnings.warn(
                 f"{attack.name}: a step of the attack cannot be captured as a CUDA graph "
-                f"({str(error).splitlines()[0]}); steps are launched one by one, which is slower",
+                f"({first_line(error)}); steps are launched one by one, which is slower",
                 stacklevel=2,
             )
         return self._captured

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reat_fast.attack import Classifier
+from reat_fast.cli.terminal import first_line
 from reat_fast.engine.graph import (
     WARM_UP_STEPS,
     attack_stream,
@@ -133,7 +134,7 @@ class Replays:
             self.close()  # a graph that goes takes the cuBLAS workspace of all on its stream along
             warnings.warn(
                 f"AutoAttack: a pass of the network cannot be captured as a CUDA graph "
-                f"({str(error).splitlines()[0]}); kernels are launched one by one, which is slower",
+                f"({first_line(error)}); kernels are launched one by one, which is slower",
                 stacklevel=2,
             )
 

@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from reat_fast.cli.terminal import first_line
+
 Inputs = ParamSpec("Inputs")
 Output = TypeVar("Output")
 
@@ -29,7 +31,7 @@ def compile_whole(function: Callable[Inputs, Output], flag: str) -> Callable[Inp
         try:
             return compiled(*inputs, **named)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"{flag}: this network cannot be compiled as a whole ({reason}); leave it out"
             ) from error

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from reat_fast.cli.terminal import first_line
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -23,7 +25,7 @@ def copy_of(network: Module) -> Module:
     try:
         return copy.deepcopy(network, {id(value): value.detach() for value in of_graph})
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"model: {type(network).__name__} cannot be copied ({reason}); detach what it keeps"
         ) from error
