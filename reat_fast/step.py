@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reat_fast.config import Config
 from reat_fast.engine import step_checks
@@ -36,7 +36,8 @@ __all__ = ["TrainStep", "load_optimizer", "make_optimizer"]
 class TrainStep:
     """Take training steps of a method on a model, by the fused form.
 
-    model: a network of reat_fast.models on its device; optimizer: any that updates its parameters
+    model: a network of reat_fast.models, or one that has what the error asks of it, on its device;
+    optimizer: any that updates its parameters
     (make_optimizer for one that can be captured); counts: training images per class. world: the
     processes that train together; each takes its share of every batch.
     Errors: ValueError for counts that are not one whole number, 0 or more, a class of the model,
@@ -45,13 +46,13 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Network,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         counts: Sequence[int],
         config: Config,
         world: World | None = None,
     ) -> None:
-        step_checks.refuse_other_networks(model)
+        model = step_checks.checked_network(model)
         weight = next(model.parameters())
         device = weight.device
         counts = step_checks.checked_counts(counts, model.fc.out_features)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 import reat_fast
+from reat_fast.evaluate import evaluate
+from reat_fast.methods.cosine_head import use_cosine_head
+from reat_fast.step import make_optimizer
 
 
 def test_every_public_name_is_there_and_documented() -> None:
@@ -16,6 +21,15 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert getattr(reat_fast, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'pdg'"):
         reat_fast.pdg  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "call",
+    [reat_fast.TrainStep, reat_fast.autoattack, evaluate, make_optimizer, use_cosine_head],
+)
+def test_networks_of_ones_own_pass_a_type_checker(call: Callable[..., object]) -> None:
+    first = next(iter(inspect.signature(call).parameters.values()))
+    assert first.annotation == "nn.Module"
 
 
 def test_the_example_runs() -> None:

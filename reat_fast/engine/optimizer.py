@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from reat_fast.config import Config
-from reat_fast.networks.architectures import Network
 
 
-def make_optimizer(model: Network, config: Config) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
     """Make SGD whose learning rate is a tensor on the device, with its momentum in place.
 
     Both are what a captured step needs: a float would be baked into the graph, and a momentum

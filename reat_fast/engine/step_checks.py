@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from reat_fast.networks.architectures import Network
 
-def refuse_other_networks(model: nn.Module) -> None:
-    """Raise ValueError for a network of one's own that lacks what a step asks of it."""
+
+def checked_network(model: nn.Module) -> Network:
+    """Return a network that has what a step asks of it; ValueError for one that lacks it."""
     dtypes = {weight.dtype for weight in model.parameters()}
     if any(dtype.itemsize < 4 for dtype in dtypes):
         raise ValueError(
@@ -22,6 +25,7 @@ def refuse_other_networks(model: nn.Module) -> None:
             f"model: {type(model).__name__} needs forward_features_logits(images), which returns "
             "features [B, D] beside logits [B, K], and its last linear layer as fc"
         )
+    return cast("Network", model)
 
 
 def checked_counts(counts: Sequence[int], classes: int) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reat_fast.attack import Norm
 from reat_fast.engine.precision import Precision
@@ -27,7 +27,6 @@ from reat_fast.evaluation.square import Reached, square
 from reat_fast.evaluation.victim import Victim, attacked
 from reat_fast.kernels import philox
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
-from reat_fast.networks.architectures import Network
 from reat_fast.storage.save_pace import SavePace
 
 MOST_TARGETS = 9
@@ -40,7 +39,7 @@ Images = Callable[[Tensor], Tensor]
 
 
 def autoattack(
-    model: Network,
+    model: nn.Module,
     images: Tensor,
     labels: Tensor,
     *,

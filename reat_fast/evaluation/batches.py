@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 from reat_fast.engine.graph import can_capture
 from reat_fast.engine.memory import forget_peak_memory
 from reat_fast.engine.precision import Precision
 from reat_fast.evaluation.passes import filled_up
 from reat_fast.evaluation.victim import attacked
-from reat_fast.networks.architectures import Network
 
 USUAL = 500
 """On a CPU, and where no attack is asked for."""
@@ -30,7 +30,7 @@ def even(images: int, most: int) -> int:
     return math.ceil(images / max(math.ceil(images / most), 1))
 
 
-def fitting(model: Network, size: tuple[int, int, int], precision: Precision) -> int:
+def fitting(model: nn.Module, size: tuple[int, int, int], precision: Precision) -> int:
     """Return how many images [C, H, W] of a size are best attacked at once on a model's device.
 
     On a GPU that is what memory allows, measured on a pass with gradient, up to MOST.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from reat_fast.data import ImageSet
@@ -20,12 +21,11 @@ from reat_fast.evaluation.search_state import SearchState
 from reat_fast.evaluation.tally import Tally
 from reat_fast.evaluation.trial import Images, Settings, Trial, Watch
 from reat_fast.evaluation.victim import attacked
-from reat_fast.networks.architectures import Network
 from reat_fast.networks.tracing import is_foreign
 
 
 def evaluate(
-    model: Network,
+    model: nn.Module,
     image_set: ImageSet,
     attacks: Sequence[Attack],
     num_classes: int,
@@ -76,7 +76,7 @@ def evaluate(
 
 
 def share_tally(
-    model: Network,
+    model: nn.Module,
     image_set: ImageSet,
     attacks: Sequence[Attack],
     num_classes: int,
@@ -113,7 +113,7 @@ def share_tally(
 
 
 def _refuse_misfits(
-    model: Network,
+    model: nn.Module,
     settings: Settings,
     attacks: Sequence[Attack],
     image_set: ImageSet,

@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reat_fast.attack import Norm
 from reat_fast.cli.extras import import_extra
 from reat_fast.evaluation.autoattack import MOST_TARGETS
 from reat_fast.evaluation.victim import attacked
-from reat_fast.networks.architectures import Network
 
 
 def package_autoattack(
-    model: Network,
+    model: nn.Module,
     images: Tensor,
     labels: Tensor,
     *,

@@ -8,14 +8,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from reat_fast.engine.graph import can_capture
 from reat_fast.engine.precision import Precision, allowed_tf32, full_precision, low_dtype
 from reat_fast.evaluation.passes import RecordedPasses, Replays, filled_up
 from reat_fast.methods.work import FORWARD, WITH_GRADIENT
-from reat_fast.networks.architectures import Network
 from reat_fast.networks.borrowed import evaluating, first_tensor
 from reat_fast.networks.copies import copy_of
 from reat_fast.networks.frozen import FrozenNetwork, fastest_form
@@ -32,7 +31,7 @@ class Victim:
 
     def __init__(
         self,
-        model: Network,
+        model: nn.Module,
         precision: Precision,
         bar: tqdm[Any] | None,
         say: Callable[[str], object],
@@ -188,7 +187,7 @@ class Victim:
         self._bar.refresh()
 
 
-def _channels_last(model: Network) -> Network:
+def _channels_last(model: nn.Module) -> nn.Module:
     """Copy a model, with its weights in the layout of the images.
 
     Others would be turned round again at every convolution.
@@ -209,7 +208,7 @@ class PerImage:
 
 @contextmanager
 def attacked(
-    model: Network,
+    model: nn.Module,
     precision: Precision = "float32",
     bar: tqdm[Any] | None = None,
     say: Callable[[str], object] = lambda text: None,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reat_fast.kernels.triton_support import in_loss_precision
-from reat_fast.networks.architectures import Network
 
 WEIGHT_NORM_OFFSET = 0.03125
 """What RoBal's classifier adds to the norms of its weights; its gamma."""
@@ -61,12 +61,12 @@ class CosineHead(nn.Linear):
         self.compensation.copy_(tau * (sizes / sizes.sum()).log())
 
 
-def use_cosine_head(network: Network, scale: float = 10.0) -> CosineHead:
+def use_cosine_head(network: nn.Module, scale: float = 10.0) -> CosineHead:
     """Put a fresh cosine classifier in the place of a network's last linear layer; return it.
 
     Works for every network of reat_fast.models, timm's too. Do it before the optimiser is made.
     """
-    linear = network.fc
+    linear = cast("nn.Linear", network.fc)
     (name,) = [name for name, module in network.named_modules() if module is linear]
     head = CosineHead(linear.in_features, linear.out_features, scale)
     network.set_submodule(name, head.to(linear.weight))
