@@ -32,6 +32,10 @@ def test_networks_of_ones_own_pass_a_type_checker(call: Callable[..., object]) -
     assert first.annotation == "nn.Module"
 
 
+def test_notebooks_complete_public_names() -> None:
+    assert {*reat_fast.__all__} <= {*dir(reat_fast)}
+
+
 def test_the_example_runs() -> None:
     assert doctest.testmod(reat_fast).failed == 0
     assert doctest.testmod(reat_fast).attempted >= 4
