@@ -30,7 +30,7 @@ def write_images(folder: Path, mode: str = "RGB", suffix: str = ".png") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg"])
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp", ".BMP", ".tif"])
 def test_image_folder_is_read_in_sorted_order(tmp_path: Path, suffix: str) -> None:
     write_images(tmp_path, suffix=suffix)
     (tmp_path / "train" / "a" / "notes.txt").write_text("not an image")
@@ -84,6 +84,8 @@ def test_image_folder_faults_name_the_file(tmp_path: Path) -> None:
     assert message.startswith("train/a/0.png: mode I;16 is not 8-bit")
     message = read_after(lambda folder: (folder / "train/empty").mkdir())
     assert message.startswith("train/empty: no .png")
+    message = read_after(lambda folder: (folder / "train/b").rename(folder / "train/a/b"))
+    assert message.startswith("train/a/b: holds images, deeper than train/CLASS/*.png; move them")
     message = read_after(lambda folder: (folder / "test/a").rename(folder / "test/z"))
     assert message.startswith("test/z: there is no such class in ")
     message = read_after(lambda folder: (folder / "test").rename(folder / "val"))

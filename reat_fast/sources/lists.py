@@ -17,7 +17,7 @@ from reat_fast.cli.terminal import one_line, some
 from reat_fast.sources.formats import PARTS, Array, DataError, Source, reading
 from reat_fast.sources.lazy import FileImages, decoding, find_damaged, require_pillow
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 NAMED = 10  # files that a message names at most
 NO_SIZE = (
     "dataset list needs --image-size N, the pixels a side that images are resized and cut to, 224 "
@@ -26,7 +26,7 @@ NO_SIZE = (
 
 
 def read_image_folder(path: Path, size: int | None = None, skip_bad: bool = False) -> Source:
-    """Read train/CLASS/*.png|jpg|jpeg and test/CLASS/...; needs pillow.
+    """Read train/CLASS/* of SUFFIXES and test/CLASS/...; needs pillow.
 
     Classes are the sorted folder names of train/. Without a size the images, which must be equally
     large, are read at once: RGB, or grey where all of them are. Raises DataError.
@@ -157,14 +157,23 @@ def _image_files(folder: Path) -> list[Path]:
     with reading(folder, "add it, with the images of its class"):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     shown = [entry for entry in entries if entry.name[0] != "."]
+    for entry in shown:
+        if entry.is_dir() and _holds_images(entry.path):
+            cure = "move them into the folder of their class, or take it away"
+            raise DataError(f"{entry.path}: holds images, deeper than train/CLASS/*.png; {cure}")
     entries = [entry for entry in shown if entry.name.lower().endswith(SUFFIXES)]
     if not entries:
-        raise DataError(f"{folder}: no .png, .jpg or .jpeg inside; add some or remove it")
+        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} inside; add some or remove it")
     if lost := [entry.name for entry in entries if not entry.is_file()]:
         raise DataError(
             f"{folder}: {some(lost, NAMED)} leads to no file; put it there or remove the name"
         )
     return [folder / entry.name for entry in entries]
+
+
+def _holds_images(folder: str) -> bool:
+    names = (name for _, _, names in os.walk(folder) for name in names if name[0] != ".")
+    return any(name.lower().endswith(SUFFIXES) for name in names)
 
 
 def _decode(files: list[Path]) -> tuple[dict[int, Array], dict[int, str]]:
