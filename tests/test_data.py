@@ -388,19 +388,32 @@ def test_grey_images_and_columns_of_labels_are_accepted(tmp_path: Path) -> None:
 
 NAN = np.full((20, 6, 5, 3), np.nan)
 BAD = {
-    "float images": ({"x_train": NAN * 0 + 1}, "x_train: images must be uint8 0..255, got float64"),
-    "NaN images": ({"x_train": NAN}, "x_train: .* with NaN"),
-    "wide images": ({"x_test": np.zeros((8, 6, 5, 3), np.int64)}, "x_test: images must be uint8"),
+    "float images": (
+        {"x_train": np.ones((20, 6, 5, 3))},
+        "x_train: images must be uint8 0..255, got float64",
+    ),
+    "fractions": (
+        {"x_train": np.full((20, 6, 5, 3), 0.5)},
+        r"float64 .*; \(255 \* images\).round\(\).astype",
+    ),
+    "normalised": (
+        {"x_train": np.full((20, 6, 5, 3), -2.0)},
+        "got float64 .* from -2 to -2; undo what was done",
+    ),
+    "NaN images": ({"x_train": NAN}, "x_train: .* with NaN$"),
+    "wide images": ({"x_test": np.zeros((8, 6, 5, 3), np.int64)}, "got int64 .*; astype"),
     "flat images": ({"x_train": np.zeros((20, 90), np.uint8)}, r"x_train: .*\[N, H, W, C\]"),
-    "channels first": ({"x_train": np.zeros((20, 3, 6, 5), np.uint8)}, "x_train: .* C 1 or 3"),
+    "channels first": ({"x_train": np.zeros((20, 3, 6, 5), np.uint8)}, "C 1 or 3, .*; transpose"),
     "no pixels": ({"x_train": np.zeros((20, 0, 5, 3), np.uint8)}, "x_train: .*none of them 0"),
     "other size": ({"x_test": np.zeros((8, 7, 5, 3), np.uint8)}, r"x_test: test images are \(7, 5"),
     "few labels": ({"y_train": np.zeros(19, int)}, r"y_train: .*\[19\] for 20 images"),
     "scalar label": ({"y_train": np.int64(3)}, "y_train: .* for 20 images"),
-    "one-hot labels": ({"y_train": np.zeros((20, 4), int)}, r"y_train: .*\[20, 4\] for 20"),
-    "float labels": ({"y_train": np.arange(20.0) % 4}, "y_train: labels must be integers"),
+    "one-hot labels": ({"y_train": np.zeros((20, 4), int)}, r"y_train: .*\[20, 4\]; argmax"),
+    "one-hot floats": ({"y_train": np.zeros((20, 4))}, r"y_train: .*\[20, 4\]; argmax"),
+    "float labels": ({"y_train": np.arange(20.0) % 4}, "must be integers, .*; astype"),
+    "halves": ({"y_train": np.full(20, 0.5)}, "must be integers, .*; number the classes from 0"),
     "NaN labels": ({"y_train": np.full(20, np.nan)}, "y_train: labels .* with NaN"),
-    "text labels": ({"y_train": np.array(["a"] * 20)}, "y_train: labels must be integers"),
+    "text labels": ({"y_train": np.array(["a"] * 20)}, "y_train: .* in that order as class_names"),
     "negative labels": ({"y_train": np.arange(20) % 4 - 1}, r"y_train: labels .*got -1\.\.2"),
     "unknown test label": ({"y_test": np.full(8, 4)}, r"y_test: labels must be in 0\.\.3, got 4"),
     "huge label": ({"y_train": np.full(20, 2**62)}, "y_train: class 0 has no image"),
@@ -410,6 +423,11 @@ BAD = {
     ),
     "class gap": ({"y_train": np.arange(20) % 2 * 3}, "y_train: class 1 has no image"),
     "named gap": ({"class_names": np.array(list("abcde"))}, r"y_train: class 4 \(e\) has no image"),
+    "few names": ({"class_names": np.array(["a", "b"])}, r"in 0\.\.1, .*; class_names has 2 names"),
+    "names as objects": (
+        {"class_names": np.array([*"abcd"], object)},
+        r"write class_names as numpy.array\(names, str\)",
+    ),
     "empty test": ({"x_test": np.zeros((0, 6, 5, 3), np.uint8), "y_test": []}, "x_test: images"),
     "empty train": ({"x_train": np.zeros((0, 6, 5, 3), np.uint8), "y_train": []}, "x_train: ima"),
 }

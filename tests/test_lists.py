@@ -89,6 +89,8 @@ def test_image_folder_faults_name_the_file(tmp_path: Path) -> None:
     message = read_after(lambda folder: (folder / "test/a").rename(folder / "test/z"))
     assert message.startswith("test/z: there is no such class in ")
     message = read_after(lambda folder: (folder / "test").rename(folder / "val"))
+    assert message.startswith("test: not found; rename val to test, if that is what")
+    message = read_after(lambda folder: (folder / "test").rename(folder / "other"))
     assert message.startswith("test: not found; make it train/CLASS/*.png")
     message = read_after(lambda folder: (folder / "test/a").rename(folder / "a"))
     assert message.startswith("test: no class folders inside")
@@ -208,12 +210,13 @@ def test_lists_may_say_where_their_images_are(tmp_path: Path) -> None:
 
 LISTS = {
     "no list": (None, r"no train.txt or \*_train.txt inside; add it"),
-    "empty": ("", r"train.txt: images must be .* got uint8 \[0, 6, 6, 3\]"),
+    "empty": ("", r"train.txt: lists no image; write lines `path label` into it"),
+    "root alone": ("# root: here\n", r"train.txt: lists no image"),
     "no label": ("class 0/0.png\na 1\nclass 0/2.png x", r"2 lines are not .* \(line 1, 3\)"),
     "negative": ("class 0/0.png -1", r"1 lines are not `path label`.* \(line 1\)"),
     "huge": (f"class 0/0.png {10**30}", r"1 lines are not"),
     "blank inside": ("class 0/0.png 0\n\nclass 1/1.png 1", r"1 lines are not .* \(line 2\)"),
-    "gap": ("class 0/0.png 0\nclass 1/1.png 2", "train.txt: class 1 has no image; add some"),
+    "gap": ("class 0/0.png 0\nclass 1/1.png 2", "class 1 has no image; add some, or number the"),
     "class only tested": ("class 0/0.png 0", r"test.txt: labels must be in 0\.\.0, got 0\.\.1"),
     "missing": (
         "class 0/0.png 0\n" + "".join(f"gone/{number}.png 0\n" for number in range(12)),

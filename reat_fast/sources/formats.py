@@ -104,14 +104,16 @@ def read_npz(path: Path) -> Source:
 
     Raises DataError; object arrays are refused, since reading one runs a pickle.
     """
-    cure = "write it again with numpy.savez and arrays of numbers"
+    cure = f"write it with numpy.savez and {', '.join(_NPZ_KEYS)}, arrays of numbers"
     with reading(path, cure), np.load(path, allow_pickle=False) as archive:
         missing = [key for key in _NPZ_KEYS if key not in archive.files]
         if missing:
             found = ", ".join(archive.files) or "nothing"
             raise DataError(f"{path}: no array {', '.join(missing)} (found: {found}); {cure}")
         arrays = [archive[key] for key in _NPZ_KEYS]
-        listed = archive["class_names"].ravel() if "class_names" in archive.files else None
+        cure = "write class_names as numpy.array(names, str)"
+        with reading(path, cure):
+            listed = archive["class_names"].ravel() if "class_names" in archive.files else None
     class_names = None if listed is None else tuple(str(name) for name in listed)
     return Source(arrays, [f"{path}: {key}" for key in _NPZ_KEYS], class_names)
 
@@ -132,8 +134,9 @@ def checked(source: Source, usual_names: tuple[str, ...] = ()) -> Source:
     num_classes = len(class_names) if class_names else int(present[-1]) + 1
     for labels, labels_name in ((y_train, source.names[1]), (y_test, source.names[3])):
         if not 0 <= labels.min() <= labels.max() < num_classes:
-            found = f"got {labels.min()}..{labels.max()}"
-            raise DataError(f"{labels_name}: labels must be in 0..{num_classes - 1}, {found}")
+            found = f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}"
+            named = f"; class_names has {num_classes} names" if class_names else ""
+            raise DataError(f"{labels_name}: {found}{named}")
     if len(present) < num_classes:
         if class_names is None and 1 == present[0] == num_classes - len(present):
             raise DataError(
@@ -142,7 +145,10 @@ def checked(source: Source, usual_names: tuple[str, ...] = ()) -> Source:
             )
         empty = int(np.setdiff1d(np.arange(len(present) + 1), present)[0])
         title = f" ({class_names[empty]})" if class_names else ""
-        raise DataError(f"{source.names[1]}: class {empty}{title} has no image; add some")
+        raise DataError(
+            f"{source.names[1]}: class {empty}{title} has no image; add some, or number "
+            "the classes without it"
+        )
     if class_names is None:
         fits = len(usual_names) == num_classes
         class_names = usual_names if fits else tuple(map(str, range(num_classes)))
@@ -153,20 +159,50 @@ def _checked_pair(
     images: Any, labels: Array, images_name: str, labels_name: str
 ) -> tuple[Any, npt.NDArray[np.int64]]:
     if images.dtype != np.uint8:
-        raise DataError(f"{images_name}: images must be uint8 0..255, got {_content(images)}")
+        found = f"images must be uint8 0..255, got {_content(images)}"
+        raise DataError(f"{images_name}: {found}{_way_to_bytes(images)}")
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        wanted = "[N, H, W, C], none of them 0, C 1 or 3"
-        raise DataError(f"{images_name}: images must be {wanted}, got {_content(images)}")
+        found = f"images must be [N, H, W, C], none of them 0, C 1 or 3, got {_content(images)}"
+        first = images.ndim == 4 and images.shape[1] in (1, 3)
+        cure = "; transpose(0, 2, 3, 1) puts the channels last" if first else ""
+        raise DataError(f"{images_name}: {found}{cure}")
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        found = f"one label an image, got {_content(labels)}"
+        raise DataError(f"{labels_name}: {found}; argmax(1) makes labels of one-hot rows")
     if labels.dtype.kind not in "iu":
-        raise DataError(f"{labels_name}: labels must be integers, got {_content(labels)}")
+        found = f"labels must be integers, got {_content(labels)}"
+        raise DataError(f"{labels_name}: {found}{_way_to_labels(labels)}")
     labels = labels[:, 0] if labels.shape[1:] == (1,) else labels  # as Keras writes them
     if labels.shape != images.shape[:1]:
-        raise DataError(f"{labels_name}: {_content(labels)} for {len(images)} images")
+        found = f"{_content(labels)} for {len(images)} images"
+        raise DataError(f"{labels_name}: {found}; give one an image")
     if isinstance(images, np.ndarray):
         # torch shares memory with writable arrays only; archives give read-only views.
         images = np.require(images, requirements=["C", "W"])
     return images, labels.astype(np.int64)
+
+
+def _way_to_bytes(images: Array) -> str:
+    if images.dtype.kind not in "bfiu" or not images.size:
+        return ""
+    low, high = float(images.min()), float(images.max())  # NaN is in no range
+    if images.dtype.kind == "f" and 0 <= low <= high <= 1:
+        return "; (255 * images).round().astype(numpy.uint8) makes them so"
+    if 0 <= low <= high <= 255:
+        return "; astype(numpy.uint8) makes them so"
+    known = low <= high
+    return f" from {low:.3g} to {high:.3g}; undo what was done to them" if known else ""
+
+
+def _way_to_labels(labels: Array) -> str:
+    if labels.dtype.kind == "U":
+        return "; number the classes from 0 and give their names in that order as class_names"
+    if labels.dtype.kind == "b" or (
+        labels.dtype.kind == "f" and np.all(labels == np.floor(labels))
+    ):
+        return "; astype(numpy.int64) makes them so"
+    return "; number the classes from 0"
 
 
 def _content(array: Any) -> str:

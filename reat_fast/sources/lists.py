@@ -145,7 +145,10 @@ def _names(path: Path) -> list[str]:
 
 
 def _class_files(folder: Path) -> list[Path]:
-    with reading(folder, "make it train/CLASS/*.png and test/CLASS/*.png"):
+    cure = "make it train/CLASS/*.png and test/CLASS/*.png"
+    if folder.name == "test" and (folder.parent / "val").is_dir():
+        cure = "rename val to test, if that is what runs are to be tested on"
+    with reading(folder, cure):
         entries = [entry for entry in sorted(folder.iterdir()) if entry.name[0] != "."]
     files = [file for entry in entries if entry.is_dir() for file in _image_files(entry)]
     if not files:
@@ -217,6 +220,8 @@ def _parse_list(file: Path) -> tuple[list[Path], list[int]]:
     lines = _lines(file)
     header = re.fullmatch(r"#\s*root:\s*(.+)", lines[0]) if lines else None
     root = file.parent / header[1].strip() if header else file.parent
+    if not lines[1 if header else 0 :]:
+        raise DataError(f"{file}: lists no image; write lines `path label` into it")
     rows = [re.fullmatch(r"(.*\S)\s+(\d{1,9})", line) for line in lines]
     first = 1 if header else 0
     wrong = [at for at, row in enumerate(rows[first:], first + 1) if row is None]
