@@ -289,6 +289,8 @@ def _check(
     reduction: str,
     histogram: Tensor | None,
 ) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"logits: a {type(logits).__name__}; a model has to give them alone")
     filled = logits.ndim == 2 and logits.shape[1] and (len(logits) or reduction != "mean")
     if not filled or not logits.is_floating_point():
         raise ValueError(

@@ -164,6 +164,8 @@ def _refuse(
 ) -> None:
     if norm not in STEPS:
         raise ValueError(f"norm: {norm!r}; give one of {', '.join(STEPS)}")
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images: a {type(images).__name__}; give a tensor")
     if not images.is_floating_point():
         raise ValueError(f"images: {images.dtype}; divide bytes by 255, the attack moves fractions")
     if torch.is_inference_mode_enabled():
@@ -214,6 +216,8 @@ class PGD:
 
         Errors: ValueError for images outside [0, 1], negative labels, and what pgd refuses.
         """
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images: a {type(images).__name__}; give a tensor")
         if not bool(((images >= 0) & (images <= 1)).all()):
             low, high = float(images.min()), float(images.max())
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import official_values as official
 import pytest
 import torch
@@ -273,6 +274,7 @@ def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
         ({"steps": -1}, "steps: -1"),
         ({"steps": 10.0}, "steps: 10.0; must be a whole number, 0 or more"),
         ({"eps": "8/255"}, "eps: '8/255'; must be a number, 0 or more"),
+        ({"images": np.zeros((2, 3, 8, 8))}, "images: a ndarray; give a tensor"),
         ({"labels": [0, 1]}, "labels: a list; give a tensor, one label an image"),
         (
             {"images": torch.full((2, 3, 8, 8), 1 + 2.0**-23)},

@@ -397,6 +397,7 @@ def test_the_cuda_side_can_be_traced_without_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"logits": (torch.zeros(3, 4), None)}, r"logits: a tuple; a model has to give them alone"),
         ({"logits": torch.zeros(3)}, r"logits must be a filled \[B, C\] tensor"),
         ({"logits": torch.zeros(0, 4)}, r"logits must be a filled"),
         ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, r"floats, got torch.int64"),

@@ -390,10 +390,15 @@ def test_an_evaluation_knows_gradients_in_every_mode() -> None:
     assert found[0].any() and all(torch.equal(found[0], one) for one in found)
 
 
+def test_arrays_and_lists_in_place_of_tensors_are_named() -> None:
+    with pytest.raises(ValueError, match="images, labels: Tensor and list; give torch tensors"):
+        autoattack(Plain().eval(), torch.rand(2, 3, 6, 6), [0, 1])  # type: ignore[arg-type]
+
+
 def test_all_labels_are_looked_at() -> None:
     labels = torch.tensor([0, 1, 2, 3, 0, 77])
     with pytest.raises(GuardError, match="reach from 0 to 77"):
-        autoattack(Plain().eval(), torch.rand(6, 3, 6, 6), labels, batch_size=4)  # type: ignore[arg-type]
+        autoattack(Plain().eval(), torch.rand(6, 3, 6, 6), labels, batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +413,8 @@ def test_all_labels_are_looked_at() -> None:
         ({"num_classes": 3}, "num_classes: 3; the model has 4"),
         ({"model": nn.Sequential(Plain()).eval(), "num_classes": 3}, "none of the 3 classes"),
         ({"attacks": [Attack.from_name("pgd5", eps) for eps in (0.1, 0.2)]}, "give each name once"),
+        ({"attacks": ["pgd5"]}, r"attacks: 'pgd5'; give Attack.from_name"),
+        ({"image_set": [torch.zeros(2, 3, 6, 6)]}, "image_set: a list; give reat_fast.data.Image"),
         ({"image_set": ImageSet(np.zeros((0, 6, 6, 3), np.uint8), np.zeros(0, np.int64))}, "no im"),
         ({"model": nn.Sequential(Plain(), nn.Softmax(1)).eval()}, "gives probabilities"),
     ],

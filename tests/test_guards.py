@@ -65,6 +65,7 @@ def test_a_module_in_train_mode_is_refused_by_name() -> None:
     [
         (lambda logits: logits.softmax(1), "probabilities"),
         (lambda logits: logits / 0, "NaN or infinite"),
+        (lambda logits: (logits, None), "gives a tuple; it has to give logits alone"),
         (lambda logits: logits[:, :3], "labels: reach from 0 to 3, the model has 3 classes"),
     ],
 )

@@ -72,6 +72,9 @@ def refuse_misfits(
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size!r}; must be at least 1")
     wanted = first_tensor(model).dtype
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        given = f"{type(images).__name__} and {type(labels).__name__}"
+        raise ValueError(f"images, labels: {given}; give torch tensors")
     if images.ndim != 4 or not len(images) or images.dtype != wanted:
         given = f"{images.dtype} of shape {list(images.shape)}"
         raise ValueError(f"images: {given}; give [N, C, H, W], one at least, as {wanted}")
@@ -96,8 +99,9 @@ def refuse(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Refuse what would make every figure wrong, judged on a batch.
 
     images [B, C, H, W], labels int64 [B]. Errors: GuardError for pixels outside [0, 1] or squeezed
-    into a sliver of it, a module in train mode, logits that are NaN, infinite or probabilities, and
-    labels beyond the classes, of which there may be more than images.
+    into a sliver of it, a module in train mode, outputs that are no tensor, logits that are NaN,
+    infinite or probabilities, and labels beyond the classes, of which there may be more than
+    images.
     """
     low, high = float(images.detach().amin()), float(images.detach().amax())
     if not (low >= 0 and high <= 1):
@@ -118,6 +122,8 @@ def refuse(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         )
     with torch.no_grad():
         logits = model(images)
+    if not isinstance(logits, Tensor):
+        raise GuardError(f"model: gives a {type(logits).__name__}; it has to give logits alone")
     if not bool(logits.isfinite().all()):
         raise GuardError("model: some logits are NaN or infinite; check the weights")
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):

@@ -121,6 +121,11 @@ def _refuse_misfits(
     train_counts: Sequence[int] | None,
 ) -> None:
     """Raise ValueError for what would make figures of something else."""
+    if not isinstance(image_set, ImageSet):
+        kind = type(image_set).__name__
+        raise ValueError(f"image_set: a {kind}; give reat_fast.data.ImageSet(images, labels)")
+    if other := [attack for attack in attacks if not isinstance(attack, Attack)]:
+        raise ValueError(f"attacks: {other[0]!r}; give Attack.from_name(name, eps) of each")
     names = [attack.name for attack in attacks]
     if len(set(names)) < len(names):
         raise ValueError(
