@@ -155,7 +155,7 @@ def test_a_search_from_graphs_is_that_of_launched_kernels(
     images, labels = test_set
 
     def standing() -> tuple[list[bool], dict[str, int]]:
-        with attacked(model, precision) as found:  # type: ignore[arg-type]
+        with attacked(model, precision) as found:
             eps = {"linf": 0.1, "l2": 0.8}[norm]
             run = search(found, images, labels, norm=norm, eps=eps, batch_size=40).run()
             return run.robust.tolist(), run.after
@@ -174,7 +174,7 @@ def test_finer_passes_have_graphs_of_their_own(
 ) -> None:
     images, _ = test_set
     images = images[:SIZE]
-    with attacked(model, "bf16") as found, found.replaying():  # type: ignore[arg-type]
+    with attacked(model, "bf16") as found, found.replaying():
         coarse = [found(images) for _ in range(FIRST_LAUNCHES + 2)]
         with found.finer(images):
             fine = [found(images) for _ in range(FIRST_LAUNCHES + 2)]
@@ -189,7 +189,7 @@ def test_passes_are_counted_whether_replayed_or_launched(
 ) -> None:
     images, labels = test_set
     counted: list[int] = []
-    with attacked(model) as found, found.replaying():  # type: ignore[arg-type]
+    with attacked(model) as found, found.replaying():
         found.count = counted.append  # type: ignore[method-assign]
         for _ in range(FIRST_LAUNCHES + 2):
             found(images[:SIZE])
@@ -232,7 +232,7 @@ def test_a_pass_that_cannot_be_captured_is_announced_once_and_launched(
     monkeypatch.setattr(passes, "record", fail)
     with (
         pytest.warns(UserWarning, match="one by one") as warned,
-        attacked(model) as found,  # type: ignore[arg-type]
+        attacked(model) as found,
         found.replaying(),
     ):
         for _ in range(FIRST_LAUNCHES + 2):
@@ -248,7 +248,7 @@ def test_graphs_are_freed_when_a_search_is_broken_off(
     graphs: list[FakeGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     images, _ = test_set
-    with pytest.raises(KeyboardInterrupt), attacked(model) as found, found.replaying():  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt), attacked(model) as found, found.replaying():
         for _ in range(FIRST_LAUNCHES + 1):
             found(images[:SIZE])
         raise KeyboardInterrupt
@@ -264,7 +264,7 @@ def test_nothing_is_captured_on_a_cpu_and_outside_a_search(
 
     monkeypatch.setattr(RecordedPasses, "__init__", fail)
     images, labels = test_set
-    with attacked(model) as found:  # type: ignore[arg-type]
+    with attacked(model) as found:
         search(found, images, labels).run()
         monkeypatch.setattr(victim, "can_capture", lambda device: True)
         for _ in range(3 * FIRST_LAUNCHES):
@@ -285,7 +285,7 @@ def test_the_graph_of_other_attacks_is_freed_before_a_search(
     images, labels = test_set
     pixels = (255 * images[:4]).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     chosen = [Attack.from_name("aa", 0.0)]
-    evaluate(model, ImageSet(pixels, labels[:4].numpy()), chosen, 6, eps=0.0)  # type: ignore[arg-type]
+    evaluate(model, ImageSet(pixels, labels[:4].numpy()), chosen, 6, eps=0.0)
     assert order == ["closed", "search", "closed"]
 
 
@@ -293,7 +293,7 @@ def test_warnings_of_others_stay_as_they_are(
     graphs: list[FakeGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     before = list(warnings.filters)
-    with attacked(model) as found, found.replaying():  # type: ignore[arg-type]
+    with attacked(model) as found, found.replaying():
         for _ in range(FIRST_LAUNCHES + 1):
             found(test_set[0][:SIZE])
     assert graphs and list(warnings.filters) == before

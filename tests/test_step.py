@@ -264,8 +264,8 @@ def test_official_values_are_reached_by_the_fused_step() -> None:
     made, model = official.inputs(), official.TinyNetwork()
     config = Config()
     step = TrainStep(
-        model,  # type: ignore[arg-type]
-        make_optimizer(model, config),  # type: ignore[arg-type]
+        model,
+        make_optimizer(model, config),
         official.COUNTS,
         config,
     )
