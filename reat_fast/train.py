@@ -25,6 +25,7 @@ from reat_fast.training.faults import (
     explained_faults,
     refuse_nonfinite,
     refuse_nonfinite_weights,
+    refuse_single_images,
     roll_back,
 )
 from reat_fast.training.plan import Plan, make_plan
@@ -63,6 +64,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     run = Run(plan)
     try:
         with explained_faults(run):
+            if plan.state is None:
+                refuse_single_images(run)
             if run.world.main and not run.config.quiet:
                 announce(run)
             if run.world.main and plan.state is None:

@@ -346,6 +346,9 @@ def test_a_last_batch_that_batchnorm_cannot_take_is_explained(
     more = ["--batch-size", 60, "--accumulate", 2, "--run-dir", tmp_path / "parts"]
     assert run(*arguments, *more) == 2
     assert "--batch-size 60 --accumulate 2: a batch of 1 image" in capsys.readouterr().err
+    assert run(*arguments, "--batch-size", 1, "--drop-last", "--run-dir", tmp_path / "one") == 2
+    assert "per channel; give more images a step" in capsys.readouterr().err
+    assert not [*tmp_path.glob("*/config.json")]  # found before the run begins, not at its end
 
 
 def test_a_short_last_batch_is_left_out_where_asked(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 
 from reat_fast import checkpoint
 from reat_fast.cli.command import is_out_of_memory
+from reat_fast.engine.distributed import split
 from reat_fast.training.run import Run
 
 SMALLEST_SCALE = 1 / 32
@@ -90,6 +92,21 @@ def roll_back(run: Run, fault: FloatingPointError) -> str:
     return f"back to {file} with the learning rate times {halved:g}"
 
 
+def refuse_single_images(run: Run) -> None:
+    """Try a batch of 1 image where an epoch has one, which may be its last; see explained_faults.
+
+    Processes that normalise together see more, and are left to their steps.
+    """
+    sizes = [run.images_in(batch) for batch in (0, run.batches - 1)]
+    parts = [part for size in sizes for part in split(size, run.config.accumulate) if part]
+    if run.world.size > 1 or min(parts) > 1:
+        return
+    height, width, channels = run.splits.train.images.shape[1:]
+    image = torch.zeros(1, channels, height, width, device=run.device)
+    with torch.random.fork_rng(), torch.no_grad():
+        copy.deepcopy(run.model).train()(image)
+
+
 @contextmanager
 def explained_faults(run: Run) -> Iterator[None]:
     """Turn no memory, a batch too small or a folder that is gone into a line with the cure."""
@@ -101,9 +118,10 @@ def explained_faults(run: Run) -> Iterator[None]:
             raise
         given = f"--batch-size {config.batch_size}"
         given += f" --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        whole = config.batch_size // config.accumulate > 1
+        cure = "add --drop-last, or choose other numbers" if whole else "give more images a step"
         raise ValueError(
-            f"{given}: a batch of 1 image leaves BatchNorm one value per channel; add --drop-last, "
-            "or choose other numbers"
+            f"{given}: a batch of 1 image leaves BatchNorm one value per channel; {cure}"
         ) from error
     except OSError as error:
         if not run.world.main or run.log is None or run.folder.is_dir():
