@@ -62,8 +62,10 @@ def create_model(
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
     if name.startswith("timm/"):
-        if width is not None or stem_stride is not None:
-            raise ValueError(f"{name}: width and stem_stride are for {', '.join(NAMES)} only")
+        given = {"width": width, "stem_stride": stem_stride}
+        if options := [option for option, value in given.items() if value is not None]:
+            known = f"which {', '.join(NAMES)} have; leave it out"
+            raise ValueError(f"{name} has no option {', '.join(options)}, {known}")
         return _create_timm(name, num_classes, in_channels, small_stem, timm_options)
     if name not in _NETWORKS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(NAMES)} or timm/<name>")

@@ -36,12 +36,12 @@ __all__ = ["TrainStep", "load_optimizer", "make_optimizer"]
 class TrainStep:
     """Take training steps of a method on a model, by the fused form.
 
-    model: a network of reat_fast.models, or one that has what the error asks of it, on its device;
-    optimizer: any that updates its parameters
-    (make_optimizer for one that can be captured); counts: training images per class. world: the
-    processes that train together; each takes its share of every batch.
+    model: a network on its device, of reat_fast.models or one that has what docs/sharing.md names;
+    optimizer: any that updates its parameters (make_optimizer for one that can be captured);
+    counts: training images per class. world: the processes that train together; each takes its
+    share of every batch.
     Errors: ValueError for counts that are not one whole number, 0 or more, a class of the model,
-    and for a network that is none of reat_fast.models and lacks what those have.
+    and for a network that lacks what it needs.
     """
 
     def __init__(

@@ -393,8 +393,8 @@ def test_official_weights_do_not_fit_a_foreign_module() -> None:
         ("resnet18", {"stem_stride": 3}, "stem_stride must be 1 or 2, got 3"),
         ("resnet18", {"small_stem": True}, "resnet18 has no option small_stem"),
         ("resnet18", {"drop_rate": 0.1}, "resnet18 has no option drop_rate"),
-        ("timm/resnet18", {"width": 8}, "width and stem_stride are for"),
-        ("timm/resnet18", {"stem_stride": 2}, "width and stem_stride are for"),
+        ("timm/resnet18", {"width": 8}, "timm/resnet18 has no option width, which .*; leave"),
+        ("timm/resnet18", {"stem_stride": 2}, "has no option stem_stride, which resnet8"),
     ],
 )
 def test_bad_arguments_are_named(name: str, options: dict[str, Any], message: str) -> None:
