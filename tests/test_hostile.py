@@ -129,6 +129,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before_and_the_run_goes_on(
         assert run(*SMALL, "--data", data, "--run-dir", folder) == 2
     error = only_line(capsys)
     assert f"{folder}/" in error and "No space left on device" in error
+    assert f"then go on with --resume {folder}" in error
     for name in (CHECKPOINT, PREVIOUS):
         assert checkpoint.load_checkpoint(folder / name)["epoch"] in (0, 1)
     assert not list(folder.glob("*.part"))

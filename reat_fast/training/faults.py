@@ -109,7 +109,7 @@ def refuse_single_images(run: Run) -> None:
 
 @contextmanager
 def explained_faults(run: Run) -> Iterator[None]:
-    """Turn no memory, a batch too small or a folder that is gone into a line with the cure."""
+    """Turn no memory, no disk, a batch too small or a folder gone into a line with the cure."""
     config = run.config
     try:
         yield
@@ -124,8 +124,13 @@ def explained_faults(run: Run) -> Iterator[None]:
             f"{given}: a batch of 1 image leaves BatchNorm one value per channel; {cure}"
         ) from error
     except OSError as error:
-        if not run.world.main or run.log is None or run.folder.is_dir():
+        if not run.world.main or run.log is None:
             raise
+        if run.folder.is_dir():
+            if "cannot be written (" not in str(error) or not checkpoint.has_checkpoint(run.folder):
+                raise
+            again = f"--resume {shlex.quote(str(run.folder))}"
+            raise OSError(f"{error}; make that possible, then go on with {again}") from error
         raise OSError(
             f"{run.folder}: was moved or removed while the run trained; go on with --resume and "
             "the place where it is now"
