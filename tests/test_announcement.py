@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from made_data import made_images
 from made_run import SMALL, run
+from PIL import Image
 
 from reat_fast import checkpoint
 from reat_fast.training import gauge
@@ -50,6 +52,23 @@ def test_an_average_that_is_never_reached_and_a_file_taken_for_cifar10_are_named
     shown = capsys.readouterr().out
     assert "mine.npz is read as cifar10; data of your own needs --dataset npz" in shown
     assert "--ema 0.9: acts after 81 steps, this run has" in shown
+
+
+@pytest.mark.parametrize(("share", "said"), [("0.25", "25 %"), ("0", "none")])
+def test_images_to_choose_by_that_are_not_read_are_named(
+    share: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    for part, label in itertools.product(("train", "val", "test"), (0, 1)):
+        folder = tmp_path / "mine" / part / f"class {label}"
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(pixels[label]).save(folder / f"{number}.png")
+    given = [*SMALL, "--dataset", "folder", "--data", str(tmp_path / "mine"), "--held-out", share]
+    planned = Run(make_plan(["at", *given, "--imbalance-profile", "as-is", "--batch-size", "2"]))
+    announce(planned)
+    planned.close()
+    assert f"mine/val is not read: {said} of train is held out" in capsys.readouterr().out
 
 
 def test_batchnorms_that_cannot_be_folded_are_named(

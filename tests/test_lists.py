@@ -212,10 +212,13 @@ LISTS = {
     "no list": (None, r"no train.txt or \*_train.txt inside; add it"),
     "empty": ("", r"train.txt: lists no image; write lines `path label` into it"),
     "root alone": ("# root: here\n", r"train.txt: lists no image"),
-    "no label": ("class 0/0.png\na 1\nclass 0/2.png x", r"2 lines are not .* \(line 1, 3\)"),
-    "negative": ("class 0/0.png -1", r"1 lines are not `path label`.* \(line 1\)"),
-    "huge": (f"class 0/0.png {10**30}", r"1 lines are not"),
-    "blank inside": ("class 0/0.png 0\n\nclass 1/1.png 1", r"1 lines are not .* \(line 2\)"),
+    "no label": (
+        "class 0/0.png\na 1\nclass 0/2.png x",
+        r"2 lines not of the form .* \(line 1, 3\)",
+    ),
+    "negative": ("class 0/0.png -1", r"1 line not of the form `path label`.* \(line 1\)"),
+    "huge": (f"class 0/0.png {10**30}", r"1 line not of the form"),
+    "blank inside": ("class 0/0.png 0\n\nclass 1/1.png 1", r"1 line not of the form .* \(line 2\)"),
     "gap": ("class 0/0.png 0\nclass 1/1.png 2", "class 1 has no image; add some, or number the"),
     "class only tested": ("class 0/0.png 0", r"test.txt: labels must be in 0\.\.0, got 0\.\.1"),
     "missing": (
@@ -338,7 +341,7 @@ def test_tiny_imagenet_faults_name_the_file(tmp_path: Path) -> None:
     annotations = tmp_path / "val" / "val_annotations.txt"
     good = annotations.read_text()
     annotations.write_text(good + "val_0.JPEG n01\nval_1.JPEG\tn07\n")
-    assert refusal().startswith("val/val_annotations.txt: 2 lines are not `file<TAB>wnid`")
+    assert refusal().startswith("val/val_annotations.txt: 2 lines not of the form `file<TAB>wnid`")
     annotations.write_text(good)
     (tmp_path / "val" / "images" / "val_2.JPEG").unlink()
     assert refusal().startswith("val/val_annotations.txt: 1 of 3 images are not there")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reat_fast.cli.terminal import one_line, some
+from reat_fast.cli.terminal import counted, one_line, some
 from reat_fast.sources.formats import PARTS, Array, DataError, Source, reading
 from reat_fast.sources.lazy import FileImages, decoding, find_damaged, require_pillow
 
@@ -241,7 +241,8 @@ def _lines(file: Path) -> list[str]:
 def _refuse_lines(file: Path, wrong: list[int], wanted: str) -> None:
     if wrong:
         numbers = some(wrong, NAMED)
-        raise DataError(f"{file}: {len(wrong)} lines are not {wanted} (line {numbers}); mend them")
+        found = counted(len(wrong), "line")
+        raise DataError(f"{file}: {found} not of the form {wanted} (line {numbers}); mend that")
 
 
 def _refuse_missing(file: Path, paths: list[Path], root: Path) -> None:

@@ -62,6 +62,9 @@ def _data(run: Run) -> Iterator[str]:
             f"{config.data.name} is read as {run.dataset.name}; data of your own needs "
             "--dataset npz and, where it is long-tailed, --imbalance-profile as-is"
         )
+    if config.dataset == "folder" and config.data is not None and (config.data / "val").is_dir():
+        share = f"{100 * config.held_out:g} %" if config.held_out else "none"
+        yield f"{config.data.name}/val is not read: {share} of train is held out (--held-out)"
     yield from run.dataset.notes
 
 

@@ -56,7 +56,9 @@ def make_plan(arguments: list[str], world: World | None = None) -> Plan:
         flags = arguments[1:] if named else arguments
         _, config = parse(flags, preset, default=saved)
         for name, old, new in changes(saved, config):
-            raise ValueError(f"{name} {new}: the run was begun with {old}; leave it out")
+            raise ValueError(
+                f"{name} {new}: the run was begun with {old}; leave it out, or begin a new run"
+            )
         _refuse_edited(resume, saved)
     if config.data is not None and config.data.exists():
         # So that a run is gone on with and evaluated from other folders, too.
