@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol
 
 import torch
@@ -50,6 +51,19 @@ def uint8_batch(gather: bool = True) -> Batch:
     labels = torch.arange(30) % 5
     rows = torch.tensor([3, 29, 4, 14, 9, 0, 7, 1])
     return Batch(images if gather else images[rows], labels[rows], rows, gather=gather)
+
+
+def batches() -> list[Batch]:
+    """Make two whole batches and a short one."""
+    whole = uint8_batch()
+    second = torch.tensor([20, 21, 22, 23, 24, 25, 26, 27])
+    labels = torch.arange(30) % 5
+    short = slice(0, 3)
+    return [
+        whole,
+        dataclasses.replace(whole, indices=second, labels=labels[second]),
+        dataclasses.replace(whole, indices=second[short], labels=labels[second][short]),
+    ]
 
 
 def assert_same_step(first: Trains, second: Trains, batch: Batch) -> None:

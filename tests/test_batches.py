@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from made_data import made_npz
-from test_captured import make_model
+from made_victim import make_victim
 from torch import Tensor
 
 from reat_fast import evaluate, train
@@ -66,7 +66,7 @@ def test_a_batch_is_what_fits_into_free_memory(
         return gradient(victim, images, objective)
 
     monkeypatch.setattr(Victim, "gradient", noted)
-    assert batches.fitting(make_model(), (3, 8, 8), precision) == size
+    assert batches.fitting(make_victim(), (3, 8, 8), precision) == size
     assert seen == [(256, 3, 8, 8)] * 2
 
 
@@ -75,7 +75,7 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("measured on a CPU")
 
     monkeypatch.setattr(batches, "attacked", fail)
-    assert batches.fitting(make_model(), (3, 8, 8), "float32") == 500
+    assert batches.fitting(make_victim(), (3, 8, 8), "float32") == 500
 
 
 @pytest.mark.parametrize(

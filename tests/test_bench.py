@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from made_graphs import patch_cuda
 from no_sync import NoSync
-from test_captured_step import patch_cuda
 from torch import Tensor
 
 from bench import bench_epoch, bench_kernels, bench_step, gpu, host_time

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from made_data import made_images
-from test_captured_step import patch_cuda
+from made_graphs import PassGraph, patch_cuda
+from made_victim import COUNT, EPS, SIZE, attack, batch, labelled_images, make_victim
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,41 +25,17 @@ from reat_fast.evaluate import evaluate
 from reat_fast.evaluation import captured
 from reat_fast.evaluation.attacks import Attack
 from reat_fast.evaluation.captured import Ascents, CapturedAscent
-from reat_fast.evaluation.trial import Images
-from reat_fast.evaluation.victim import Victim, attacked
-from reat_fast.models import create_model
-from reat_fast.networks.architectures import Network
-
-EPS, STEP, SIZE, COUNT = 8 / 255, 2 / 255, 8, 27  # three whole batches and one of three
-
-
-class FakeGraph:
-    """Replays by calling the body; `made` are all that were captured."""
-
-    made: list[FakeGraph] = []
-
-    def __init__(self) -> None:
-        self.replays, self.open = 0, True
-        self.body: Callable[[], Tensor]
-        self.outcome: Tensor
-
-    def replay(self) -> None:
-        assert self.open
-        self.replays += 1
-        self.outcome.copy_(self.body())
-
-    def reset(self) -> None:
-        self.open = False
+from reat_fast.evaluation.victim import attacked
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[PassGraph]:
     """Let everything be captured on the CPU; returns the graphs made so far."""
-    made: list[FakeGraph] = []
+    made: list[PassGraph] = []
     record = captured.record
 
     @contextmanager
-    def capture(graph: FakeGraph, *_: object, **__: object) -> Iterator[None]:
+    def capture(graph: PassGraph, *_: object, **__: object) -> Iterator[None]:
         made.append(graph)
         yield
 
@@ -73,7 +48,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
 
     patch_cuda(
         monkeypatch,
-        CUDAGraph=FakeGraph,
+        CUDAGraph=PassGraph,
         graph=capture,
         get_sync_debug_mode=lambda: 0,
         set_sync_debug_mode=lambda mode: None,
@@ -84,47 +59,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     return made
 
 
-def pixels(count: int) -> np.ndarray:
-    return made_images(np.arange(count) % 4, 3, seed=4)
-
-
-def make_model(dtype: torch.dtype = torch.float32) -> Network:
-    """Make a network with random weights that tells the images apart."""
-    torch.manual_seed(0)
-    model = create_model("resnet8", 4, width=8).eval()
-    with torch.no_grad():
-        model.fc.bias -= model(torch.from_numpy(pixels(COUNT)).permute(0, 3, 1, 2) / 255).mean(0)
-    return model.to(dtype)
-
-
-def labelled_images(count: int) -> ImageSet:
-    """Make images with what the network takes them for: those near to its boundaries will fall."""
-    images = pixels(count)
-    with torch.no_grad():
-        labels = make_model()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255).argmax(1)
-    return ImageSet(images, labels.numpy())
-
-
 @pytest.fixture(scope="module")
 def image_set() -> ImageSet:
     return labelled_images(COUNT)
 
 
-def attack(name: str) -> Attack:
-    return Attack.from_name(name, EPS, STEP)
-
-
-def batch(victim: Victim, image_set: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    clean, start = Images(image_set, victim, 0, EPS)(rows)
-    return clean, start, torch.from_numpy(image_set.labels)[rows]
-
-
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", ["fgsm", "pgd5", "cw3", "lsa3", "l2pgd4"])
 def test_replayed_steps_equal_eager_ones_bit_for_bit(
-    graphs: list[FakeGraph], image_set: ImageSet, name: str, precision: Precision
+    graphs: list[PassGraph], image_set: ImageSet, name: str, precision: Precision
 ) -> None:
-    with attacked(make_model(), precision) as victim:
+    with attacked(make_victim(), precision) as victim:
         first = batch(victim, image_set, torch.arange(SIZE))
         ascent = CapturedAscent(victim, attack(name).loss, SIZE, first[0], attack(name).norm)
         for given in (first, batch(victim, image_set, torch.arange(SIZE) + 11)):
@@ -140,9 +85,9 @@ def test_replayed_steps_equal_eager_ones_bit_for_bit(
 
 
 def test_radius_step_size_and_steps_are_no_part_of_the_graph(
-    graphs: list[FakeGraph], image_set: ImageSet
+    graphs: list[PassGraph], image_set: ImageSet
 ) -> None:
-    with attacked(make_model()) as victim:
+    with attacked(make_victim()) as victim:
         given = batch(victim, image_set, torch.arange(SIZE))
         ascent = CapturedAscent(victim, "pgd", SIZE, given[0])
         kept = []
@@ -156,9 +101,9 @@ def test_radius_step_size_and_steps_are_no_part_of_the_graph(
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_a_short_batch_is_filled_up_with_its_own_rows(
-    graphs: list[FakeGraph], image_set: ImageSet, count: int
+    graphs: list[PassGraph], image_set: ImageSet, count: int
 ) -> None:
-    with attacked(make_model(torch.float64)) as victim:
+    with attacked(make_victim(torch.float64)) as victim:
         given = batch(victim, image_set, torch.arange(20, 20 + count))
         ascent = CapturedAscent(victim, "pgd", SIZE, given[0])
         found = ascent.perturb(attack("pgd5"), *given, EPS)
@@ -172,7 +117,7 @@ def test_a_short_batch_is_filled_up_with_its_own_rows(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_evaluation_from_graphs_is_that_of_the_cpu(
-    graphs: list[FakeGraph],
+    graphs: list[PassGraph],
     monkeypatch: pytest.MonkeyPatch,
     image_set: ImageSet,
     dtype: torch.dtype,
@@ -183,7 +128,7 @@ def test_an_evaluation_from_graphs_is_that_of_the_cpu(
         seen: list[int] = []
         with tqdm(disable=False, file=io.StringIO()) as bar:
             result = evaluate(
-                make_model(dtype),
+                make_victim(dtype),
                 image_set,
                 [attack(name) for name in names],
                 4,
@@ -207,18 +152,18 @@ def test_an_evaluation_from_graphs_is_that_of_the_cpu(
 
 
 def test_all_attacks_with_one_loss_share_a_graph(
-    graphs: list[FakeGraph], image_set: ImageSet
+    graphs: list[PassGraph], image_set: ImageSet
 ) -> None:
     attacks = [attack(name) for name in ("clean", "pgd9", "fgsm", "pgd20")]
-    evaluate(make_model(), image_set, attacks, 4, eps=EPS, batch_size=SIZE)
+    evaluate(make_victim(), image_set, attacks, 4, eps=EPS, batch_size=SIZE)
     assert [graph.replays for graph in graphs] == [4 * (9 + 1 + 20)]
 
 
-def test_a_few_steps_are_not_worth_a_graph(graphs: list[FakeGraph], image_set: ImageSet) -> None:
+def test_a_few_steps_are_not_worth_a_graph(graphs: list[PassGraph], image_set: ImageSet) -> None:
     few = [attack(name) for name in ("clean", "fgsm", "pgd4")]
-    evaluate(make_model(), image_set, few, 4, eps=EPS, batch_size=SIZE)
+    evaluate(make_victim(), image_set, few, 4, eps=EPS, batch_size=SIZE)
     assert not graphs
-    evaluate(make_model(), image_set, few, 4, eps=EPS, batch_size=SIZE, restarts=2)
+    evaluate(make_victim(), image_set, few, 4, eps=EPS, batch_size=SIZE, restarts=2)
     assert [graph.replays for graph in graphs] == [4 * (4 + 2)]  # of the second start two batches
 
 
@@ -227,11 +172,11 @@ def test_nothing_is_captured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, image_set
         raise AssertionError("captured on a CPU")
 
     monkeypatch.setattr(CapturedAscent, "__init__", fail)
-    evaluate(make_model(), image_set, [attack("pgd20")], 4, eps=EPS, batch_size=SIZE)
+    evaluate(make_victim(), image_set, [attack("pgd20")], 4, eps=EPS, batch_size=SIZE)
 
 
-def test_what_a_graph_cannot_take_is_refused(graphs: list[FakeGraph], image_set: ImageSet) -> None:
-    with attacked(make_model()) as victim:
+def test_what_a_graph_cannot_take_is_refused(graphs: list[PassGraph], image_set: ImageSet) -> None:
+    with attacked(make_victim()) as victim:
         clean, start, labels = batch(victim, image_set, torch.arange(SIZE))
         ascent = CapturedAscent(victim, "pgd", SIZE, clean)
         more = batch(victim, image_set, torch.arange(SIZE + 1))
@@ -257,7 +202,7 @@ def test_what_a_graph_cannot_take_is_refused(graphs: list[FakeGraph], image_set:
 
 
 def test_a_step_that_cannot_be_captured_is_announced_once_and_launched(
-    graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch, image_set: ImageSet
+    graphs: list[PassGraph], monkeypatch: pytest.MonkeyPatch, image_set: ImageSet
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
@@ -266,14 +211,14 @@ def test_a_step_that_cannot_be_captured_is_announced_once_and_launched(
     with monkeypatch.context() as patch:
         patch.setattr(captured, "record", fail)
         with pytest.warns(UserWarning, match="one by one") as warned:
-            launched = evaluate(make_model(), image_set, attacks, 4, eps=EPS, batch_size=SIZE)
+            launched = evaluate(make_victim(), image_set, attacks, 4, eps=EPS, batch_size=SIZE)
     assert len(warned) == 1 and "stream is capturing)" in str(warned[0].message)
-    replayed = evaluate(make_model(), image_set, attacks, 4, eps=EPS, batch_size=SIZE)
+    replayed = evaluate(make_victim(), image_set, attacks, 4, eps=EPS, batch_size=SIZE)
     assert launched == replayed and len(graphs) == 3
 
 
 def test_a_network_that_waits_is_found_before_the_capture(
-    graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch, image_set: ImageSet
+    graphs: list[PassGraph], monkeypatch: pytest.MonkeyPatch, image_set: ImageSet
 ) -> None:
     modes: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -281,7 +226,7 @@ def test_a_network_that_waits_is_found_before_the_capture(
     class Waiting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = make_model()
+            self.inner = make_victim()
 
         def forward(self, images: Tensor) -> Tensor:
             if modes and modes[-1] == "error":
@@ -295,22 +240,22 @@ def test_a_network_that_waits_is_found_before_the_capture(
 
 
 def test_the_graph_is_freed_when_an_evaluation_is_broken_off(
-    graphs: list[FakeGraph], image_set: ImageSet
+    graphs: list[PassGraph], image_set: ImageSet
 ) -> None:
     def stop(images: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(
-            make_model(), image_set, [attack("pgd9")], 4, eps=EPS, batch_size=SIZE, progress=stop
+            make_victim(), image_set, [attack("pgd9")], 4, eps=EPS, batch_size=SIZE, progress=stop
         )
     assert [graph.open for graph in graphs] == [False]
 
 
 def test_replaying_never_waits_for_the_device(
-    graphs: list[FakeGraph], image_set: ImageSet, request: pytest.FixtureRequest
+    graphs: list[PassGraph], image_set: ImageSet, request: pytest.FixtureRequest
 ) -> None:
-    with attacked(make_model()) as victim, Ascents(victim, SIZE) as ascents:
+    with attacked(make_victim()) as victim, Ascents(victim, SIZE) as ascents:
         whole, short = (batch(victim, image_set, torch.arange(n)) for n in (SIZE, 3))
         ascents.perturb(attack("cw9"), *whole, EPS, 99)
         request.getfixturevalue("forbid_syncs")
@@ -319,7 +264,7 @@ def test_replaying_never_waits_for_the_device(
     assert graphs[0].replays == 27
 
 
-def test_warnings_of_others_stay_as_they_are(graphs: list[FakeGraph], image_set: ImageSet) -> None:
+def test_warnings_of_others_stay_as_they_are(graphs: list[PassGraph], image_set: ImageSet) -> None:
     before = list(warnings.filters)
-    evaluate(make_model(), image_set, [attack("pgd9")], 4, eps=EPS, batch_size=SIZE)
+    evaluate(make_victim(), image_set, [attack("pgd9")], 4, eps=EPS, batch_size=SIZE)
     assert graphs and list(warnings.filters) == before

@@ -8,45 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from made_step import COUNTS, assert_same_state, assert_same_step, make_model, uint8_batch
+from made_graphs import StepGraph, replays, step_graphs
+from made_step import COUNTS, assert_same_state, assert_same_step, batches, make_model, uint8_batch
 
 from reat_fast.config import Config
 from reat_fast.engine import captured_step
-from reat_fast.engine.captured_step import CapturedStep, Recording
+from reat_fast.engine.captured_step import CapturedStep
 from reat_fast.engine.graph import record
 from reat_fast.loaders import Batch
 from reat_fast.step import TrainStep, load_optimizer, make_optimizer
 from reat_fast.train import set_learning_rate
 
+__all__ = ["step_graphs"]
+pytestmark = pytest.mark.usefixtures("step_graphs")
 CONFIG = Config(steps=2, lr=0.05)
 
 
-class FakeGraph:
-    """Replays by calling the body."""
-
-    recording: Recording
-
-    def replay(self) -> None:
-        replays.append(self.recording.total)
-        outcome = self.recording.body()
-        for name, tensor in self.recording.outcome.items():
-            tensor.copy_(outcome[name])
-
-    def pool(self) -> object:
-        return self
-
-    def reset(self) -> None:
-        del self.recording
-
-
-class CountedGraph(FakeGraph):
+class CountedGraph(StepGraph):
     """Knows how many there are."""
 
     alive = 0
@@ -58,62 +42,9 @@ class CountedGraph(FakeGraph):
         CountedGraph.alive -= 1
 
 
-replays: list[int] = []
-"""How many images each replay was on."""
-
-
-def patch_cuda(monkeypatch: pytest.MonkeyPatch, **graphs: object) -> None:
-    """Put stand-ins in the place of graphs, as given, and of streams, which do nothing."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {
-        "Stream": lambda *device: stream,
-        "current_stream": lambda: stream,
-        "set_stream": lambda s: None,
-        "stream": lambda s: nullcontext(),
-        "synchronize": lambda: None,
-    }
-    monkeypatch.setattr(captured_step, "attack_stream", lambda device: None)  # it would be kept
-    for name, fake in {**fakes, **graphs}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-
-
-@pytest.fixture(autouse=True)
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def capture(fake: FakeGraph, pool: object, *_: object, **__: object) -> Iterator[None]:
-        assert pool is None or pool.recording.total > fake.recording.total  # type: ignore[attr-defined]
-        state = fake.recording.step.state_tensors()
-        kept = [tensor.clone() for tensor in state]
-        yield
-        for tensor, value in zip(state, kept, strict=True):
-            tensor.copy_(value)
-
-    warm_up = captured_step.warm_up
-
-    def noted(body: Any, stream: Any) -> None:
-        body.__self__.graph.recording = body.__self__
-        warm_up(body, stream)
-
-    patch_cuda(monkeypatch, CUDAGraph=FakeGraph, graph=capture)
-    monkeypatch.setattr(captured_step, "warm_up", noted)
-    replays.clear()
-
-
 def make_step(config: Config = CONFIG) -> TrainStep:
     model = make_model()
     return TrainStep(model, make_optimizer(model, config), COUNTS, config)
-
-
-def batches() -> list[Batch]:
-    whole = uint8_batch()
-    second = torch.tensor([20, 21, 22, 23, 24, 25, 26, 27])
-    labels = torch.arange(30) % 5
-    short = slice(0, 3)
-    return [
-        whole,
-        dataclasses.replace(whole, indices=second, labels=labels[second]),
-        dataclasses.replace(whole, indices=second[short], labels=labels[second][short]),
-    ]
 
 
 def states(step: TrainStep) -> list[torch.Tensor]:
@@ -402,5 +333,5 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        record(FakeGraph(), fails, torch.cuda.Stream())  # type: ignore[arg-type]
+        record(StepGraph(), fails, torch.cuda.Stream())  # type: ignore[arg-type]
     assert streams == [before] and gc.isenabled()

@@ -21,8 +21,7 @@ import torch
 from killed_run import SMALL
 from made_data import made_npz
 from made_step import COUNTS, assert_same_state, assert_same_step, make_model, uint8_batch
-from test_captured import EPS, attack, batch, labelled_images
-from test_captured import make_model as make_victim
+from made_victim import EPS, attack, batch, labelled_images, make_victim
 from test_foreign_networks import Plain, TakesTensors
 from test_resume import StopAfter
 

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import test_captured
 import torch
+from made_graphs import PassGraph, patch_cuda
 from made_search import search
-from test_captured_step import patch_cuda
 from torch import Tensor, nn
 
 from reat_fast.attack import Norm
@@ -30,19 +29,10 @@ from reat_fast.evaluation.victim import attacked
 SIZE = 12
 
 
-class FakeGraph(test_captured.FakeGraph):
-    """Has memory that others may share."""
-
-    shares: FakeGraph | None = None
-
-    def pool(self) -> FakeGraph:
-        return self
-
-
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[PassGraph]:
     """Let passes be captured on the CPU; returns the graphs made so far, a pair for each."""
-    made_graphs: list[FakeGraph] = []
+    made_graphs: list[PassGraph] = []
     record = passes.record
     live: dict[int, Tensor] = {}
 
@@ -71,7 +61,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
 
     patch_cuda(
         monkeypatch,
-        CUDAGraph=FakeGraph,
+        CUDAGraph=PassGraph,
         graph=capture,
         get_sync_debug_mode=lambda: 0,
         set_sync_debug_mode=lambda mode: None,
@@ -96,7 +86,7 @@ def launched(
 
 @pytest.mark.parametrize("objective", [cross_entropy, targeted_dlr])
 def test_replayed_passes_are_the_launched_ones_on_fewer_images_too(
-    graphs: list[FakeGraph],
+    graphs: list[PassGraph],
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
     objective: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -125,7 +115,7 @@ def test_replayed_passes_are_the_launched_ones_on_fewer_images_too(
 
 
 def test_sizes_that_last_are_captured_and_share_their_memory(
-    graphs: list[FakeGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
+    graphs: list[PassGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     images, _ = test_set
     replays, other = Replays(), object()
@@ -145,7 +135,7 @@ def test_sizes_that_last_are_captured_and_share_their_memory(
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_search_from_graphs_is_that_of_launched_kernels(
-    graphs: list[FakeGraph],
+    graphs: list[PassGraph],
     monkeypatch: pytest.MonkeyPatch,
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
@@ -170,7 +160,7 @@ def test_a_search_from_graphs_is_that_of_launched_kernels(
 
 
 def test_finer_passes_have_graphs_of_their_own(
-    graphs: list[FakeGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
+    graphs: list[PassGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     images, _ = test_set
     images = images[:SIZE]
@@ -185,7 +175,7 @@ def test_finer_passes_have_graphs_of_their_own(
 
 
 def test_passes_are_counted_whether_replayed_or_launched(
-    graphs: list[FakeGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
+    graphs: list[PassGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     images, labels = test_set
     counted: list[int] = []
@@ -198,7 +188,7 @@ def test_passes_are_counted_whether_replayed_or_launched(
 
 
 def test_replaying_never_waits_for_the_device(
-    graphs: list[FakeGraph],
+    graphs: list[PassGraph],
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
     request: pytest.FixtureRequest,
@@ -215,7 +205,7 @@ def test_replaying_never_waits_for_the_device(
 
 
 def test_a_pass_that_cannot_be_captured_is_announced_once_and_launched(
-    graphs: list[FakeGraph],
+    graphs: list[PassGraph],
     monkeypatch: pytest.MonkeyPatch,
     model: nn.Module,
     test_set: tuple[Tensor, Tensor],
@@ -245,7 +235,7 @@ def test_a_pass_that_cannot_be_captured_is_announced_once_and_launched(
 
 
 def test_graphs_are_freed_when_a_search_is_broken_off(
-    graphs: list[FakeGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
+    graphs: list[PassGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     images, _ = test_set
     with pytest.raises(KeyboardInterrupt), attacked(model) as found, found.replaying():
@@ -290,7 +280,7 @@ def test_the_graph_of_other_attacks_is_freed_before_a_search(
 
 
 def test_warnings_of_others_stay_as_they_are(
-    graphs: list[FakeGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
+    graphs: list[PassGraph], model: nn.Module, test_set: tuple[Tensor, Tensor]
 ) -> None:
     before = list(warnings.filters)
     with attacked(model) as found, found.replaying():

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from made_step import COUNTS, assert_same_state, assert_same_step, make_model
-from test_captured_step import batches, fake_cuda, replays
+from made_graphs import replays, step_graphs
+from made_step import COUNTS, assert_same_state, assert_same_step, batches, make_model
 
 import reat_fast
 from reat_fast.config import Config
@@ -18,7 +18,8 @@ from reat_fast.engine.replayed_step import ReplayedStep
 from reat_fast.step import TrainStep, make_optimizer
 
 CONFIG = Config(steps=2, lr=0.05, batch_size=8)
-__all__ = ["fake_cuda"]  # graphs that play the body itself
+__all__ = ["step_graphs"]
+pytestmark = pytest.mark.usefixtures("step_graphs")
 
 
 def make_step(**changes: Any) -> TrainStep:
