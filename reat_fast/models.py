@@ -143,7 +143,7 @@ def _create_timm(
     except (ImportError, RuntimeError) as error:  # torchvision for another torch: RuntimeError
         raise ValueError(
             f"{name} needs timm and the torchvision of this torch ({error}): "
-            "pip install 'reat-fast[timm]'"
+            "pip install 'reat-fast[timm]', torchvision from the index that torch came from"
         ) from None
     timm_name = name.removeprefix("timm/")
     if not timm.is_model(timm_name):

@@ -26,6 +26,7 @@ def rbl_weights(counts: Sequence[int], ae_counts: Sequence[int]) -> np.ndarray:
     """
     effective = np.zeros(len(counts), dtype=np.float32)
     for c, (n, a) in enumerate(zip(counts, ae_counts, strict=True)):
+        n = max(n, 1)  # a class without images: beta would divide by 0
         beta = np.float32((n - 1.0) / n)
         effective[c] = (1.0 - beta**a) / (1.0 - beta)
     weights = 1.0 / (effective + np.float32(1e-5))

@@ -45,7 +45,9 @@ def test_attacks_by_name() -> None:
         "autoattack",
         "pgd20 ",
     ):
-        with pytest.raises(ValueError, match=f"unknown attack '{name}'; attacks are clean, fgsm"):
+        with pytest.raises(
+            ValueError, match=f"^--attacks: unknown attack '{name}'; attacks are clean, fgsm"
+        ):
             Attack.from_name(name, EPS, STEP)
 
 

@@ -593,7 +593,7 @@ def test_bad_input_is_one_line(
     lone.write_bytes((run_dir / "last.safetensors").read_bytes())
     grey = made_npz(tmp_path / "grey.npz", classes=5, channels=1)
     for arguments, named in [
-        ((run_dir, "--attacks", "aaa"), "unknown attack 'aaa'; attacks are clean, fgsm"),
+        ((run_dir, "--attacks", "aaa"), "--attacks: unknown attack 'aaa'; attacks are clean, fgsm"),
         ((tmp_path / "absent",), "absent: no such run"),
         (
             (lone,),

@@ -18,6 +18,11 @@ def test_rbl_weights_are_the_official_ones_bit_for_bit() -> None:
     assert weights.tolist() == official.RBL_WEIGHTS
 
 
+def test_a_class_without_images_weighs_as_one_with_one_image() -> None:
+    given = reference.rbl_weights([9, 0, 3], [4, 2, 0])
+    assert given.tolist() == reference.rbl_weights([9, 1, 3], [4, 2, 0]).tolist()
+
+
 def test_losses_are_the_official_ones() -> None:
     made = official.inputs()
     logits, labels = made["logits"], made["labels"]

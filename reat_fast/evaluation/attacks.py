@@ -73,7 +73,7 @@ class Attack:
         if name in ("clean", *AUTOATTACKS):
             radius = l2_eps if name.startswith("l2") else None
             return cls(name, 0, 0.0, random_start=False, l2_eps=radius)
-        raise ValueError(f"unknown attack {name!r}; attacks are {NAMES}")
+        raise ValueError(f"--attacks: unknown attack {name!r}; attacks are {NAMES}")
 
     @property
     def passes(self) -> int:
