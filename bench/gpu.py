@@ -7,8 +7,8 @@ what it has; GRACE seconds later it is ended. The clocks of each are in the summ
 out in silence: the table at the end has a row for each part, and for what was not given or found.
 
 A call ends within 10 minutes, and all take the same DIR. --call 1, which is the default, decides
-most: verify, tests, ladder, evaluation, the training of reat and its AutoAttack. --call 2 trains
-and attacks reat-plus and times a whole epoch. --call 3 times kernels, convolutions and WideResNet;
+most: verify, tests, ladder, evaluation and the training of reat. --call 2 attacks that, trains and
+attacks reat-plus and times a whole epoch. --call 3 times kernels, convolutions and WideResNet;
 --call 4 trains and attacks at-bsl, runs kernels under compute-sanitizer, and times loaders and what
 compiles for minutes; --call 5 and --call 6 train and attack reat-plus with the seeds 1 and 2.
 gpu_parts.py has the estimates.

@@ -100,7 +100,7 @@ def _first_call(options: Options) -> Iterator[Part]:
     yield Part("verify", ["-m", "reat_fast.verify", "--device", "cuda"], 150, 40)
     tests = ["-m", "gpu", "tests", "--durations=5", *ALL_FILES]
     beside = ["-n", "6"] if installed("xdist") else []
-    yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 130)
+    yield Part("tests", [*_pytest(limit=120), *tests, *beside], 240, 160)
     # The last rung begun at 120 s may compile for a minute, and then all are timed.
     yield Part("step", [*STEP, *_official(options), "--seconds", "120"], 240, 120)
     yield from _without_official(options, "official step", 1)
@@ -108,10 +108,10 @@ def _first_call(options: Options) -> Iterator[Part]:
     evaluation = ["--repeats", "2", "--precisions", "bf16", "--batch-size", "1000", "--keep"]
     yield Part("evaluation", ["-m", "bench.bench_evaluation", *evaluation], 90, 20)
     yield _training(options, "reat", 1, ["reat"], seconds=240, estimate=140)
-    yield _attacks(options, "reat", 1, ["--subset", "5000"], seconds=240, estimate=90)
 
 
 def _second_call(options: Options) -> Iterator[Part]:
+    yield _attacks(options, "reat", 2, ["--subset", "5000"], seconds=240, estimate=90)
     # At the cost of at-bsl: 2,300 forward passes for each training image.
     yield _training(options, "reat-plus", 2, ["reat-plus"], seconds=320, estimate=240)
     yield _attacks(options, "reat-plus", 2, [], seconds=240, estimate=130)
