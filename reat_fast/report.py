@@ -93,8 +93,7 @@ def _left_out(runs: Sequence[RunRecord]) -> Iterator[str]:
     others = [str(file) for run in runs for file in sorted(run.folder.glob("evaluation-*.json"))]
     if others:
         yield (
-            f"figures are those of {EVALUATION}; attacks under other conditions are not shown: "
-            f"{some(others)}"
+            f"figures are those of {EVALUATION}; other evaluations are not shown: {some(others)}"
         )
 
 

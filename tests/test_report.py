@@ -508,7 +508,7 @@ def test_attacks_that_a_report_does_not_show_are_named(
     assert "not shown" not in capsys.readouterr().out
     (folder / "evaluation-2.json").write_text((folder / "evaluation.json").read_text())
     assert run_command(report.main, flags) == 0
-    shown = f"attacks under other conditions are not shown: {folder / 'evaluation-2.json'}"
+    shown = f"other evaluations are not shown: {folder / 'evaluation-2.json'}"
     assert shown in capsys.readouterr().out
 
 
