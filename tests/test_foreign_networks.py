@@ -201,7 +201,15 @@ class Counting(Plain):
         return -super().maps(images)
 
 
-@pytest.mark.parametrize("kind", [Noisy, Counting])
+class Asserts(Plain):
+    """Counts on a convolution without a bias, which a BatchNorm that is folded would give it."""
+
+    def maps(self, images: Tensor) -> Tensor:
+        assert self.conv2.bias is None
+        return super().maps(images)
+
+
+@pytest.mark.parametrize("kind", [Noisy, Counting, Asserts])
 def test_a_search_stays_with_the_model_where_rewriting_it_changes_it(kind: type[Plain]) -> None:
     model = kind().eval()
     with attacked(model) as victim:
@@ -317,6 +325,14 @@ def test_a_step_attacks_the_network_itself_where_rewriting_it_changes_it(
     assert bool(step.unfolded) == (kind is Hides)
     if precision == "float32":
         assert torch.equal(adv, pgd(original, images, labels, steps=2, start=start))
+
+
+def test_a_network_that_gives_more_than_logits_is_named_in_the_first_step() -> None:
+    model, config = Shows(), Config(steps=2)
+    model.forward = model.forward_features_logits  # type: ignore[assignment, method-assign]
+    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
+    with pytest.raises(ValueError, match="^model: gives a tuple; it has to give logits alone"):
+        step(torch.rand(8, 3, 6, 6), torch.arange(8) % 4)
 
 
 def with_features(kind: type[Plain]) -> Any:

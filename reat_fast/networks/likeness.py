@@ -18,6 +18,7 @@ def keeps(network: nn.Module, rewritten: FrozenNetwork, low: bool, images: Tenso
     rewritten: it, as fine as the network. low: whether it is to be searched in 16 bits, too; on a
     GPU a graph then stands in for its own code, and rounding would hide a difference there.
     images [B, C, H, W]: a few. Both are equal to rounding; what the network raises is raised.
+    Errors: ValueError for a network whose output is no tensor.
     """
     found = [rewritten]
     if low and fastest_form(torch.bfloat16, images.device) != DEFAULT_FORM:
@@ -33,10 +34,14 @@ def _alike(plain: FrozenNetwork, rewritten: FrozenNetwork, images: Tensor) -> bo
             leaf = images.detach().clone().requires_grad_()
             try:
                 logits = network(leaf)
-            except (AttributeError, RuntimeError, TypeError):
+            except Exception:  # its own code meets what was rewritten: anything can come of it
                 if network is plain:
                     raise
-                return False  # its own code reads what was rewritten, or had no tensor traced
+                return False
+            if not isinstance(logits, Tensor):
+                raise ValueError(
+                    f"model: gives a {type(logits).__name__}; it has to give logits alone"
+                )
             signs = (torch.arange(logits.numel(), device=logits.device) % 2 * 2 - 1).view_as(logits)
             given = torch.zeros_like(leaf)
             if logits.requires_grad:
