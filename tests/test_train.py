@@ -27,6 +27,7 @@ from reat_fast.loaders import Batch
 from reat_fast.methods.cosine_head import CosineHead
 from reat_fast.models import refuse_other_size
 from reat_fast.step import TrainStep
+from reat_fast.training.faults import refuse_single_images
 from reat_fast.training.plan import make_plan
 from reat_fast.training.run import Run
 
@@ -349,6 +350,18 @@ def test_a_last_batch_that_batchnorm_cannot_take_is_explained(
     assert run(*arguments, "--batch-size", 1, "--drop-last", "--run-dir", tmp_path / "one") == 2
     assert "per channel; give more images a step" in capsys.readouterr().err
     assert not [*tmp_path.glob("*/config.json")]  # found before the run begins, not at its end
+
+
+def test_a_trial_of_one_image_leaves_devices_of_others_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--batch-size", 61, "--run-dir", tmp_path / "run"]
+    planned = Run(make_plan([str(argument) for argument in arguments]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("set up"))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        refuse_single_images(planned)
+    planned.close()
 
 
 def test_a_short_last_batch_is_left_out_where_asked(data: Path, tmp_path: Path) -> None:

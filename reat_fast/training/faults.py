@@ -103,7 +103,8 @@ def refuse_single_images(run: Run) -> None:
         return
     height, width, channels = run.splits.train.images.shape[1:]
     image = torch.zeros(1, channels, height, width, device=run.device)
-    with torch.random.fork_rng(), torch.no_grad():
+    devices = [run.device] if run.device.type == "cuda" else []  # not all, which would be set up
+    with torch.random.fork_rng(devices), torch.no_grad():
         copy.deepcopy(run.model).train()(image)
 
 
