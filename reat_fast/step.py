@@ -28,6 +28,7 @@ from reat_fast.loaders import Batch
 from reat_fast.methods.attacks import AttackPlan, FreePerturbation
 from reat_fast.methods.objectives import make_objective
 from reat_fast.networks.architectures import Network
+from reat_fast.networks.tracing import is_foreign
 from reat_fast.objective import ClassStatistics
 
 __all__ = ["TrainStep", "load_optimizer", "make_optimizer"]
@@ -41,7 +42,7 @@ class TrainStep:
     counts: training images per class. world: the processes that train together; each takes its
     share of every batch.
     Errors: ValueError for counts that are not one whole number, 0 or more, a class of the model,
-    and for a network that lacks what it needs.
+    and for a network that lacks what it needs; of a step for one that does not keep its buffers.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TrainStep:
             self.world,
             self._update_autocast,
         )
+        self._buffers = dict(model.named_buffers()) if is_foreign(model) else None
 
     @property
     def plan(self) -> AttackPlan:
@@ -249,6 +251,8 @@ class TrainStep:
             outcome = self.update(images, images_adv, labels, total)
         if self.average is not None:
             self.average.update_()
+        if self._buffers is not None:
+            step_checks.refuse_moved_buffers(self.model, self._buffers)
         return outcome
 
     def _free_updates(self, images: Tensor, labels: Tensor, total: int) -> dict[str, Tensor]:

@@ -335,6 +335,26 @@ def test_a_network_that_gives_more_than_logits_is_named_in_the_first_step() -> N
         step(torch.rand(8, 3, 6, 6), torch.arange(8) % 4)
 
 
+class Moves(Shows):
+    """Puts another tensor in the place of a statistic that it keeps."""
+
+    seen: Tensor
+
+    def maps(self, images: Tensor) -> Tensor:
+        maps = super().maps(images)
+        if self.training:
+            self.seen = self.seen + 1
+        return maps
+
+
+def test_buffers_that_are_not_written_in_place_are_named() -> None:
+    model, config = Moves(), Config(steps=2)
+    model.register_buffer("seen", torch.zeros(()))
+    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
+    with pytest.raises(ValueError, match=r"^model: Moves puts other .* \(seen\); write into those"):
+        step(torch.rand(8, 3, 6, 6), torch.arange(8) % 4)
+
+
 def with_features(kind: type[Plain]) -> Any:
     """Make a network of a kind that a step can train."""
     return Shows() if kind is Plain else type(kind.__name__, (kind, Shows), {})()

@@ -153,7 +153,7 @@ class Recording:
         # The threads of a loader may allocate meanwhile, which is no part of the step. Graphs that
         # take turns on one stream can share a pool: what lives on, outcomes and state, is held.
         self.outcome = record(self.graph, self.body, stream, "thread_local", beside)
-        assert places == [tensor.data_ptr() for tensor in state], "state moved during the capture"
+        assert places == [tensor.data_ptr() for tensor in step.state_tensors()], "state moved"
 
     def body(self) -> dict[str, Tensor]:
         """Take the step on the buffers."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from reat_fast.cli.terminal import some
 from reat_fast.networks.architectures import Network
 
 
@@ -26,6 +27,20 @@ def checked_network(model: nn.Module) -> Network:
             "features [B, D] beside logits [B, K], and its last linear layer as fc"
         )
     return cast("Network", model)
+
+
+def refuse_moved_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a network has put others in the place of its buffers; may not sync.
+
+    Copies of it, averages and graphs would go on reading those that it had.
+    """
+    places = {name: buffer.data_ptr() for name, buffer in buffers.items()}
+    now = model.named_buffers()
+    if moved := [name for name, buffer in now if places.get(name) != buffer.data_ptr()]:
+        raise ValueError(
+            f"model: {type(model).__name__} puts other tensors in the place of its buffers "
+            f"({some(moved)}); write into those it has, as by copy_ or lerp_"
+        )
 
 
 def checked_counts(counts: Sequence[int], classes: int) -> list[int]:
