@@ -396,6 +396,10 @@ BAD = {
         {"x_train": np.full((20, 6, 5, 3), 0.5)},
         r"float64 .*; \(255 \* images\).round\(\).astype",
     ),
+    "black and white": (
+        {"x_train": np.ones((20, 6, 5, 3), bool)},
+        r"got bool .*; \(255 \* images\).round\(\).astype",
+    ),
     "normalised": (
         {"x_train": np.full((20, 6, 5, 3), -2.0)},
         "got float64 .* from -2 to -2; undo what was done",

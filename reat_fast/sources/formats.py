@@ -187,7 +187,7 @@ def _way_to_bytes(images: Array) -> str:
     if images.dtype.kind not in "bfiu" or not images.size:
         return ""
     low, high = float(images.min()), float(images.max())  # NaN is in no range
-    if images.dtype.kind == "f" and 0 <= low <= high <= 1:
+    if images.dtype.kind in "bf" and 0 <= low <= high <= 1:
         return "; (255 * images).round().astype(numpy.uint8) makes them so"
     if 0 <= low <= high <= 255:
         return "; astype(numpy.uint8) makes them so"
