@@ -32,6 +32,11 @@ def some(items: Sequence[object], most: int = 3) -> str:
     return ", ".join(map(str, items[:most])) + more
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number and what it counts: `1 epoch`, `1,000 epochs`."""
+    return f"{number:,} {thing}" + "s" * (number != 1)
+
+
 def duration(seconds: float) -> str:
     """Write seconds as people say them: 45 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
     whole = round(seconds)
@@ -52,11 +57,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the line and end the program with exit code 2."""
         self.exit(2, f"error: {one_line(message)} (--help lists every flag)\n")
-
-
-def counted(number: int, thing: str) -> str:
-    """Return a number and what it counts: `1 epoch`, `1,000 epochs`."""
-    return f"{number:,} {thing}" + "s" * (number != 1)
 
 
 def keep_outputs() -> None:

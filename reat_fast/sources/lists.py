@@ -220,10 +220,10 @@ def _parse_list(file: Path) -> tuple[list[Path], list[int]]:
     lines = _lines(file)
     header = re.fullmatch(r"#\s*root:\s*(.+)", lines[0]) if lines else None
     root = file.parent / header[1].strip() if header else file.parent
-    if not lines[1 if header else 0 :]:
+    first = 1 if header else 0
+    if not lines[first:]:
         raise DataError(f"{file}: lists no image; write lines `path label` into it")
     rows = [re.fullmatch(r"(.*\S)\s+(\d{1,9})", line) for line in lines]
-    first = 1 if header else 0
     wrong = [at for at, row in enumerate(rows[first:], first + 1) if row is None]
     _refuse_lines(file, wrong, "`path label`, the label a number from 0")
     matches = [row for row in rows[first:] if row is not None]

@@ -10,7 +10,7 @@ import torch
 
 from reat_fast.cli.command import flag
 from reat_fast.cli.radius import fraction_text
-from reat_fast.cli.terminal import counted, duration
+from reat_fast.cli.terminal import counted, duration, some
 from reat_fast.config import PRESETS, SHARES, Config, in_proportion
 from reat_fast.data import AS_IS, UNEVEN
 from reat_fast.engine.precision import resolve_precision
@@ -87,7 +87,7 @@ def _attack(run: Run) -> Iterator[str]:
             "example while BatchNorm is in eval mode"
         )
     if kept := run.step.unfolded:
-        shown = ", ".join(kept[:5]) + (" and others" if len(kept) > 5 else "")
+        shown = some(kept, 5)
         yield f"{len(kept)} BatchNorms follow no convolution, so the attack keeps them: {shown}"
 
 
@@ -113,7 +113,7 @@ def _schedule(run: Run) -> Iterator[str]:
         and acts(config, name)
     ]
     if moved:
-        yield (f"{epochs} in place of {usual.epochs}, so in proportion {' '.join(moved)}")
+        yield f"{epochs} in place of {usual.epochs}, so in proportion {' '.join(moved)}"
     beyond = [epoch for epoch in config.milestones if epoch >= config.epochs]
     if config.schedule == "multistep" and beyond:
         yield (
