@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from test_frozen import assert_equal_to_rounding, with_statistics
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune, spectral_norm
 
-from reat_fast import autoattack, pgd
-from reat_fast.config import Config
+from reat_fast import autoattack
 from reat_fast.data import ImageSet
 from reat_fast.evaluate import Attack, evaluate
 from reat_fast.evaluation import victim
@@ -26,7 +25,6 @@ from reat_fast.networks import likeness
 from reat_fast.networks.copies import copy_of
 from reat_fast.networks.frozen import Form, FrozenNetwork
 from reat_fast.networks.tracing import is_foreign
-from reat_fast.step import TrainStep, make_optimizer
 
 
 class Plain(nn.Module):
@@ -267,108 +265,6 @@ def test_only_networks_of_others_are_looked_at() -> None:
     own = create_model("resnet8", 4, width=8)
     own.stem.register_forward_hook(doubled)  # type: ignore[union-attr, operator]
     assert is_foreign(own)
-
-
-class Keeps(Plain):
-    """Keeps its features, as many networks do."""
-
-    def forward_features_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        self.features = self.maps(images).mean((2, 3))
-        return self.features, self.fc(self.features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_features_logits(images)[1]
-
-
-def test_a_network_that_keeps_its_features_is_trained_averaged_and_attacked() -> None:
-    model, config = Keeps(), Config(steps=2, ema=0.9)
-    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
-    images, labels = torch.rand(8, 3, 6, 6), torch.arange(8) % 4
-    step(images, labels)
-    assert not model.features.is_leaf
-    averaged = step.evaluated_network().eval()
-    with attacked(averaged) as victim:
-        assert torch.equal(victim(images), averaged(images))
-
-
-class Shows(Plain):
-    """A network that a step can train."""
-
-    def forward_features_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.maps(images).mean((2, 3))
-        return features, self.fc(features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_features_logits(images)[1]
-
-
-class Hides(Shows):
-    """Reads a convolution without its BatchNorm, but not where it is traced."""
-
-    def maps(self, images: Tensor) -> Tensor:
-        maps = super().maps(images)
-        return maps if isinstance(images, fx.Proxy) else maps + self.conv1(images)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("kind", [Shows, Hides])
-def test_a_step_attacks_the_network_itself_where_rewriting_it_changes_it(
-    kind: type[Shows], precision: Any
-) -> None:
-    model, config = kind(), Config(steps=2, precision=precision)
-    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
-    original = copy_of(model).eval()
-    images, labels = torch.rand(8, 3, 6, 6), torch.arange(8) % 4
-    start = torch.zeros_like(images)
-    assert not step.unfolded
-    adv = step(images, labels, start)["images_adv"]
-    assert bool(step.unfolded) == (kind is Hides)
-    if precision == "float32":
-        assert torch.equal(adv, pgd(original, images, labels, steps=2, start=start))
-
-
-def test_a_network_that_gives_more_than_logits_is_named_in_the_first_step() -> None:
-    model, config = Shows(), Config(steps=2)
-    model.forward = model.forward_features_logits  # type: ignore[assignment, method-assign]
-    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
-    with pytest.raises(ValueError, match="^model: gives a tuple; it has to give logits alone"):
-        step(torch.rand(8, 3, 6, 6), torch.arange(8) % 4)
-
-
-class Moves(Shows):
-    """Puts another tensor in the place of a statistic that it keeps."""
-
-    seen: Tensor
-
-    def maps(self, images: Tensor) -> Tensor:
-        maps = super().maps(images)
-        if self.training:
-            self.seen = self.seen + 1
-        return maps
-
-
-def test_buffers_that_are_not_written_in_place_are_named() -> None:
-    model, config = Moves(), Config(steps=2)
-    model.register_buffer("seen", torch.zeros(()))
-    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
-    with pytest.raises(ValueError, match=r"^model: Moves puts other .* \(seen\); write into those"):
-        step(torch.rand(8, 3, 6, 6), torch.arange(8) % 4)
-
-
-def with_features(kind: type[Plain]) -> Any:
-    """Make a network of a kind that a step can train."""
-    return Shows() if kind is Plain else type(kind.__name__, (kind, Shows), {})()
-
-
-@pytest.mark.parametrize("kind", [Plain, TakesTensors, TakesLists])
-def test_what_a_gpu_attacks_in_16_bits_is_looked_at_at_the_first_step(
-    kind: type[Plain], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(likeness, "fastest_form", form_on_a_gpu)
-    model, config = with_features(kind), Config(steps=2, precision="bf16")
-    step = TrainStep(model, make_optimizer(model, config), [9, 7, 5, 3], config)
-    step(torch.rand(8, 3, 6, 6), torch.arange(8) % 4)
-    assert bool(step.unfolded) == (kind is not Plain)
 
 
 class Rounds(Plain):
