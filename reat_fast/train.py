@@ -231,11 +231,14 @@ def _tick(stop: StopRequest) -> selection.Tick:
 
 
 def _go_on(plan: Plan) -> str:
+    size = plan.world.size  # with another number the run would round otherwise
+    program = "python" if size == 1 else f"torchrun --nproc-per-node {size}"
+    again = f"go on with: {program} -m reat_fast.train --resume"
     if not plan.world.main and plan.config.run_dir is None and plan.state is None:
-        return "go on with: python -m reat_fast.train --resume auto"  # the main one numbered it
+        return f"{again} auto"  # the main one numbered it
     if not has_checkpoint(plan.run_dir):
         return "nothing was saved yet: start it again"
-    return f"go on with: python -m reat_fast.train --resume {shlex.quote(str(plan.run_dir))}"
+    return f"{again} {shlex.quote(str(plan.run_dir))}"
 
 
 if __name__ == "__main__":

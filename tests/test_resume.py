@@ -571,6 +571,21 @@ def test_code_that_changed_since_the_run_was_begun_is_named_even_where_all_is_qu
     assert error.endswith(f" -> abc, torch {environment()['torch']} -> 9.9\n")
 
 
+def test_another_number_of_processes_which_rounds_otherwise_is_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*SMALL, "--data", data, "--epochs", 1, "--run-dir", folder) == 0
+    state = checkpoint.load_checkpoint(folder / CHECKPOINT)
+    for said, processes in (("changed since the run was begun: processes 2 -> 1\n", 2), ("", None)):
+        state["code"]["processes"] = processes
+        if processes is None:
+            del state["code"]["processes"]  # as in older runs
+        checkpoint.save_checkpoint(folder, state)
+        assert run("--resume", folder) == 0
+        assert capsys.readouterr().err == said
+
+
 def test_processes_stop_at_the_same_step() -> None:
     with StopRequest(World(0, 2)) as stop:
         assert not any(stop.agreed(step) for step in range(1, 10))  # nobody is asked in between

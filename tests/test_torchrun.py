@@ -128,7 +128,7 @@ def test_a_dead_process_ends_the_job_and_a_restarted_job_goes_on(
         _, error = job.communicate(timeout=60)
     assert job.returncode != 0
     assert error.count("another process of this job of 2 ended before its time") == 1
-    assert f"go on with: python -m reat_fast.train --resume {folder}" in error
+    assert f"go on with: torchrun --nproc-per-node 2 -m reat_fast.train --resume {folder}" in error
     assert position(folder) > killed_at
 
 

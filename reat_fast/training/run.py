@@ -69,6 +69,7 @@ class Run:
         """Seconds that a step of the attack takes per image, once measured."""
         described = environment()
         self.code = {name: described[name] for name in ("reat_fast", "commit", "torch")}
+        self.code["processes"] = self.world.size  # which share sums, and so round otherwise
         self.changed_code = ""
         self._lock: FolderLock | None = None
         self.log: MetricLog | None = None
@@ -275,7 +276,7 @@ class Run:
         for rows in zip(state["metrics"], state["timing"], strict=True):
             if not all(isinstance(row, dict) for row in rows):
                 raise TypeError("a row of metrics or timing is no dict")
-        changes = ((n, state["code"].get(n), now) for n, now in self.code.items())
+        changes = ((n, state["code"].get(n, now), now) for n, now in self.code.items())
         self.changed_code = ", ".join(f"{n} {b} -> {now}" for n, b, now in changes if b != now)
         for name in ("epoch", "batch", "lr_scale", "metrics", "timing", "best"):
             setattr(self, name, state[name])
