@@ -128,6 +128,9 @@ def _evaluate_run(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = _config(folder)
     conditions = _conditions(options, config, device)
+    if world.main:
+        for idle in options.idle(config.eps):
+            print(idle, file=sys.stderr)
     if config == Config() and spec.num_classes != 10 and not (options.dataset or options.data):
         raise ValueError(
             f"{weights}: was trained on {spec.num_classes} classes, of which data is not known; "

@@ -21,10 +21,10 @@ EPS, STEP = 16 / 255, 4 / 255
 
 def test_attacks_by_name() -> None:
     assert Attack.from_name("clean", EPS, STEP).steps == 0
-    assert Attack.from_name("fgsm", EPS, STEP) == Attack("fgsm", 1, EPS, random_start=False)
-    assert Attack.from_name("pgd20", EPS, STEP) == Attack("pgd20", 20, STEP, random_start=True)
-    assert Attack.from_name("cw20", EPS, STEP) == Attack("cw20", 20, STEP, True, loss="cw")
-    assert Attack.from_name("lsa7", EPS, STEP) == Attack("lsa7", 7, STEP, True, loss="lsa")
+    assert Attack.from_name("fgsm", EPS, STEP) == Attack("fgsm", 1, EPS, False, eps=EPS)
+    assert Attack.from_name("pgd20", EPS, STEP) == Attack("pgd20", 20, STEP, True, eps=EPS)
+    assert Attack.from_name("cw20", EPS, STEP) == Attack("cw20", 20, STEP, True, loss="cw", eps=EPS)
+    assert Attack.from_name("lsa7", EPS, STEP) == Attack("lsa7", 7, STEP, True, loss="lsa", eps=EPS)
     searched = Attack.from_name("l2aa", EPS, STEP, l2_eps=0.5)
     assert (searched.norm, searched.radius(EPS)) == ("l2", 0.5)
     assert Attack.from_name("aa", EPS).radius(EPS) == EPS
@@ -58,6 +58,10 @@ def test_figures_name_the_ball_of_their_attack() -> None:
     assert threat_text(told).endswith("; L2 eps 0.5")  # AutoAttack finds its steps itself
     told["attacks"] = {"pgd20": {}, "l2pgd20": {}}
     assert threat_text(told) == "L-infinity eps 8/255, step 2/255; L2 eps 0.5, step 0.0585938"
+    told["attacks"] = {"clean": {}, "l2aa": {}}
+    assert threat_text(told) == "L2 eps 0.5"  # nothing was attacked in L-infinity
+    told["attacks"] = {"clean": {}}
+    assert threat_text(told) == "L-infinity eps 8/255, step 2/255"
     assert [threat_text(told, name) for name in ("pgd20", "l2pgd20")] == ["eps 8/255", "L2 eps 0.5"]
 
 

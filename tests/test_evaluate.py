@@ -206,7 +206,7 @@ def test_autoattack_on_few_classes_is_refused_before_the_first_attack(
     few = ImageSet(image_set.images, image_set.labels % 3)
     done: list[int] = []
     with pytest.raises(ValueError, match="^--attacks: Auto.* needs 4 classes, the model has 3"):
-        evaluate.evaluate(model, few, attacks, 3, progress=done.append)
+        evaluate.evaluate(model, few, attacks, 3, eps=0.1, progress=done.append)
     assert done == []
 
 
@@ -216,10 +216,11 @@ def test_images_are_read_batch_by_batch(image_set: ImageSet) -> None:
     attacks = [Attack.from_name(name, 0.1, 0.05) for name in ("clean", "pgd2")]
     lazy = DecodedOnDemand(image_set.images)
     images = []
+    read = ImageSet(lazy, image_set.labels)
     found = evaluate.evaluate(
-        model, ImageSet(lazy, image_set.labels), attacks, 4, batch_size=8, progress=images.append
+        model, read, attacks, 4, eps=0.1, batch_size=8, progress=images.append
     )
-    assert found == evaluate.evaluate(model, image_set, attacks, 4, batch_size=8)
+    assert found == evaluate.evaluate(model, image_set, attacks, 4, eps=0.1, batch_size=8)
     assert lazy.most == 7 and images == [7, 7, 6, 7, 7, 6]
 
 
@@ -464,12 +465,38 @@ def test_the_table_says_what_it_was_measured_on(
         (run_dir, ["--subset", 10, "--restarts", 2, "--eps", "4/255"],
          "on 10 of 30 test images of npz, L-infinity eps 4/255, step 1/255, 2 restarts\n"),
         (run_dir, ["--subset", 10, "--attacks", "l2pgd1"],
-         "step 2/255; L2 eps 128/255, step 15/255\n"),
+         "of npz, L2 eps 128/255, step 15/255\n"),
     ):  # fmt: skip
         out = tmp_path / "out.json"
         attacks = [] if "--attacks" in flags else ["--attacks", "clean"]
         assert command(place, *flags, *attacks, "--out", out) == 0
         assert shown in capsys.readouterr().out
+
+
+def test_a_flag_that_acts_on_none_of_the_attacks_is_named(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, attacks, told in (
+        (("--eps", "1"), ("clean", "l2pgd1"),
+         "--eps 1: acts on none of clean, l2pgd1; it goes with attacks in L-infinity; the "
+         "radius in L2 is --l2-eps\n"),
+        (("--l2-eps", "1"), ("pgd1",),
+         "--l2-eps 1: acts on none of pgd1; it goes with l2pgdN and l2aa\n"),
+        (("--step-size", "0.1"), ("fgsm", "l2pgd1"),
+         "--step-size 0.1: acts on none of fgsm, l2pgd1; it goes with pgdN, cwN and lsaN\n"),
+        (("--restarts", "3"), ("fgsm",),
+         "--restarts 3: acts on none of fgsm; it goes with pgdN, cwN, lsaN and l2pgdN\n"),
+        (("--eps", "1", "--l2-eps", "1", "--step-size", "0.1", "--restarts", "3"),
+         ("pgd1", "l2pgd1"), ""),
+        (("--eps", "8/255", "--l2-eps", "128/255", "--step-size", "2/255", "--restarts", "1"),
+         ("clean",), ""),
+    ):  # fmt: skip
+        arguments = [*flags, "--attacks", *attacks, "--subset", 5, "--out", tmp_path / "out.json"]
+        assert command(run_dir, *arguments, "--quiet") == 0
+        error = capsys.readouterr().err
+        assert [line for line in error.splitlines(True) if line.startswith("--")] == (
+            [told] if told else []
+        )
 
 
 def test_a_named_output_keeps_its_attacks_under_the_same_conditions_alone(
@@ -601,7 +628,7 @@ def test_bad_input_is_one_line(
         ),
         ((run_dir, "--data", wide), "--dataset/--data: npz has 6 classes"),
         ((run_dir, "--data", grey), "--dataset/--data: npz has 1 channels"),
-        ((run_dir, "--eps", "2"), "--eps 2.0: not in [0, 1]"),
+        ((run_dir, "--eps", "2"), "--eps 2.0: must lie in [0, 1], as images do; 8/255 is usual"),
         ((run_dir, "--attacks"), "--attacks: name at least one"),
         ((run_dir, "--seed", "-1"), "--seed -1: must lie in"),
         ((run_dir, "--dataset", "tiny-imagenet"), "tiny-imagenet needs --data FOLDER"),

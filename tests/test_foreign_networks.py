@@ -345,6 +345,7 @@ def test_all_labels_are_looked_at() -> None:
         ({"num_classes": 3}, "num_classes: 3; the model has 4"),
         ({"model": nn.Sequential(Plain()).eval(), "num_classes": 3}, "none of the 3 classes"),
         ({"attacks": [Attack.from_name("pgd5", eps) for eps in (0.1, 0.2)]}, "give each name once"),
+        ({"eps": 8 / 255}, "eps: 8/255, but pgd5 was made for 0.1; give Attack.from_name and eval"),
         ({"attacks": ["pgd5"]}, r"attacks: 'pgd5'; give Attack.from_name"),
         ({"image_set": [torch.zeros(2, 3, 6, 6)]}, "image_set: a list; give reat_fast.data.Image"),
         ({"image_set": ImageSet(np.zeros((0, 6, 6, 3), np.uint8), np.zeros(0, np.int64))}, "no im"),
@@ -360,6 +361,7 @@ def test_what_makes_figures_of_something_else_is_refused(
         "image_set": ImageSet(pixels, np.arange(8) % 4),
         "attacks": [Attack.from_name("pgd5", 0.1)],
         "num_classes": 4,
+        "eps": 0.1,
         **changes,
     }
     with pytest.raises(ValueError, match=named):

@@ -46,6 +46,8 @@ class Attack:
     loss: str = "pgd"
     l2_eps: float | None = None
     """Radius of an attack in L2, whose step_size is an L2 length too; None: it is in L-infinity."""
+    eps: float | None = None
+    """L-infinity radius that the steps were made for; None: any, as of those in L2 and of clean."""
 
     @classmethod
     def from_name(
@@ -67,12 +69,15 @@ class Attack:
         match = re.fullmatch(r"(pgd|cw|lsa)([1-9]\d{0,3})", name)
         if match:
             step = LINF_STEP * eps if step_size is None else step_size
-            return cls(name, int(match[2]), step, random_start=True, loss=match[1])
+            return cls(name, int(match[2]), step, random_start=True, loss=match[1], eps=eps)
         if name == "fgsm":
-            return cls(name, 1, eps, random_start=False)
-        if name in ("clean", *AUTOATTACKS):
-            radius = l2_eps if name.startswith("l2") else None
-            return cls(name, 0, 0.0, random_start=False, l2_eps=radius)
+            return cls(name, 1, eps, random_start=False, eps=eps)
+        if name == "clean":
+            return cls(name, 0, 0.0, random_start=False)
+        if name in AUTOATTACKS:
+            if name.startswith("l2"):
+                return cls(name, 0, 0.0, random_start=False, l2_eps=l2_eps)
+            return cls(name, 0, 0.0, random_start=False, eps=eps)
         raise ValueError(f"--attacks: unknown attack {name!r}; attacks are {NAMES}")
 
     @property
@@ -130,12 +135,14 @@ def threat_text(evaluation: Mapping[str, Any], attack: str | None = None) -> str
     if attack is not None:
         return f"eps {fraction_text(evaluation['eps'])}"
     eps, step = (fraction_text(evaluation[name]) for name in ("eps", "step_size"))
-    text = f"L-infinity eps {eps}, step {step}"
-    if any(name.startswith("l2") for name in evaluation["attacks"]):
-        text += f"; L2 eps {fraction_text(l2_eps)}"
-    if any(name.startswith("l2pgd") for name in evaluation["attacks"]):
-        text += f", step {fraction_text(L2_STEP * l2_eps)}"
-    return text
+    linf, l2 = f"L-infinity eps {eps}, step {step}", f"L2 eps {fraction_text(l2_eps)}"
+    names = [name for name in evaluation["attacks"] if name != "clean"]
+    in_l2 = [name.startswith("l2") for name in names]
+    if any(name.startswith("l2pgd") for name in names):
+        l2 += f", step {fraction_text(L2_STEP * l2_eps)}"
+    if all(in_l2):
+        return l2 if names else linf
+    return f"{linf}; {l2}" if any(in_l2) else linf
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from reat_fast.cli.radius import fraction_text
 from reat_fast.data import ImageSet
 from reat_fast.engine.distributed import World
 from reat_fast.engine.precision import Precision
@@ -133,6 +135,12 @@ def _refuse_misfits(
         )
     if not 0 <= settings.eps <= 1:
         raise ValueError(f"eps: {settings.eps!r}; must be a radius on images in [0, 1]")
+    for attack in attacks:
+        if attack.eps is not None and not math.isclose(attack.eps, settings.eps, rel_tol=1e-6):
+            raise ValueError(
+                f"eps: {fraction_text(settings.eps)}, but {attack.name} was made for "
+                f"{fraction_text(attack.eps)}; give Attack.from_name and evaluate the same"
+            )
     if settings.precision not in get_args(Precision):
         known = ", ".join(get_args(Precision))
         raise ValueError(f"precision: {settings.precision!r}; give one of {known}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +10,11 @@ from typing import Annotated
 import tyro
 
 from reat_fast.cli.command import flag, refuse_below
-from reat_fast.cli.radius import Radius
+from reat_fast.cli.radius import Radius, fraction_text
 from reat_fast.config import Config
+from reat_fast.config_checks import AT_MOST_ONE
 from reat_fast.engine.precision import Precision
-from reat_fast.evaluation.attacks import L2_EPS
+from reat_fast.evaluation.attacks import L2_EPS, LINF_STEP, Attack
 from reat_fast.evaluation.figures import STANDARD_ATTACKS
 
 
@@ -68,7 +70,7 @@ class Options:
         for name in ("eps", "step_size"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{flag(name)} {value}: not in [0, 1]")
+                raise ValueError(f"{flag(name)} {value}: must lie in [0, 1]{AT_MOST_ONE[name]}")
         if not 0 <= self.l2_eps <= 1e4:
             raise ValueError(
                 f"--l2-eps {self.l2_eps}: must be a length, 0 or more; 128/255 is usual"
@@ -77,3 +79,35 @@ class Options:
             Config(seed=self.seed)
         if not self.attacks:
             raise ValueError("--attacks: name at least one, such as clean or pgd20")
+
+    def idle(self, run_eps: float) -> Iterator[str]:
+        """Name each flag that acts on none of the attacks; one that says the usual is no mistake.
+
+        run_eps: the L-infinity radius of the run.
+        """
+        attacks = [Attack.from_name(name, 0.0) for name in self.attacks if name != "clean"]
+        linf = [attack for attack in attacks if attack.norm == "linf"]
+        eps = run_eps if self.eps is None else self.eps
+        step = LINF_STEP * eps if self.step_size is None else self.step_size
+        for name, idle, goes_with in (
+            (
+                "eps",
+                eps != run_eps and not linf,
+                "attacks in L-infinity; the radius in L2 is --l2-eps",
+            ),
+            ("l2_eps", self.l2_eps != L2_EPS and len(linf) == len(attacks), "l2pgdN and l2aa"),
+            (
+                "step_size",
+                step != LINF_STEP * eps and not any(attack.random_start for attack in linf),
+                "pgdN, cwN and lsaN",
+            ),
+            (
+                "restarts",
+                self.restarts > 1 and not any(attack.random_start for attack in attacks),
+                "pgdN, cwN, lsaN and l2pgdN",
+            ),
+        ):
+            if idle:
+                given = f"{flag(name)} {fraction_text(getattr(self, name))}"
+                named = ", ".join(self.attacks)
+                yield f"{given}: acts on none of {named}; it goes with {goes_with}"
