@@ -82,11 +82,12 @@ def pgd(
     keeps it from. Nothing syncs, so images outside `clip` and labels below 0, which cross-entropy
     leaves out, are not found; PGD does.
     Errors: ValueError for images that are not floating-point, labels of another number, a radius,
-    step or number of steps below 0, another norm, and under torch.inference_mode, which knows no
-    gradients.
+    step or number of steps below 0, a radius in L-infinity beyond `clip`, another norm, and under
+    torch.inference_mode, which knows no gradients.
     Source: Madry et al., ICLR 2018; the order of operations is that of the official REAT code.
     """
     _refuse(images, labels, eps, step_size, steps, norm)
+    _refuse_levels(eps, norm, clip)
     if isinstance(eps, Tensor):
         eps = device_number(eps, images, "eps")  # else one of another shape fails in the noise
     if start is None:
@@ -177,6 +178,14 @@ def _refuse(
             raise ValueError(f"{name}: {value!r}; must be a number, 0 or more")
     if not isinstance(steps, Integral) or steps < 0:
         raise ValueError(f"steps: {steps!r}; must be a whole number, 0 or more")
+
+
+def _refuse_levels(eps: float | Tensor, norm: str, clip: tuple[float, float]) -> None:
+    """Refuse a radius in levels of 255, within which every image lies."""
+    span = clip[1] - clip[0]
+    if norm == "linf" and not isinstance(eps, Tensor) and eps > span:
+        usual = "; 8/255 is usual" if clip == (0, 1) else ""
+        raise ValueError(f"eps: {eps!r}; must lie in [0, {span:g}], as images do{usual}")
 
 
 def _refuse_labels(labels: Tensor, images: int) -> None:

@@ -269,6 +269,7 @@ def test_nonfinite_gradients_are_counted(made: dict[str, Tensor]) -> None:
         ({"labels": torch.tensor([0, -1])}, "labels: -1; must be classes"),
         ({"labels": torch.tensor([0])}, "labels: 1 of them for 2 images"),
         ({"eps": -1 / 255}, "eps: -0.0039"),
+        ({"eps": 8}, "eps: 8; must lie in [0, 1], as images do; 8/255 is usual"),
         ({"eps": torch.full((3,), 0.1)}, "eps has shape (3,): give a number or a tensor"),
         ({"alpha": torch.nan}, "step_size: nan; must be a number, 0 or more"),
         ({"steps": -1}, "steps: -1"),
