@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reat_fast.models import NAMES, create_model, load_official
+from reat_fast.networks import architectures
 from reat_fast.networks.architectures import ConvBN, Network, PreActBlock, ResidualBlock
 
 # blocks per stage, width used here, bottleneck
@@ -406,3 +409,13 @@ def test_timm_missing_says_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"pip install 'reat-fast\[timm\]'"):
         create_model("timm/resnet18")
+
+
+def test_the_file_of_architectures_needs_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(architectures.__file__).read_text("utf-8")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "reat_fast"]:
+        monkeypatch.setitem(sys.modules, name, None)  # any import of it fails
+    alone = ModuleType("alone")
+    exec(source, vars(alone))
+    network = alone.ResNet((1, 1, 1), 8, 5, 3, stem_stride=2, first_stride=2)
+    network.load_state_dict(create_model("resnet8", 5, width=8).state_dict())
