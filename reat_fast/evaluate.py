@@ -32,6 +32,7 @@ from reat_fast.evaluation.options import Options
 from reat_fast.evaluation.saved import (
     EVALUATION,
     described,
+    exported_of_other_images,
     images_sha256,
     known_epoch,
     refuse_other,
@@ -146,6 +147,10 @@ def _evaluate_run(
     result = _attacked(options, model, test, spec.num_classes, conditions, counts, state, world)
     warnings += guards.warnings_for_figures(result["attacks"])
     warnings += guards.warnings_for_classes(dataset.class_names, spec.class_names, counts)
+    if options.data is None and exported_of_other_images(folder, known, len(test)):
+        warnings.append(
+            f"the figures that {folder} came with are of other test images; --data names those"
+        )
     whole = described(result, conditions, weights, dataset, known, counts, warnings)
     return whole, len(dataset.test)
 

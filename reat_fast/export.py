@@ -53,6 +53,7 @@ MEASURED = (
     "precision",
     "seed",
     "weights_epoch",
+    "images_sha256",
     "per_class_samples",
     "train_counts",
     "attacks",

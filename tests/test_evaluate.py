@@ -15,10 +15,10 @@ from made_data import made_images, made_npz
 from PIL import Image
 from torch import Tensor
 
-from reat_fast import checkpoint, evaluate, reference, report, train
+from reat_fast import checkpoint, evaluate, export, reference, report, train
 from reat_fast.attack import cross_entropy
 from reat_fast.cli.command import run_command
-from reat_fast.config import parse
+from reat_fast.config import Config, parse
 from reat_fast.data import ImageSet, load_run_data, make_splits
 from reat_fast.evaluate import Attack
 from reat_fast.evaluation.autoattack import AutoAttack
@@ -646,3 +646,28 @@ def test_bad_input_is_one_line(
         assert command(*arguments) == 2
         error = capsys.readouterr().err
         assert named in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_export_that_meets_other_images_says_so_unless_they_were_named(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exported, own, other = tmp_path / "exported", run_dir.parent / "made.npz", tmp_path / "2.npz"
+    assert run_command(export.main, [str(run_dir), "--to", str(exported)]) == 0
+    held = dict(np.load(own))
+    np.savez(other, **{**held, "x_test": held["x_test"][..., ::-1]})
+    warning = f"the figures that {exported} came with are of other test images"
+    for found, flags, said in (
+        (own, [], False),
+        (other, [], True),
+        (other, ["--data", str(other)], False),
+        (other, ["--subset", "10"], False),  # of fewer images none are known
+    ):
+        data = load_run_data(Config(dataset="npz", data=found))
+        monkeypatch.setattr(evaluate, "load_run_data", lambda *_, data=data: data)
+        (exported / "evaluation.json").unlink(missing_ok=True)  # whose warnings would stay
+        arguments = [str(exported), "--dataset", "npz", "--attacks", "clean", *flags]
+        assert run_command(evaluate.main, arguments) == 0
+        assert (warning in capsys.readouterr().err) == said

@@ -128,6 +128,17 @@ def known_epoch(folder: Path, sha256: str) -> int | None:
     return tested.get("weights_epoch") if tested.get("weights_sha256") == sha256 else None
 
 
+def exported_of_other_images(folder: Path, images: str, samples: int) -> bool:
+    """Say whether an export in a folder has figures of as many images that are others.
+
+    It holds no path, so another copy of its set may be read where none is named.
+    """
+    exported = _read(folder / "config.json").get("evaluation")
+    if not isinstance(exported, dict) or exported.get("samples") != samples:
+        return False
+    return str(exported.get("images_sha256", images)) != images
+
+
 def write_beside_others(folder: Path, result: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Write what an evaluation found into a folder that may hold others; returns file and content.
 
