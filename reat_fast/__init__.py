@@ -34,6 +34,7 @@ if sys.argv[:1] == ["-m"]:  # a command is starting, which takes seconds of impo
     sys.excepthook = _report
 
 if TYPE_CHECKING:  # `as`: what is imported so is a name of this package to type checkers
+    __version__: str
     from reat_fast.attack import PGD as PGD
     from reat_fast.attack import pgd as pgd
     from reat_fast.checkpoint import load_model as load_model
@@ -73,10 +74,21 @@ __all__ = list(_HOMES)
 
 def __getattr__(name: str) -> object:
     # Looked up when used: the data commands need numpy alone and start without loading torch.
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"reat_fast.{_HOMES[name]}"), name)
 
 
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("reat-fast")
+    except metadata.PackageNotFoundError:
+        return "unknown: not installed"
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})  # for completion, which asks no name
+    return sorted({*globals(), *__all__, "__version__"})  # for completion, which asks no name

@@ -9,6 +9,9 @@ import difflib
 import runpy
 import sys
 
+from reat_fast import __version__
+from reat_fast.cli.terminal import printed
+
 COMMANDS = {
     "train": "train, evaluate, and leave a run folder behind",
     "evaluate": "attack a trained classifier: accuracy overall, per class and on the tail",
@@ -26,10 +29,9 @@ def main() -> None:
     """Run the command that is named first, or list all of them; exits with its code."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: python -m reat_fast COMMAND ..., with --help for its flags\n")
-        for command, what in COMMANDS.items():
-            print(f"  {command:10} {what}")
-        return
+        sys.exit(printed(_list))
+    if name == "--version":
+        sys.exit(printed(lambda: print(f"reat-fast {__version__}")))
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -37,6 +39,12 @@ def main() -> None:
         sys.exit(2)
     sys.argv = [f"reat_fast.{name}", *arguments]
     runpy.run_module(f"reat_fast.{name}", run_name="__main__", alter_sys=True)
+
+
+def _list() -> None:
+    print("usage: python -m reat_fast COMMAND ..., with --help for its flags; --version\n")
+    for command, what in COMMANDS.items():
+        print(f"  {command:10} {what}")
 
 
 if __name__ == "__main__":

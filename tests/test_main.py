@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import reat_fast as package
 from reat_fast.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,12 @@ def test_every_command_is_listed() -> None:
         listed = reat_fast(*arguments)
         assert listed.returncode == 0 and not listed.stderr
         assert [line.split()[0] for line in listed.stdout.splitlines()[2:]] == list(COMMANDS)
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    installed = metadata.version("reat-fast")
+    assert reat_fast("--version").stdout == f"reat-fast {installed}\n"
+    assert package.__version__ == installed
 
 
 @pytest.mark.parametrize(

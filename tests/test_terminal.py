@@ -130,10 +130,11 @@ def test_an_empty_argument_is_no_folder(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_an_output_that_is_full_is_one_line() -> None:
+@pytest.mark.parametrize("arguments", [("reat_fast.data", "--list"), ("reat_fast",)])
+def test_an_output_that_is_full_is_one_line(arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
-            [sys.executable, "-m", "reat_fast.data", "--list"],
+            [sys.executable, "-m", *arguments],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
