@@ -279,7 +279,16 @@ def made_in_inference_mode() -> Plain:
         return Plain()
 
 
-@pytest.mark.parametrize("make", [Rounds, made_in_inference_mode])
+def of_buffers_alone() -> Plain:
+    model = Plain()
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach())
+    return model
+
+
+@pytest.mark.parametrize("make", [Rounds, made_in_inference_mode, of_buffers_alone])
 def test_a_network_without_gradients_is_evaluated(make: Callable[[], Plain]) -> None:
     model = make().eval()
     pixels = torch.randint(0, 256, (8, 6, 6, 3), dtype=torch.uint8)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from reat_fast import pgd
 from reat_fast.config import Config
+from reat_fast.engine import step_attack
 from reat_fast.evaluation.victim import attacked
 from reat_fast.networks import likeness
 from reat_fast.networks.copies import copy_of
@@ -77,8 +78,26 @@ def test_a_step_attacks_the_network_itself_where_rewriting_it_changes_it(
     assert not step.unfolded
     adv = step(images, labels, start)["images_adv"]
     assert bool(step.unfolded) == (kind is Hides)
+    assert step.attack.network is not None
+    low = step.attack.network.images_dtype == torch.bfloat16
+    assert low == (precision == "bf16")
     if precision == "float32":
         assert torch.equal(adv, pgd(original, images, labels, steps=2, start=start))
+
+
+def test_a_network_is_looked_at_in_the_first_step_that_has_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, (images, labels) = make_step(Hides()), batch()
+    none, counted = images[:0], torch.zeros((), dtype=torch.int64)
+    step.attack.examples(
+        none, labels[:0], none, parts=[slice(0, 0)], epoch=step.epoch, nonfinite=counted
+    )
+    assert not step.unfolded  # another process had them all
+    step(images, labels)
+    assert step.unfolded
+    monkeypatch.setattr(step_attack, "keeps", None)
+    step(images, labels)
 
 
 def test_a_network_that_gives_more_than_logits_is_named_in_the_first_step() -> None:
@@ -101,11 +120,24 @@ class Moves(Shows):
         return maps
 
 
-def test_buffers_that_are_not_written_in_place_are_named() -> None:
-    model = Moves()
-    model.register_buffer("seen", torch.zeros(()))
+class Adds(Shows):
+    """Makes a statistic in its first step."""
+
+    def maps(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.register_buffer("seen", torch.ones(()))
+        return super().maps(images)
+
+
+@pytest.mark.parametrize("kind", [Moves, Adds])
+def test_buffers_that_are_not_written_in_place_are_named(kind: type[Shows]) -> None:
+    model = kind()
+    if kind is Moves:
+        model.register_buffer("seen", torch.zeros(()))
     step = make_step(model)
-    with pytest.raises(ValueError, match=r"^model: Moves puts other .* \(seen\); write into those"):
+    with pytest.raises(
+        ValueError, match=r"^model: (Moves|Adds) puts other .* \(seen\); write into"
+    ):
         step(*batch())
 
 
