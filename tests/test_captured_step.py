@@ -245,6 +245,7 @@ def test_state_that_an_optimizer_makes_in_its_first_step_is_refused_and_left_out
         own: torch.optim.Optimizer = torch.optim.SGD(weights, lr=rate, momentum=0.9)
         if kind == "adamw":
             own = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+        assert not any(own.state[weight] for weight in model.parameters())  # read, and so there
         return TrainStep(model, own, COUNTS, CONFIG)
 
     launched, captured = made(), made()
@@ -255,6 +256,21 @@ def test_state_that_an_optimizer_makes_in_its_first_step_is_refused_and_left_out
     assert_same_step(launched, captured, whole)  # after the first the state is there
     replayed = CapturedStep(captured, whole)
     for batch in (second, whole):
+        assert_same_step(launched, replayed, batch)
+    assert_same_state(launched, captured)
+
+
+def test_an_optimizer_that_keeps_no_state_is_captured() -> None:
+    steps = []
+    for _ in range(2):
+        model = make_model()
+        own = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.05))
+        assert not any(own.state[weight] for weight in model.parameters())  # read, and so there
+        steps.append(TrainStep(model, own, COUNTS, CONFIG))
+    launched, captured = steps
+    whole, second, _ = batches()
+    replayed = CapturedStep(captured, whole)
+    for batch in (whole, second):
         assert_same_step(launched, replayed, batch)
     assert_same_state(launched, captured)
 

@@ -130,6 +130,10 @@ def counts_of_an_epoch_in_two_halves(world: World, step: TrainStep) -> None:
     step.update.nonfinite += 10 * world.rank
     step(*batch)
     assert step.end_epoch()["nonfinite"] == 13
+    images, labels = batch
+    broken = images.where(torch.tensor(world.rank == 0), torch.nan)  # in one share alone
+    step(broken, labels)
+    assert step.end_epoch()["nonfinite"] > 0
 
 
 def one_of_two(rank: int, folder: str, port: int) -> None:
