@@ -292,6 +292,23 @@ def test_what_would_mean_nothing_is_refused(changes: dict[str, Any], named: str)
     assert model.training
 
 
+@pytest.mark.parametrize(("eps", "clip"), [(1.0, (0.0, 1.0)), (1.5, (-1.0, 1.0))])
+def test_a_radius_may_be_as_wide_as_what_images_lie_in(
+    eps: float, clip: tuple[float, float]
+) -> None:
+    images = torch.zeros(2, 3, 4, 4)
+    start, labels = torch.zeros_like(images), torch.tensor([0, 1])
+    adv = pgd(nn.Flatten(), images, labels, eps=eps, step_size=eps, steps=1, start=start, clip=clip)
+    assert adv.min() == max(-eps, clip[0]) and adv.max() == min(eps, clip[1])
+
+
+def test_a_length_in_l2_may_be_beyond_what_a_pixel_can_move() -> None:
+    images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
+    given = {"eps": 3.0, "step_size": 3.0, "steps": 1, "start": torch.zeros_like(images)}
+    adv = pgd(nn.Flatten(), images, labels, norm="l2", loss=lambda x, _: x.sum(), **given)  # type: ignore[arg-type]
+    torch.testing.assert_close(adv.flatten(1).norm(dim=1), torch.tensor([3.0, 3.0]))
+
+
 def test_the_object_works_in_inference_mode_and_on_no_images() -> None:
     model = create_model("resnet8", 5, width=8)
     attack = PGD(model, steps=2, random_start=False)

@@ -27,6 +27,7 @@ def test_attacks_by_name() -> None:
     assert Attack.from_name("lsa7", EPS, STEP) == Attack("lsa7", 7, STEP, True, loss="lsa", eps=EPS)
     searched = Attack.from_name("l2aa", EPS, STEP, l2_eps=0.5)
     assert (searched.norm, searched.radius(EPS)) == ("l2", 0.5)
+    assert Attack.from_name("aa", EPS) == Attack("aa", 0, 0.0, False, eps=EPS)
     assert Attack.from_name("aa", EPS).radius(EPS) == EPS
     in_l2 = Attack.from_name("l2pgd20", EPS, STEP, l2_eps=0.5)
     assert in_l2 == Attack("l2pgd20", 20, 0.5 * 15 / 128, True, l2_eps=0.5)

@@ -490,6 +490,7 @@ def test_a_flag_that_acts_on_none_of_the_attacks_is_named(
          ("pgd1", "l2pgd1"), ""),
         (("--eps", "8/255", "--l2-eps", "128/255", "--step-size", "2/255", "--restarts", "1"),
          ("clean",), ""),
+        (("--restarts", "2"), ("l2pgd1",), ""),
     ):  # fmt: skip
         arguments = [*flags, "--attacks", *attacks, "--subset", 5, "--out", tmp_path / "out.json"]
         assert command(run_dir, *arguments, "--quiet") == 0

@@ -299,6 +299,18 @@ def test_a_network_without_gradients_is_evaluated(make: Callable[[], Plain]) -> 
     assert found["attacks"]["clean"]["overall"] == 100
 
 
+def test_an_attack_may_be_of_the_same_radius_in_fewer_digits() -> None:
+    pixels, labels = np.full((4, 6, 6, 3), 200, np.uint8), np.arange(4)
+    found = evaluate(
+        Plain().eval(),
+        ImageSet(pixels, labels),
+        [Attack.from_name("fgsm", 0.03137255)],
+        4,
+        eps=8 / 255,
+    )
+    assert list(found["attacks"]) == ["fgsm"]
+
+
 def test_what_cannot_be_copied_is_named() -> None:
     model = Plain()
     model.kept = [model(torch.rand(1, 3, 6, 6))]  # type: ignore[assignment]
@@ -355,6 +367,7 @@ def test_all_labels_are_looked_at() -> None:
         ({"model": nn.Sequential(Plain()).eval(), "num_classes": 3}, "none of the 3 classes"),
         ({"attacks": [Attack.from_name("pgd5", eps) for eps in (0.1, 0.2)]}, "give each name once"),
         ({"eps": 8 / 255}, "eps: 8/255, but pgd5 was made for 0.1; give Attack.from_name and eval"),
+        ({"eps": 0.11}, "eps: 0.11, but pgd5 was made for 0.1; give"),
         ({"attacks": ["pgd5"]}, r"attacks: 'pgd5'; give Attack.from_name"),
         ({"image_set": [torch.zeros(2, 3, 6, 6)]}, "image_set: a list; give reat_fast.data.Image"),
         ({"image_set": ImageSet(np.zeros((0, 6, 6, 3), np.uint8), np.zeros(0, np.int64))}, "no im"),

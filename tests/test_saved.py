@@ -15,6 +15,7 @@ from reat_fast.evaluation.figures import parts
 from reat_fast.evaluation.guards import UNKNOWN_COUNTS
 from reat_fast.evaluation.saved import (
     CONDITIONS,
+    exported_of_other_images,
     images_sha256,
     joined,
     known_epoch,
@@ -167,3 +168,20 @@ def test_gathered_attacks_have_head_body_and_tail_by_the_same_classes(tmp_path: 
             _, whole = write_beside_others(tmp_path / name, found)
         assert whole["attacks"] == {"pgd20": known, "clean": known}
         assert whole["train_counts"] == counts and whole["warnings"] == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "others"),
+    [
+        ({"samples": 10, "images_sha256": "a"}, False),
+        ({"samples": 10, "images_sha256": "b"}, True),
+        ({"samples": 9, "images_sha256": "b"}, False),
+        ({"samples": 10}, False),  # of an older version, which did not say
+        (None, False),
+    ],
+)
+def test_an_export_knows_the_images_of_its_figures(
+    evaluation: object, others: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"evaluation": evaluation}))
+    assert exported_of_other_images(tmp_path, "a", 10) == others
