@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -361,7 +364,24 @@ def test_a_trial_of_one_image_leaves_devices_of_others_alone(
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("set up"))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         refuse_single_images(planned)
+    planned.world = dataclasses.replace(planned.world, size=2)
+    refuse_single_images(planned)  # together they may have more
     planned.close()
+
+
+def test_a_trial_of_one_image_leaves_statistics_and_random_numbers_alone(
+    data: Path, tmp_path: Path
+) -> None:
+    arguments = ["reat", *SMALL, "--data", data, "--batch-size", 61, "--run-dir", tmp_path / "run"]
+    planned = Run(make_plan([str(argument) for argument in arguments]))
+    channels = planned.splits.train.images.shape[3]
+    layers = nn.Conv2d(channels, 4, 1), nn.BatchNorm2d(4), nn.Dropout()
+    model: Any = nn.Sequential(*layers).eval()
+    planned.model, kept, numbers = model, copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    refuse_single_images(planned)
+    planned.close()
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), numbers) and not model.training
 
 
 def test_a_short_last_batch_is_left_out_where_asked(data: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def refuse_single_images(run: Run) -> None:
     Processes that normalise together see more, and are left to their steps.
     """
     sizes = [run.images_in(batch) for batch in (0, run.batches - 1)]
-    parts = [part for size in sizes for part in split(size, run.config.accumulate) if part]
+    parts = [part for size in sizes for part in split(size, run.config.accumulate)]
     if run.world.size > 1 or min(parts) > 1:
         return
     height, width, channels = run.splits.train.images.shape[1:]
