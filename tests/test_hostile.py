@@ -159,7 +159,9 @@ def test_a_failed_write_is_named_and_what_was_saved_before_is_whole(
         patched.setattr(whole_files.os, "fsync", fsync)
         patched.setattr(whole_files, "_sync_folder", lambda folder: None)
         assert run(*SMALL, "--data", data, "--run-dir", folder) == 2
-    assert "cannot be written (No space left on device)" in only_line(capsys)
+    error = only_line(capsys)
+    assert "cannot be written (No space left on device)" in error
+    assert ("go on with --resume" in error) == (write > 3)  # else there is nothing to go on with
     assert not list(folder.glob("*.part"))
     # The first three describe the run, the fourth is the checkpoint of its beginning.
     again = ["--resume"] if write > 3 else [*SMALL, "--data", data, "--run-dir"]

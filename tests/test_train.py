@@ -350,8 +350,9 @@ def test_a_last_batch_that_batchnorm_cannot_take_is_explained(
     more = ["--batch-size", 60, "--accumulate", 2, "--run-dir", tmp_path / "parts"]
     assert run(*arguments, *more) == 2
     assert "--batch-size 60 --accumulate 2: a batch of 1 image" in capsys.readouterr().err
-    assert run(*arguments, "--batch-size", 1, "--drop-last", "--run-dir", tmp_path / "one") == 2
-    assert "per channel; give more images a step" in capsys.readouterr().err
+    for small in (["--batch-size", 1], ["--batch-size", 2, "--accumulate", 2]):
+        assert run(*arguments, *small, "--drop-last", "--run-dir", tmp_path / "one") == 2
+        assert "per channel; give more images a step" in capsys.readouterr().err
     assert not [*tmp_path.glob("*/config.json")]  # found before the run begins, not at its end
 
 
@@ -362,6 +363,7 @@ def test_a_trial_of_one_image_leaves_devices_of_others_alone(
     planned = Run(make_plan([str(argument) for argument in arguments]))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("set up"))
+    planned.model.eval()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         refuse_single_images(planned)
     planned.world = dataclasses.replace(planned.world, size=2)
