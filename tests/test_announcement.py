@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,11 @@ def test_images_to_choose_by_that_are_not_read_are_named(
     given = [*SMALL, "--dataset", "folder", "--data", str(tmp_path / "mine"), "--held-out", share]
     planned = Run(make_plan(["at", *given, "--imbalance-profile", "as-is", "--batch-size", "2"]))
     announce(planned)
-    planned.close()
     assert f"mine/val is not read: {said} of train is held out" in capsys.readouterr().out
+    planned.config = dataclasses.replace(planned.config, dataset="tiny-imagenet")
+    announce(planned)  # its test images are those of val
+    assert "is not read" not in capsys.readouterr().out
+    planned.close()
 
 
 def test_batchnorms_that_cannot_be_folded_are_named(

@@ -408,6 +408,8 @@ BAD = {
     "wide images": ({"x_test": np.zeros((8, 6, 5, 3), np.int64)}, "got int64 .*; astype"),
     "flat images": ({"x_train": np.zeros((20, 90), np.uint8)}, r"x_train: .*\[N, H, W, C\]"),
     "channels first": ({"x_train": np.zeros((20, 3, 6, 5), np.uint8)}, "C 1 or 3, .*; transpose"),
+    "four channels": ({"x_test": np.zeros((8, 6, 5, 4), np.uint8)}, r"C 1 or 3, got .*, 4\]$"),
+    "no floats": ({"x_test": np.zeros((0, 6, 5, 3))}, r"uint8 .*, got float64 \[0, 6, 5, 3\]$"),
     "no pixels": ({"x_train": np.zeros((20, 0, 5, 3), np.uint8)}, "x_train: .*none of them 0"),
     "other size": ({"x_test": np.zeros((8, 7, 5, 3), np.uint8)}, r"x_test: test images are \(7, 5"),
     "few labels": ({"y_train": np.zeros(19, int)}, r"y_train: .*\[19\] for 20 images"),

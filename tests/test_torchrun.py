@@ -130,6 +130,7 @@ def test_a_dead_process_ends_the_job_and_a_restarted_job_goes_on(
     assert error.count("another process of this job of 2 ended before its time") == 1
     assert f"go on with: torchrun --nproc-per-node 2 -m reat_fast.train --resume {folder}" in error
     assert position(folder) > killed_at
+    assert checkpoint.load_checkpoint(folder / CHECKPOINT)["code"]["processes"] == 2
 
 
 def test_restarts_need_a_named_folder(data: Path, tmp_path: Path) -> None:
