@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ def write_images(folder: Path, mode: str = "RGB", suffix: str = ".png") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp", ".BMP", ".tif"])
+@pytest.mark.parametrize(
+    "suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp", ".BMP", ".tif", ".tiff", ".ppm", ".pgm"]
+)
 def test_image_folder_is_read_in_sorted_order(tmp_path: Path, suffix: str) -> None:
     write_images(tmp_path, suffix=suffix)
     (tmp_path / "train" / "a" / "notes.txt").write_text("not an image")
@@ -94,6 +97,21 @@ def test_image_folder_faults_name_the_file(tmp_path: Path) -> None:
     assert message.startswith("test: not found; make it train/CLASS/*.png")
     message = read_after(lambda folder: (folder / "test/a").rename(folder / "a"))
     assert message.startswith("test: no class folders inside")
+    message = read_after(
+        lambda folder: [(folder / "val").mkdir(), (folder / "train").rename(folder / "x")]
+    )
+    assert message.startswith("train: not found; make it train/CLASS/*.png")
+
+
+@pytest.mark.parametrize(("name", "counts"), [("1.PNG", True), ("._1.png", False), ("1", False)])
+def test_names_that_are_shown_and_end_like_images_are_images_deeper_too(
+    name: str, counts: bool, tmp_path: Path
+) -> None:
+    folder = write_images(tmp_path)
+    (folder / "train/a/more").mkdir()
+    (folder / "train/a/more" / name).touch()
+    with pytest.raises(DataError, match="holds images, deeper") if counts else nullcontext():
+        lists.read_image_folder(folder)
 
 
 def test_without_pillow_the_pip_line_is_given(

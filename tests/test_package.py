@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 
 import pytest
 
@@ -33,7 +34,15 @@ def test_networks_of_ones_own_pass_a_type_checker(call: Callable[..., object]) -
 
 
 def test_notebooks_complete_public_names() -> None:
-    assert {*reat_fast.__all__} <= {*dir(reat_fast)}
+    assert {*reat_fast.__all__, "__version__"} <= {*dir(reat_fast)}
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert reat_fast.__version__ == "unknown: not installed"
 
 
 def test_the_example_runs() -> None:
