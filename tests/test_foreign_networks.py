@@ -346,6 +346,8 @@ def test_an_evaluation_knows_gradients_in_every_mode() -> None:
 def test_arrays_and_lists_in_place_of_tensors_are_named() -> None:
     with pytest.raises(ValueError, match="images, labels: Tensor and list; give torch tensors"):
         autoattack(Plain().eval(), torch.rand(2, 3, 6, 6), [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="images, labels: ndarray and Tensor; give torch tensors"):
+        autoattack(Plain().eval(), np.zeros((2, 3, 6, 6)), torch.arange(2))  # type: ignore[arg-type]
 
 
 def test_all_labels_are_looked_at() -> None:

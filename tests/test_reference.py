@@ -21,6 +21,7 @@ def test_rbl_weights_are_the_official_ones_bit_for_bit() -> None:
 def test_a_class_without_images_weighs_as_one_with_one_image() -> None:
     given = reference.rbl_weights([9, 0, 3], [4, 2, 0])
     assert given.tolist() == reference.rbl_weights([9, 1, 3], [4, 2, 0]).tolist()
+    assert given.tolist() == reference.rbl_weights([9, 1, 3], [4, 7, 0]).tolist()  # as one AE
 
 
 def test_losses_are_the_official_ones() -> None:

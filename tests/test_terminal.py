@@ -14,7 +14,7 @@ from made_data import made_npz
 
 from reat_fast import evaluate, train
 from reat_fast.cli.command import run_command
-from reat_fast.cli.terminal import first_line
+from reat_fast.cli.terminal import counted, first_line, some
 
 SMALL = ["--dataset", "npz", "--model", "resnet8", "--width", "8", "--imbalance", "1"]
 SMALL += ["--epochs", "1", "--steps", "1", "--batch-size", "16", "--limit-batches", "1"]
@@ -147,3 +147,9 @@ def test_an_output_that_is_full_is_one_line(arguments: tuple[str, ...]) -> None:
 def test_an_error_is_told_by_its_first_line_or_by_its_kind() -> None:
     assert first_line(RuntimeError("CUDA error\n  at kernel.cu:3")) == "CUDA error"
     assert first_line(AssertionError()) == first_line(AssertionError("\n")) == "AssertionError"
+
+
+def test_many_things_are_named_in_few_words() -> None:
+    named = [some("abc"), some("abcd"), some("abc", 2)]
+    assert named == ["a, b, c", "a, b, c and 1 more", "a, b and 1 more"]
+    assert [counted(n, "epoch") for n in (0, 1, 2000)] == ["0 epochs", "1 epoch", "2,000 epochs"]
