@@ -397,6 +397,7 @@ def test_official_weights_do_not_fit_a_foreign_module() -> None:
         ("resnet18", {"small_stem": True}, "resnet18 has no option small_stem"),
         ("resnet18", {"drop_rate": 0.1}, "resnet18 has no option drop_rate"),
         ("timm/resnet18", {"width": 8}, "timm/resnet18 has no option width, which .*; leave"),
+        ("timm/resnet18", {"width": 0}, "width must be a whole number|has no option width"),
         ("timm/resnet18", {"stem_stride": 2}, "has no option stem_stride, which resnet8"),
     ],
 )
