@@ -165,8 +165,7 @@ def _refuse(
 ) -> None:
     if norm not in STEPS:
         raise ValueError(f"norm: {norm!r}; give one of {', '.join(STEPS)}")
-    if not isinstance(images, Tensor):
-        raise ValueError(f"images: a {type(images).__name__}; give a tensor")
+    _refuse_arrays(images)
     if not images.is_floating_point():
         raise ValueError(f"images: {images.dtype}; divide bytes by 255, the attack moves fractions")
     if torch.is_inference_mode_enabled():
@@ -186,6 +185,11 @@ def _refuse_levels(eps: float | Tensor, norm: str, clip: tuple[float, float]) ->
     if norm == "linf" and not isinstance(eps, Tensor) and eps > span:
         usual = "; 8/255 is usual" if clip == (0, 1) else ""
         raise ValueError(f"eps: {eps!r}; must lie in [0, {span:g}], as images do{usual}")
+
+
+def _refuse_arrays(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images: a {type(images).__name__}; give a tensor")
 
 
 def _refuse_labels(labels: Tensor, images: int) -> None:
@@ -225,8 +229,7 @@ class PGD:
 
         Errors: ValueError for images outside [0, 1], negative labels, and what pgd refuses.
         """
-        if not isinstance(images, Tensor):
-            raise ValueError(f"images: a {type(images).__name__}; give a tensor")
+        _refuse_arrays(images)
         if not bool(((images >= 0) & (images <= 1)).all()):
             low, high = float(images.min()), float(images.max())
             raise ValueError(

@@ -11,8 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from contextlib import closing, suppress
-from importlib import metadata
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+import reat_fast
 from reat_fast.sources.beton_file import read_beton
 from reat_fast.sources.formats import DataError, Source, checked, reading
 from reat_fast.sources.lazy import LazyImages, decode_all
@@ -100,7 +100,7 @@ def write(
     the training set, kept as train-indices.npy. quality and errors: see write_beton.
     """
     folder.mkdir()
-    description = {"version": VERSION, "reat_fast": _package_version(), **description}
+    description = {"version": VERSION, "reat_fast": reat_fast.__version__, **description}
     description["image_shape"] = list(parts["train"].images.shape[1:])
     for part, image_set in parts.items():
         file, (images, labels) = folder / f"{part}.beton", (image_set.images, image_set.labels)
@@ -206,9 +206,3 @@ def _page_size(images: npt.NDArray[np.uint8] | LazyImages) -> int:
         cure = "give --image-size N"
         raise DataError(f"images of {image} bytes are too large for FFCV's pages; {cure}")
     return page
-
-
-def _package_version() -> str | None:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version("reat-fast")
-    return None
